@@ -1,0 +1,185 @@
+#include "engine/engine_thread.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "engine/validate.h"
+#include "ops/check.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace rodin {
+namespace {
+
+// Keeps the calling thread on the CPU it is on, where CPUs are left over: pinning on a machine that the
+// compute threads fill leaves the scheduler no way round a CPU that somebody else uses. Threads started later
+// inherit the mask, so this comes after the pool has started.
+void pin_to_current_cpu([[maybe_unused]] int64_t num_threads) {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) <= num_threads) return;
+  const int cpu = sched_getcpu();
+  if (cpu < 0) return;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  sched_setaffinity(0, sizeof one, &one);
+#endif
+}
+
+}  // namespace
+
+struct EngineThread::State {
+  struct Call {
+    EngineEvent::Kind kind;
+    StepBatch batch;  // of kStepped
+  };
+
+  State(RunnerOptions given, OnEvent on_event)
+      : options(without_tensors(given)),
+        runner(std::in_place, std::move(given)),
+        on_event(std::move(on_event)) {
+    total_bytes = runner->total_bytes();
+  }
+
+  // The Runner keeps the table of tensors; a batch is checked against the rest.
+  static RunnerOptions without_tensors(RunnerOptions& given) {
+    std::vector<TensorEntry> tensors = std::exchange(given.tensors, {});
+    RunnerOptions rest = given;
+    given.tensors = std::move(tensors);
+    return rest;
+  }
+
+  void post(Call call) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      calls.push_back(std::move(call));
+    }
+    changed.notify_all();
+  }
+
+  Call next_call() {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return !calls.empty(); });
+    Call call = std::move(calls.front());
+    calls.pop_front();
+    return call;
+  }
+
+  // The only place where an exception becomes a message.
+  void run_call(const Call& call, EngineEvent& event) {
+    try {
+      switch (call.kind) {
+        case EngineEvent::Kind::kLoaded:
+          check(!is_loaded, "the model has been loaded already");
+          event.info = runner->load(loaded_bytes);
+          is_loaded = true;
+          pin_to_current_cpu(options.num_threads);
+          break;
+        case EngineEvent::Kind::kStepped: {
+          check(is_loaded, "the model is not loaded: call load() and wait for it before step()");
+          const auto start = std::chrono::steady_clock::now();
+          validate_batch(call.batch, options);
+          runner->step(call.batch, event.result);
+          const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+          event.result.step_micros = elapsed.count();
+          break;
+        }
+        case EngineEvent::Kind::kClosed:
+          is_loaded = false;
+          runner.reset();
+          break;
+      }
+    } catch (const std::bad_alloc&) {
+      event.error = "out of memory";
+    } catch (const std::exception& error) {
+      event.error = *error.what() != '\0' ? error.what() : "unknown error";
+    } catch (...) {
+      event.error = "unknown error";
+    }
+  }
+
+  void run() {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "rodin-engine");
+#endif
+    bool is_closed = false;
+    while (!is_closed) {
+      const Call call = next_call();
+      EngineEvent event;
+      event.kind = call.kind;
+      run_call(call, event);
+      is_closed = call.kind == EngineEvent::Kind::kClosed;
+      on_event(std::move(event));
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    has_ended = true;
+    changed.notify_all();
+  }
+
+  const RunnerOptions options;
+  std::optional<Runner> runner;  // engine thread only, once it runs
+  bool is_loaded = false;        // engine thread only
+  const OnEvent on_event;
+  std::atomic<int64_t> loaded_bytes{0};
+  int64_t total_bytes = 0;
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<Call> calls;        // guarded by mutex
+  bool has_ended = false;        // guarded by mutex
+  bool is_close_posted = false;  // caller's side only
+  std::thread thread;            // caller's side only
+};
+
+EngineThread::EngineThread(RunnerOptions options, OnEvent on_event) {
+  validate_options(options);
+  state_ = std::make_shared<State>(std::move(options), std::move(on_event));
+  state_->thread = std::thread([state = state_] { state->run(); });
+}
+
+EngineThread::~EngineThread() {
+  close();
+  if (state_->thread.joinable()) state_->thread.join();
+}
+
+void EngineThread::load() { state_->post({EngineEvent::Kind::kLoaded, {}}); }
+
+void EngineThread::step(StepBatch batch) { state_->post({EngineEvent::Kind::kStepped, std::move(batch)}); }
+
+void EngineThread::close() {
+  if (std::exchange(state_->is_close_posted, true)) return;
+  state_->post({EngineEvent::Kind::kClosed, {}});
+}
+
+bool EngineThread::join_or_leave(std::chrono::milliseconds patience) {
+  close();
+  if (!state_->thread.joinable()) return true;
+  bool has_ended;
+  {
+    std::unique_lock<std::mutex> lock(state_->mutex);
+    has_ended = state_->changed.wait_for(lock, patience, [&] { return state_->has_ended; });
+  }
+  if (has_ended) {
+    state_->thread.join();
+  } else {
+    state_->thread.detach();
+  }
+  return has_ended;
+}
+
+int64_t EngineThread::loaded_bytes() const { return state_->loaded_bytes.load(std::memory_order_relaxed); }
+
+int64_t EngineThread::total_bytes() const { return state_->total_bytes; }
+
+}  // namespace rodin

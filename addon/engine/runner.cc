@@ -1,0 +1,271 @@
+#include "engine/runner.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "backend.h"
+#include "engine/latent_cache.h"
+#include "model/forward.h"
+#include "model/tensor_table.h"
+#include "model/weights.h"
+#include "ops/check.h"
+#include "ops/cpu/sample.h"
+
+namespace rodin {
+namespace {
+
+// Rows of logits held at once; a step with more is worked off in several parts.
+constexpr int64_t kMaxLogitRows = 64;
+
+// The index arrays of a step on the host, kept to be reused.
+struct HostIndex {
+  std::vector<int32_t> token_ids;        // [T]
+  std::vector<int32_t> rope_positions;   // [T]
+  std::vector<int32_t> cache_positions;  // [T]
+  std::vector<int32_t> slots;            // [T]
+  std::vector<int32_t> q_start;          // [S + 1]
+  std::vector<int32_t> seq_of_token;     // [T]
+  std::vector<int32_t> source_rows;      // [T] row of the step batch that each row was made from
+
+  // The decoder layers' index (shift 0), or the MTP module's (shift 1): every sequence without its first row,
+  // rotated by the position before.
+  StepIndex fill(const StepBatch& batch, int64_t block_size, int32_t shift) {
+    token_ids.clear();
+    rope_positions.clear();
+    cache_positions.clear();
+    slots.clear();
+    seq_of_token.clear();
+    source_rows.clear();
+    q_start.assign(1, 0);
+    StepIndex index;
+    for (int64_t s = 0; s < batch.num_seqs(); ++s) {
+      const int32_t first = batch.q_start[static_cast<size_t>(s)] + shift;
+      const int32_t end = batch.q_start[static_cast<size_t>(s) + 1];
+      for (int32_t row = first; row < end; ++row) {
+        const auto at = static_cast<size_t>(row);
+        token_ids.push_back(batch.token_ids[at]);
+        rope_positions.push_back(batch.positions[at] - shift);
+        cache_positions.push_back(batch.positions[at]);
+        slots.push_back(batch.slot_mapping[at]);
+        seq_of_token.push_back(static_cast<int32_t>(s));
+        source_rows.push_back(row);
+        index.max_context_len = std::max<int64_t>(index.max_context_len, batch.positions[at] + 1);
+      }
+      index.max_q_len = std::max<int64_t>(index.max_q_len, end - first);
+      q_start.push_back(static_cast<int32_t>(token_ids.size()));
+    }
+    index.num_seqs = batch.num_seqs();
+    index.num_tokens = static_cast<int64_t>(token_ids.size());
+    index.block_size = block_size;
+    index.first_position = shift;
+    index.token_ids = token_ids.data();
+    index.rope_positions = rope_positions.data();
+    index.cache_positions = cache_positions.data();
+    index.slots = slots.data();
+    index.q_start = q_start.data();
+    index.seq_of_token = seq_of_token.data();
+    index.block_table_start = batch.block_table_start.data();
+    index.block_table = batch.block_table.data();
+    return index;
+  }
+};
+
+OpsLimits ops_limits(const RunnerOptions& options) {
+  const ModelSpec& spec = options.spec;
+  OpsLimits limits;
+  limits.max_step_tokens = options.max_step_tokens;
+  limits.max_num_seqs = options.max_num_seqs;
+  limits.max_logit_rows = std::min(kMaxLogitRows, options.max_step_tokens);
+  limits.num_blocks = options.num_blocks;
+  limits.block_size = options.block_size;
+  limits.hidden_size = spec.hidden_size;
+  limits.vocab_size = spec.vocab_size;
+  limits.mla = mla_shape(spec);
+  limits.intermediate_size = spec.intermediate_size;
+  if (spec.num_routed_experts > 0) {
+    limits.num_experts = spec.num_routed_experts;
+    limits.experts_per_token = spec.num_experts_per_token;
+    limits.moe_intermediate_size = spec.moe_intermediate_size;
+    limits.shared_intermediate_size = spec.moe_intermediate_size * spec.num_shared_experts;
+  }
+  limits.max_linear_inputs =
+      std::max({spec.hidden_size * (options.load_mtp ? 2 : 1), spec.intermediate_size, spec.q_lora_rank,
+                spec.kv_lora_rank, spec.num_attention_heads * spec.v_head_dim, limits.moe_intermediate_size,
+                limits.shared_intermediate_size});
+  return limits;
+}
+
+int64_t num_cache_layers(const ModelSpec& spec, bool load_mtp) {
+  return spec.num_hidden_layers + (load_mtp ? 1 : 0);
+}
+
+void append(const StepResult& part, StepResult& result) {
+  const auto add = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+  const auto offset = static_cast<int32_t>(result.top_ids.size());
+  add(result.sampled_ids, part.sampled_ids);
+  add(result.sampled_logprobs, part.sampled_logprobs);
+  add(result.top_ids, part.top_ids);
+  add(result.top_logprobs, part.top_logprobs);
+  add(result.non_finite, part.non_finite);
+  for (size_t i = 1; i < part.top_start.size(); ++i) result.top_start.push_back(part.top_start[i] + offset);
+}
+
+}  // namespace
+
+struct Runner::State {
+  std::vector<TensorEntry> entries;  // those that are loaded
+  std::unique_ptr<TensorTable> table;
+  std::unique_ptr<Ops> ops;
+  ModelWeights weights;
+  std::unique_ptr<LatentCache> cache;
+  std::unique_ptr<Forward> forward;
+
+  // Working memory of step().
+  HostIndex index;
+  HostIndex mtp_index;
+  std::vector<int32_t> rows;       // token indices of a part of the logits
+  std::vector<int32_t> row_seq;    // sequence of each of them
+  std::vector<int32_t> positions;  // position of the token sampled from each of them
+  StepResult part;
+
+  void sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size, StepResult& result);
+  void draft(const StepBatch& batch, int64_t block_size, const Tensor& hidden, StepResult& result);
+  // Copies logits of `all_rows` to `out`; is_mtp: through the MTP module's head.
+  void copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, bool is_mtp, float* out);
+};
+
+Runner::Runner(RunnerOptions options) : options_(std::move(options)) {}
+
+Runner::~Runner() = default;
+
+int64_t Runner::total_bytes() const {
+  int64_t total = 0;
+  for (const TensorEntry& entry : needed_entries(options_.spec, options_.tensors, options_.load_mtp)) {
+    total += entry.bytes;
+  }
+  return total;
+}
+
+RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
+  const ModelSpec& spec = options_.spec;
+  check(!state_, "the model is loaded already");
+  check_spec(spec);
+  auto state = std::make_unique<State>();
+  const BackendOptions backend = {options_.device, options_.compute, options_.cpu_path,
+                                  static_cast<int>(options_.num_threads)};
+  state->ops = make_ops(backend);
+  state->entries = needed_entries(spec, options_.tensors, options_.load_mtp);
+  state->table =
+      std::make_unique<TensorTable>(state->entries, spec.weight_block_rows, spec.weight_block_cols);
+  state->weights = find_weights(spec, *state->table, options_.load_mtp);
+  Ops& ops = *state->ops;
+  state->cache =
+      std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp), options_.num_blocks,
+                                    options_.block_size, mla_shape(spec).latent_dim());
+  state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
+  place_weights(state->weights, ops, spec);
+  const size_t ops_bytes = ops.reserve(ops_limits(options_));
+  state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
+                                             ops_limits(options_).max_logit_rows);
+  RunnerInfo info;
+  info.device = ops.name();
+  info.weight_bytes = total_bytes();
+  info.cache_bytes = state->cache->bytes();
+  info.workspace_bytes = static_cast<int64_t>(ops_bytes + state->forward->workspace_bytes());
+  state_ = std::move(state);
+  return info;
+}
+
+void Runner::step(const StepBatch& batch, StepResult& result) {
+  const auto start = std::chrono::steady_clock::now();
+  State& state = *state_;
+  const StepIndex index = state.ops->begin_step(state.index.fill(batch, options_.block_size, 0), 0);
+  const Tensor hidden = state.forward->run(index, state.cache->layers());
+  const auto vocab_size = static_cast<size_t>(options_.spec.vocab_size);
+  state.sample(batch, hidden, options_.spec.vocab_size, result);
+  result.logits.resize(batch.logit_rows.size() * vocab_size);
+  state.copy_logits(hidden, batch.logit_rows, false, result.logits.data());
+  result.draft_logits.resize(batch.draft_logit_rows.size() * vocab_size);
+  if (!batch.draft_logit_rows.empty()) state.draft(batch, options_.block_size, hidden, result);
+  const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+  result.step_micros = elapsed.count();
+}
+
+void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size,
+                           StepResult& result) {
+  result.sampled_ids.clear();
+  result.sampled_logprobs.clear();
+  result.top_start.assign(1, 0);
+  result.top_ids.clear();
+  result.top_logprobs.clear();
+  result.non_finite.clear();
+  rows.clear();
+  row_seq.clear();
+  positions.clear();
+  const auto flush = [&] {
+    if (rows.empty()) return;
+    const auto num_rows = static_cast<int64_t>(rows.size());
+    SampleArgs args;
+    args.batch = &batch;
+    args.logits = forward->logits(hidden, rows.data(), num_rows).row<float>(0);
+    args.row_seq = row_seq.data();
+    args.row_position = positions.data();
+    args.num_rows = num_rows;
+    args.vocab_size = vocab_size;
+    args.result = &part;
+    ops->sample(args);
+    append(part, result);
+    rows.clear();
+    row_seq.clear();
+    positions.clear();
+  };
+  for (int64_t s = 0; s < batch.num_seqs(); ++s) {
+    const int32_t end = batch.q_start[static_cast<size_t>(s) + 1];
+    for (int32_t row = end - batch.num_sampled[static_cast<size_t>(s)]; row < end; ++row) {
+      rows.push_back(row);
+      row_seq.push_back(static_cast<int32_t>(s));
+      positions.push_back(batch.positions[static_cast<size_t>(row)] + 1);
+      if (static_cast<int64_t>(rows.size()) == forward->max_logit_rows()) flush();
+    }
+  }
+  flush();
+}
+
+void Runner::State::draft(const StepBatch& batch, int64_t block_size, const Tensor& hidden,
+                          StepResult& result) {
+  const StepIndex index = ops->begin_step(mtp_index.fill(batch, block_size, 1), 1);
+  std::vector<int32_t> hidden_rows = mtp_index.source_rows;  // [T'] the token before each row
+  for (int32_t& row : hidden_rows) row -= 1;
+  const Tensor mtp_hidden = forward->run_mtp(index, hidden, hidden_rows.data(), cache->layers().back());
+  std::vector<int32_t> mtp_rows;  // [D] rows of the MTP module
+  for (int32_t row : batch.draft_logit_rows) {
+    const auto& sources = mtp_index.source_rows;
+    const auto found = std::lower_bound(sources.begin(), sources.end(), row);
+    check(found != sources.end() && *found == row, "draft_logit_rows: token ", row,
+          " is the first of its sequence in this step; the token before it must be in the step too");
+    mtp_rows.push_back(static_cast<int32_t>(found - sources.begin()));
+  }
+  copy_logits(mtp_hidden, mtp_rows, true, result.draft_logits.data());
+}
+
+void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, bool is_mtp,
+                                float* out) {
+  const auto total = static_cast<int64_t>(all_rows.size());
+  for (int64_t first = 0; first < total; first += forward->max_logit_rows()) {
+    const int64_t count = std::min(forward->max_logit_rows(), total - first);
+    const int32_t* part_rows = all_rows.data() + first;
+    const Tensor logits =
+        is_mtp ? forward->mtp_logits(hidden, part_rows, count) : forward->logits(hidden, part_rows, count);
+    ops->download(out + first * logits.cols, logits.data,
+                  static_cast<size_t>(count * logits.cols) * sizeof(float));
+  }
+}
+
+int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
+                              bool load_mtp) {
+  check_spec(spec);
+  return num_cache_layers(spec, load_mtp) * mla_shape(spec).latent_dim() *
+         dtype_bytes(cache_dtype(device, compute));
+}
+
+}  // namespace rodin

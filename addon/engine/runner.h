@@ -1,0 +1,67 @@
+// Runner: weights, latent cache, workspace and Ops of one model on one device. Holds nothing of a request: a
+// step is a function of weights, cache contents and batch. Used from one thread, the engine thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/step.h"
+#include "model/spec.h"
+
+namespace rodin {
+
+// Twin of RunnerOptions in server/engine/addon.ts.
+struct RunnerOptions {
+  ModelSpec spec;
+  std::vector<TensorEntry> tensors;
+  std::string device = "cpu";     // "cpu" | "cuda:0"
+  std::string compute = "auto";   // "float32" | "auto"
+  std::string cpu_path = "auto";  // "auto" | "avx512" | "avx2" | "portable"
+  int64_t num_threads = 1;        // compute threads, the engine thread included
+  int64_t block_size = 0;
+  int64_t num_blocks = 0;
+  int64_t max_step_tokens = 0;
+  int64_t max_num_seqs = 0;
+  bool load_mtp = false;
+};
+
+struct RunnerInfo {
+  std::string device;  // e.g. "cpu (avx512)"
+  int64_t weight_bytes = 0;
+  int64_t cache_bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+
+class Runner {
+ public:
+  // Keeps the options; touches no file.
+  explicit Runner(RunnerOptions options);
+  ~Runner();
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+
+  // Sum of the bytes of the tensors that load() will map (no MTP tensors without load_mtp): the total that
+  // loaded_bytes of load() rises to.
+  int64_t total_bytes() const;
+
+  // Maps and checks the weights, allocates cache and workspace. Throws std::runtime_error with one sentence;
+  // the Runner can then only be destroyed. loaded_bytes rises while pages are made resident.
+  RunnerInfo load(std::atomic<int64_t>& loaded_bytes);
+
+  // Runs one validated batch (engine/validate.h). Every vector of the result is overwritten.
+  void step(const StepBatch& batch, StepResult& result);
+
+ private:
+  struct State;
+  const RunnerOptions options_;
+  std::unique_ptr<State> state_;  // null until load()
+};
+
+// Bytes one token takes in the latent cache over all layers, the MTP module's included if it is loaded.
+int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
+                              bool load_mtp);
+
+}  // namespace rodin

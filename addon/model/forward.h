@@ -1,0 +1,77 @@
+// THE forward: what a step computes, over any Ops. Holds the intermediate tensors and nothing of a request.
+#pragma once
+
+#include <vector>
+
+#include "model/spec.h"
+#include "model/weights.h"
+#include "model/workspace.h"
+#include "ops/ops.h"
+
+namespace rodin {
+
+// The intermediate tensors; rows are the most that a step can need, a step uses a slice.
+struct ForwardBuffers {
+  Tensor residual;        // [T, H] float32
+  Tensor normed;          // [T, H] input of attention or MLP
+  Tensor delta;           // [T, H] output of attention or MLP, not yet added to residual
+  Tensor hidden;          // [T, H] after the final norm
+  Tensor angles;          // [T, rope_dim] float32
+  Tensor q_a;             // [T, q_lora_rank]
+  Tensor q;               // [T, A * qk_dim]
+  Tensor kv;              // [T, latent_dim]
+  Tensor attention;       // [T, A * v_dim]
+  Tensor mlp;             // [T, I] dense layers
+  Tensor expert_ids;      // [T, k] int32
+  Tensor expert_weights;  // [T, k] float32
+  Tensor mtp_input;       // [T, 2 H] MTP module
+  Tensor logits_input;    // [max_logit_rows, H]
+  Tensor logits;          // [max_logit_rows, V] float32
+
+  // The first num_tokens rows of everything that has a row per token.
+  ForwardBuffers first_rows(int64_t num_tokens) const;
+};
+
+class Forward {
+ public:
+  // `weights` are placed on the device of `ops`; both outlive this.
+  Forward(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, int64_t max_step_tokens,
+          int64_t max_logit_rows);
+  ~Forward();
+  Forward(const Forward&) = delete;
+  Forward& operator=(const Forward&) = delete;
+
+  size_t workspace_bytes() const { return workspace_.bytes(); }
+  int64_t max_logit_rows() const { return buffers_.logits.rows; }
+
+  // Runs the decoder layers; returns the hidden states after the final norm [T, H], valid until the next
+  // call.
+  Tensor run(const StepIndex& index, const std::vector<CacheLayer>& cache);
+
+  // Runs the MTP module: row i is made from token index.token_ids[i] and row hidden_rows[i] of `hidden`, that
+  // of the token before it. Returns its hidden states after shared_head.norm [T', H], valid until the next
+  // call.
+  Tensor run_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                 const CacheLayer& cache);
+
+  // Logits of some rows of what run() or run_mtp() returned: float32 [num_rows, V], valid until the next
+  // call. num_rows is at most max_logit_rows().
+  Tensor logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows);
+  Tensor mtp_logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows);
+
+ private:
+  void attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,
+                 const ForwardBuffers& at);
+  void mlp(const LayerWeights& layer, const ForwardBuffers& at);
+  Tensor head(const Weight& weight, const Tensor& hidden, const int32_t* rows, int64_t num_rows);
+
+  const ModelSpec& spec_;
+  const ModelWeights& weights_;
+  Ops& ops_;
+  Workspace workspace_;
+  ForwardBuffers buffers_;
+  RopeParams rope_;
+  float eps_;
+};
+
+}  // namespace rodin

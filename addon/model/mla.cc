@@ -1,0 +1,25 @@
+#include "model/mla.h"
+
+namespace rodin {
+namespace {
+
+// Of q_a_layernorm and kv_a_layernorm; not config.json's rms_norm_eps.
+constexpr float kLatentNormEps = 1e-6f;
+
+}  // namespace
+
+void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+             const CacheLayer& cache, const MlaBuffers& at, const Tensor& out) {
+  if (mla.q_a.present()) {
+    ops.linear_pair(x, mla.q_a, at.q_a, mla.kv_a, at.kv);
+    ops.rms_norm(at.q_a, mla.q_a_norm, kLatentNormEps, at.q_a);
+    ops.linear(at.q_a, mla.q_b, at.q);
+  } else {
+    ops.linear_pair(x, mla.q_b, at.q, mla.kv_a, at.kv);
+  }
+  ops.mla_rope_store(at.q, at.kv, mla, kLatentNormEps, at.angles, index, cache);
+  ops.mla_attention(at.q, mla, index, cache, at.attention);
+  ops.linear(at.attention, mla.o, out);
+}
+
+}  // namespace rodin

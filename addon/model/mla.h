@@ -1,0 +1,20 @@
+// Multi-head latent attention of one layer.
+#pragma once
+
+#include "ops/ops.h"
+
+namespace rodin {
+
+struct MlaBuffers {
+  Tensor q_a;        // [T, q_lora_rank]
+  Tensor q;          // [T, A * qk_dim]
+  Tensor kv;         // [T, latent_dim]
+  Tensor attention;  // [T, A * v_dim]
+  Tensor angles;     // [T, rope_dim] filled by rope_table
+};
+
+// out [T, H] from the normed hidden states x [T, H]; writes this step's latents to the cache.
+void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+             const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
+
+}  // namespace rodin

@@ -1,0 +1,31 @@
+// The MTP module: one more decoder layer over concat(norm of the next token's embedding, norm of the hidden
+// state). Its cache is shifted by one: the entry made from (token j, hidden j-1) is rotated by position j-1
+// and lies in the slot of token j, so that a block depends on its own tokens and those before it alone.
+#include "model/forward.h"
+
+namespace rodin {
+
+Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                        const CacheLayer& cache) {
+  const ForwardBuffers at = buffers_.first_rows(index.num_tokens);
+  const MtpWeights& mtp = *weights_.mtp;
+  const int64_t size = spec_.hidden_size;
+  ops_.rope_table(index, rope_, at.angles);
+  ops_.embed(weights_.embed, index, at.residual);
+  ops_.rms_norm(at.residual, mtp.enorm, eps_, at.mtp_input.slice_cols(0, size));
+  ops_.gather_rows(hidden, hidden_rows, at.delta);
+  ops_.rms_norm(at.delta, mtp.hnorm, eps_, at.mtp_input.slice_cols(size, size));
+  ops_.linear(at.mtp_input, mtp.eh_proj, at.residual);
+  ops_.rms_norm(at.residual, mtp.layer.input_norm, eps_, at.normed);
+  attention(mtp.layer, index, cache, at);
+  ops_.add_rms_norm(at.residual, at.delta, mtp.layer.post_attention_norm, eps_, at.normed);
+  mlp(mtp.layer, at);
+  ops_.add_rms_norm(at.residual, at.delta, mtp.head_norm, eps_, at.normed);
+  return at.normed;
+}
+
+Tensor Forward::mtp_logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows) {
+  return head(weights_.mtp->head, hidden, rows, num_rows);
+}
+
+}  // namespace rodin

@@ -1,0 +1,53 @@
+// The checkpoint's tensors by name: checks every entry against its file, maps the shards, makes pages
+// resident.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "model/mapped_file.h"
+#include "model/spec.h"
+#include "ops/weight.h"
+
+namespace rodin {
+
+class TensorTable {
+ public:
+  // Maps the shards that `entries` name and checks dtype, offset and bytes of each entry; block sizes are
+  // those of FP8 scales (0 where the checkpoint has none). `entries` outlives the table.
+  TensorTable(const std::vector<TensorEntry>& entries, int64_t block_rows, int64_t block_cols);
+
+  bool has(const std::string& name) const { return by_name_.count(name) > 0; }
+
+  // The tensor `name` as a [rows, cols] weight, with `name`_scale_inv where it is FP8. Throws where it is
+  // missing or has another shape.
+  Weight matrix(const std::string& name, int64_t rows, int64_t cols);
+
+  // The tensor `name` copied to float32. The pointer is valid as long as the table.
+  const float* vector(const std::string& name, int64_t size);
+
+  // Reads every page of the tensors, on num_threads threads, and refuses FP8 weights that hold
+  // NaN; `loaded_bytes` rises by each tensor's bytes.
+  void make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads);
+
+ private:
+  const TensorEntry& find(const std::string& name) const;
+  const char* data_of(const TensorEntry& entry) const;
+  const float* copy_to_float(const TensorEntry& entry);
+
+  const int64_t block_rows_;
+  const int64_t block_cols_;
+  std::unordered_map<std::string, const TensorEntry*> by_name_;
+  std::map<std::string, MappedFile> files_;
+  std::deque<std::vector<float>> copies_;  // small tensors in float32
+};
+
+// "F8_E4M3" and the like; throws for any other name.
+Dtype dtype_of_name(const std::string& name);
+
+}  // namespace rodin

@@ -1,0 +1,262 @@
+#include "node/convert.h"
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace rodin::node {
+namespace {
+
+constexpr double kMaxSafeInteger = 9007199254740991.0;
+
+[[noreturn]] void fail_type(const Napi::Env& env, const std::string& what, const std::string& expected) {
+  throw Napi::TypeError::New(env, what + " must be " + expected);
+}
+
+// The properties of one object, by name; `path` is how messages call the object.
+class Fields {
+ public:
+  Fields(const Napi::Value& value, std::string path) : path_(std::move(path)), object_(value.Env(), nullptr) {
+    if (!value.IsObject() || value.IsArray() || value.IsTypedArray())
+      fail_type(value.Env(), path_, "an object");
+    object_ = value.As<Napi::Object>();
+  }
+
+  Napi::Value value(const char* name) const { return object_.Get(name); }
+  std::string path(const char* name) const { return path_ + "." + name; }
+  Napi::Env env() const { return object_.Env(); }
+
+  double number(const char* name) const {
+    const Napi::Value field = value(name);
+    if (!field.IsNumber() || !std::isfinite(field.As<Napi::Number>().DoubleValue())) {
+      fail_type(env(), path(name), "a finite number");
+    }
+    return field.As<Napi::Number>().DoubleValue();
+  }
+
+  int64_t count(const char* name) const { return to_count(value(name), path(name)); }
+
+  bool boolean(const char* name) const {
+    const Napi::Value field = value(name);
+    if (!field.IsBoolean()) fail_type(env(), path(name), "true or false");
+    return field.As<Napi::Boolean>().Value();
+  }
+
+  std::string text(const char* name) const {
+    const Napi::Value field = value(name);
+    if (!field.IsString()) fail_type(env(), path(name), "a string");
+    return field.As<Napi::String>().Utf8Value();
+  }
+
+  Napi::Array array(const char* name) const {
+    const Napi::Value field = value(name);
+    if (!field.IsArray()) fail_type(env(), path(name), "an array");
+    return field.As<Napi::Array>();
+  }
+
+  std::vector<int64_t> counts(const char* name) const {
+    const Napi::Array values = array(name);
+    std::vector<int64_t> out(values.Length());
+    for (uint32_t i = 0; i < values.Length(); ++i) {
+      out[i] = to_count(values.Get(i), path(name) + "[" + std::to_string(i) + "]");
+    }
+    return out;
+  }
+
+  void copy(const char* name, std::vector<int32_t>& out) const {
+    copy_array(name, napi_int32_array, "an Int32Array", out);
+  }
+  void copy(const char* name, std::vector<uint32_t>& out) const {
+    copy_array(name, napi_uint32_array, "a Uint32Array", out);
+  }
+  void copy(const char* name, std::vector<float>& out) const {
+    copy_array(name, napi_float32_array, "a Float32Array", out);
+  }
+
+ private:
+  static int64_t to_count(const Napi::Value& value, const std::string& path) {
+    if (!value.IsNumber()) fail_type(value.Env(), path, "a number");
+    const double number = value.As<Napi::Number>().DoubleValue();
+    if (!(number >= 0 && number <= kMaxSafeInteger) || number != std::floor(number)) {
+      fail_type(value.Env(), path, "an integer of at least 0");
+    }
+    return static_cast<int64_t>(number);
+  }
+
+  template <class T>
+  void copy_array(const char* name, napi_typedarray_type type, const char* expected,
+                  std::vector<T>& out) const {
+    const Napi::Value field = value(name);
+    if (!field.IsTypedArray() || field.As<Napi::TypedArray>().TypedArrayType() != type) {
+      fail_type(env(), path(name), expected);
+    }
+    const auto array = field.As<Napi::TypedArrayOf<T>>();
+    out.assign(array.Data(), array.Data() + array.ElementLength());
+  }
+
+  std::string path_;
+  Napi::Object object_;
+};
+
+TensorEntry to_tensor_entry(const Napi::Value& value, uint32_t index) {
+  const Fields fields(value, "options.tensors[" + std::to_string(index) + "]");
+  TensorEntry entry;
+  entry.name = fields.text("name");
+  entry.dtype = fields.text("dtype");
+  entry.shape = fields.counts("shape");
+  entry.file = fields.text("file");
+  entry.offset = fields.count("offset");
+  entry.bytes = fields.count("bytes");
+  return entry;
+}
+
+template <class Array, class T>
+Array to_typed_array(Napi::Env env, const std::vector<T>& values) {
+  static_assert(std::is_same_v<typename std::remove_pointer_t<decltype(std::declval<Array>().Data())>, T>);
+  Array array = Array::New(env, values.size());
+  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(T));
+  return array;
+}
+
+}  // namespace
+
+ModelSpec to_model_spec(const Napi::Value& value) {
+  const Fields fields(value, "options.spec");
+  ModelSpec spec;
+  spec.model_type = fields.text("modelType");
+  spec.vocab_size = fields.count("vocabSize");
+  spec.hidden_size = fields.count("hiddenSize");
+  spec.intermediate_size = fields.count("intermediateSize");
+  spec.moe_intermediate_size = fields.count("moeIntermediateSize");
+  spec.num_hidden_layers = fields.count("numHiddenLayers");
+  spec.num_attention_heads = fields.count("numAttentionHeads");
+  spec.num_shared_experts = fields.count("numSharedExperts");
+  spec.num_routed_experts = fields.count("numRoutedExperts");
+  spec.num_experts_per_token = fields.count("numExpertsPerToken");
+  spec.num_expert_groups = fields.count("numExpertGroups");
+  spec.topk_groups = fields.count("topkGroups");
+  spec.topk_method = fields.text("topkMethod");
+  spec.scoring_func = fields.text("scoringFunc");
+  spec.norm_topk_prob = fields.boolean("normTopkProb");
+  spec.routed_scaling_factor = fields.number("routedScalingFactor");
+  spec.first_k_dense_replace = fields.count("firstKDenseReplace");
+  spec.moe_layer_freq = fields.count("moeLayerFreq");
+  spec.kv_lora_rank = fields.count("kvLoraRank");
+  spec.q_lora_rank = fields.count("qLoraRank");
+  spec.qk_nope_head_dim = fields.count("qkNopeHeadDim");
+  spec.qk_rope_head_dim = fields.count("qkRopeHeadDim");
+  spec.v_head_dim = fields.count("vHeadDim");
+  spec.attention_bias = fields.boolean("attentionBias");
+  spec.max_position_embeddings = fields.count("maxPositionEmbeddings");
+  spec.rms_norm_eps = fields.number("rmsNormEps");
+  spec.rope_theta = fields.number("ropeTheta");
+  spec.rope_interleave = fields.boolean("ropeInterleave");
+  if (!fields.value("yarn").IsNull()) {
+    const Fields yarn(fields.value("yarn"), "options.spec.yarn");
+    spec.yarn = YarnScaling{.factor = yarn.number("factor"),
+                            .beta_fast = yarn.number("betaFast"),
+                            .beta_slow = yarn.number("betaSlow"),
+                            .mscale = yarn.number("mscale"),
+                            .mscale_all_dim = yarn.number("mscaleAllDim"),
+                            .original_max_position_embeddings = yarn.number("originalMaxPositionEmbeddings")};
+  }
+  spec.tie_word_embeddings = fields.boolean("tieWordEmbeddings");
+  spec.num_mtp_layers = fields.count("numMtpLayers");
+  if (!fields.value("weightBlockSize").IsNull()) {
+    const std::vector<int64_t> block = fields.counts("weightBlockSize");
+    if (block.size() != 2) fail_type(fields.env(), fields.path("weightBlockSize"), "null or [rows, columns]");
+    spec.weight_block_rows = block[0];
+    spec.weight_block_cols = block[1];
+  }
+  return spec;
+}
+
+RunnerOptions to_runner_options(const Napi::Value& value) {
+  const Fields fields(value, "options");
+  RunnerOptions options;
+  options.spec = to_model_spec(fields.value("spec"));
+  options.device = fields.text("device");
+  options.compute = fields.text("compute");
+  options.cpu_path = fields.text("cpuPath");
+  options.num_threads = fields.count("numThreads");
+  options.block_size = fields.count("blockSize");
+  options.num_blocks = fields.count("numBlocks");
+  options.max_step_tokens = fields.count("maxStepTokens");
+  options.max_num_seqs = fields.count("maxNumSeqs");
+  options.load_mtp = fields.boolean("loadMtp");
+  const Napi::Array tensors = fields.array("tensors");
+  options.tensors.reserve(tensors.Length());
+  for (uint32_t i = 0; i < tensors.Length(); ++i) {
+    const Napi::HandleScope scope(fields.env());
+    options.tensors.push_back(to_tensor_entry(tensors.Get(i), i));
+  }
+  return options;
+}
+
+CacheOptions to_cache_options(const Napi::Value& value) {
+  const Fields fields(value, "options");
+  CacheOptions options;
+  options.spec = to_model_spec(fields.value("spec"));
+  options.compute = fields.text("compute");
+  options.device = fields.text("device");
+  options.load_mtp = fields.boolean("loadMtp");
+  return options;
+}
+
+StepBatch to_step_batch(const Napi::Value& value) {
+  const Fields fields(value, "batch");
+  StepBatch batch;
+  fields.copy("tokenIds", batch.token_ids);
+  fields.copy("positions", batch.positions);
+  fields.copy("slotMapping", batch.slot_mapping);
+  fields.copy("qStart", batch.q_start);
+  fields.copy("blockTableStart", batch.block_table_start);
+  fields.copy("blockTable", batch.block_table);
+  fields.copy("numSampled", batch.num_sampled);
+  fields.copy("temperature", batch.temperature);
+  fields.copy("topP", batch.top_p);
+  fields.copy("topK", batch.top_k);
+  fields.copy("minP", batch.min_p);
+  fields.copy("seedLow", batch.seed_low);
+  fields.copy("seedHigh", batch.seed_high);
+  fields.copy("presencePenalty", batch.presence_penalty);
+  fields.copy("frequencyPenalty", batch.frequency_penalty);
+  fields.copy("repetitionPenalty", batch.repetition_penalty);
+  fields.copy("numLogprobs", batch.num_logprobs);
+  fields.copy("historyStart", batch.history_start);
+  fields.copy("historyIds", batch.history_ids);
+  fields.copy("historyCounts", batch.history_counts);
+  fields.copy("biasStart", batch.bias_start);
+  fields.copy("biasIds", batch.bias_ids);
+  fields.copy("biasValues", batch.bias_values);
+  fields.copy("logitRows", batch.logit_rows);
+  fields.copy("draftLogitRows", batch.draft_logit_rows);
+  return batch;
+}
+
+Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("device", info.device);
+  object.Set("weightBytes", static_cast<double>(info.weight_bytes));
+  object.Set("cacheBytes", static_cast<double>(info.cache_bytes));
+  object.Set("workspaceBytes", static_cast<double>(info.workspace_bytes));
+  return object;
+}
+
+Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("sampledIds", to_typed_array<Napi::Int32Array>(env, result.sampled_ids));
+  object.Set("sampledLogprobs", to_typed_array<Napi::Float32Array>(env, result.sampled_logprobs));
+  object.Set("topStart", to_typed_array<Napi::Int32Array>(env, result.top_start));
+  object.Set("topIds", to_typed_array<Napi::Int32Array>(env, result.top_ids));
+  object.Set("topLogprobs", to_typed_array<Napi::Float32Array>(env, result.top_logprobs));
+  object.Set("nonFinite", to_typed_array<Napi::Uint8Array>(env, result.non_finite));
+  object.Set("logits", to_typed_array<Napi::Float32Array>(env, result.logits));
+  object.Set("draftLogits", to_typed_array<Napi::Float32Array>(env, result.draft_logits));
+  object.Set("stepMicros", result.step_micros);
+  return object;
+}
+
+}  // namespace rodin::node

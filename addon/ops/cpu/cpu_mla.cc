@@ -1,0 +1,232 @@
+// Absorbed multi-head latent attention. The queries of all heads meet the cached latents themselves:
+//   absorb: q_h W_UK,h * scale -> [lora_rank], beside the rotated part   (per head)
+//   attend: tiles of kKeyTile keys at absolute positions, each with its own maximum and sum, combined in
+//           rising order                                                 (per token and kQueryTile heads)
+//   values: W_UV,h over the combined latents                             (per head)
+// Tiles are computed one after another by one task, or spread over the workers and then combined: the same
+// operations either way, so that decoding, a prefill chunk and a prefix hit give the same bits.
+#include <algorithm>
+#include <cstring>
+
+#include "ops/cpu/cpu_ops.h"
+
+namespace rodin {
+namespace {
+
+constexpr int64_t kMinTokensPerPart = 16;
+
+}  // namespace
+
+struct CpuOps::Attention {
+  const Tensor& q;
+  const MlaWeights& mla;
+  const StepIndex& index;
+  const CacheLayer& cache;
+  const Tensor& out;
+  int64_t first_token;
+  int64_t num_tokens;
+
+  int64_t num_heads() const { return mla.shape.num_heads; }
+  int64_t tiles_per_token() const { return ceil_div(num_heads(), kQueryTile); }
+  // Key tiles of a token of the chunk.
+  int64_t num_key_tiles(int64_t token) const {
+    return index.cache_positions[first_token + token] / kKeyTile + 1;
+  }
+  int64_t row(int64_t token, int64_t head) const { return token * num_heads() + head; }
+  int64_t heads_in_tile(int64_t head) const { return std::min(kQueryTile, num_heads() - head); }
+};
+
+void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                            const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) {
+  const MlaShape& shape = mla.shape;
+  const int64_t cost = shape.num_heads * shape.rope_dim + 2 * shape.latent_dim();
+  for_parts(index.num_tokens, cost, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      const float* angles = rope_table.row<float>(t);
+      for (int64_t head = 0; head < shape.num_heads; ++head) {
+        float* rope_part = q.row<float>(t) + head * shape.qk_dim() + shape.nope_dim;
+        apply_rope(rope_part, angles, shape.rope_dim, shape.rope_interleave);
+      }
+      if (index.slots[t] < 0) continue;
+      float* latent = kv.row<float>(t);
+      kernels_.rms_norm(latent, mla.kv_a_norm, eps, shape.lora_rank, latent);
+      apply_rope(latent + shape.lora_rank, angles, shape.rope_dim, shape.rope_interleave);
+      kernels_.to_bf16(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
+    }
+  });
+}
+
+void CpuOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
+                           const CacheLayer& cache, const Tensor& out) {
+  for (int64_t first = 0; first < index.num_tokens; first += chunk_tokens_) {
+    const Attention at = {
+        q, mla, index, cache, out, first, std::min(chunk_tokens_, index.num_tokens - first)};
+    absorb_queries(at);
+    const bool is_wide = at.num_tokens * at.tiles_per_token() >= 2 * pool_.num_threads();
+    if (is_wide || pool_.num_threads() == 1 || index.max_context_len <= kKeyTile) {
+      attend_rows_in_order(at);
+    } else {
+      attend_split(at);
+    }
+    apply_values(at);
+  }
+}
+
+void CpuOps::absorb_queries(const Attention& at) {
+  const MlaShape& shape = at.mla.shape;
+  const int64_t wanted = ceil_div(2 * pool_.num_threads(), at.num_heads());
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, at.num_tokens / kMinTokensPerPart));
+  const int64_t tokens = ceil_div(at.num_tokens, parts);
+  pool_.parallel_for(at.num_heads() * parts, [&](int64_t task, int worker_id) {
+    Worker& worker = workers_[static_cast<size_t>(worker_id)];
+    const int64_t head = task / parts;
+    const int64_t first = task % parts * tokens;
+    const int64_t count = std::min(tokens, at.num_tokens - first);
+    if (count <= 0) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* query = at.q.row<float>(at.first_token + first + i) + head * shape.qk_dim();
+      float* to = query_latents_ + at.row(first + i, head) * shape.latent_dim();
+      worker.x[i] = query;
+      worker.out[i] = to;
+      kernels_.scale(query + shape.nope_dim, shape.softmax_scale, shape.rope_dim, to + shape.lora_rank);
+    }
+    AbsorbArgs args;
+    args.weight = &at.mla.kv_b;
+    args.row0 = head * (shape.nope_dim + shape.v_dim);
+    args.rows = shape.nope_dim;
+    args.a = worker.x;
+    args.out = worker.out;
+    args.m = count;
+    args.factor = shape.softmax_scale;
+    args.scaled = worker.scaled;
+    args.panel = worker.panel;
+    kernels_.absorb(args);
+  });
+}
+
+// Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk.
+void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, float* const* out,
+                         float* max, float* sum) const {
+  const MlaShape& shape = at.mla.shape;
+  const int64_t t = at.first_token + token;
+  const int64_t seq = at.index.seq_of_token[t];
+  const int64_t begin = tile * kKeyTile;
+  const float* queries[kQueryTile];  // [kQueryTile]
+  const uint16_t* keys[kKeyTile];    // [kKeyTile]
+  AttendArgs args;
+  args.num_rows = at.heads_in_tile(head);
+  for (int64_t i = 0; i < args.num_rows; ++i) {
+    queries[i] = query_latents_ + at.row(token, head + i) * shape.latent_dim();
+  }
+  args.first = std::max<int64_t>(at.index.first_position - begin, 0);
+  args.end = std::min<int64_t>(kKeyTile, at.index.cache_positions[t] + 1 - begin);
+  for (int64_t j = args.first; j < args.end; ++j) {
+    keys[j] = at.cache.latents.row<uint16_t>(slot_of(at.index, seq, begin + j));
+  }
+  args.q = queries;
+  args.keys = keys;
+  args.latent_dim = shape.latent_dim();
+  args.lora_rank = shape.lora_rank;
+  args.out = out;
+  args.max = max;
+  args.sum = sum;
+  kernels_.attend(args);
+}
+
+void CpuOps::attend_rows_in_order(const Attention& at) {
+  const int64_t rank = at.mla.shape.lora_rank;
+  pool_.parallel_for(at.num_tokens * at.tiles_per_token(), [&](int64_t task, int worker_id) {
+    Worker& worker = workers_[static_cast<size_t>(worker_id)];
+    const int64_t token = task / at.tiles_per_token();
+    const int64_t head = task % at.tiles_per_token() * kQueryTile;
+    const int64_t row = at.row(token, head);
+    float* out[kQueryTile];      // [kQueryTile] running result
+    float* part[kQueryTile];     // [kQueryTile] one tile's
+    float part_max[kQueryTile];  // [kQueryTile]
+    float part_sum[kQueryTile];  // [kQueryTile]
+    for (int64_t i = 0; i < kQueryTile; ++i) {
+      out[i] = value_latents_ + (row + i) * rank;
+      part[i] = worker.part + i * rank;
+    }
+    attend_tile(at, token, head, 0, out, softmax_max_ + row, softmax_sum_ + row);
+    for (int64_t tile = 1; tile < at.num_key_tiles(token); ++tile) {
+      attend_tile(at, token, head, tile, part, part_max, part_sum);
+      for (int64_t i = 0; i < at.heads_in_tile(head); ++i) {
+        kernels_.combine(out[i], softmax_max_ + row + i, softmax_sum_ + row + i, part[i], part_max[i],
+                         part_sum[i], rank);
+      }
+    }
+  });
+}
+
+void CpuOps::attend_split(const Attention& at) {
+  const int64_t rank = at.mla.shape.lora_rank;
+  const int64_t num_rows = at.num_tokens * at.num_heads();
+  const int64_t row_tiles = at.num_tokens * at.tiles_per_token();
+  const int64_t all_tiles = (at.index.max_context_len - 1) / kKeyTile + 1;
+  const int64_t wave_tiles = std::max<int64_t>(1, max_parts_ / num_rows);
+  for (int64_t first = 0; first < all_tiles; first += wave_tiles) {
+    const int64_t tiles = std::min(wave_tiles, all_tiles - first);
+    // Part (tile, row) of the wave.
+    pool_.parallel_for(row_tiles * tiles, [&](int64_t task, int) {
+      const int64_t tile = task / row_tiles;
+      const int64_t token = task % row_tiles / at.tiles_per_token();
+      const int64_t head = task % at.tiles_per_token() * kQueryTile;
+      if (first + tile >= at.num_key_tiles(token)) return;
+      const int64_t part = tile * num_rows + at.row(token, head);
+      float* out[kQueryTile];  // [kQueryTile]
+      for (int64_t i = 0; i < kQueryTile; ++i) out[i] = parts_ + (part + i) * rank;
+      attend_tile(at, token, head, first + tile, out, parts_max_ + part, parts_sum_ + part);
+    });
+    for_parts(num_rows, tiles * rank, [&](int64_t first_row, int64_t end_row, Worker&) {
+      for (int64_t row = first_row; row < end_row; ++row) {
+        const int64_t end_tile = std::min(tiles, at.num_key_tiles(row / at.num_heads()) - first);
+        float* to = value_latents_ + row * rank;
+        for (int64_t tile = 0; tile < end_tile; ++tile) {
+          const int64_t part = tile * num_rows + row;
+          if (first + tile == 0) {
+            memcpy(to, parts_ + part * rank, static_cast<size_t>(rank) * sizeof(float));
+            softmax_max_[row] = parts_max_[part];
+            softmax_sum_[row] = parts_sum_[part];
+          } else {
+            kernels_.combine(to, softmax_max_ + row, softmax_sum_ + row, parts_ + part * rank,
+                             parts_max_[part], parts_sum_[part], rank);
+          }
+        }
+      }
+    });
+  }
+}
+
+void CpuOps::apply_values(const Attention& at) {
+  const MlaShape& shape = at.mla.shape;
+  const int64_t wanted = ceil_div(2 * pool_.num_threads(), at.num_heads());
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, at.num_tokens / kMinTokensPerPart));
+  const int64_t tokens = ceil_div(at.num_tokens, parts);
+  pool_.parallel_for(at.num_heads() * parts, [&](int64_t task, int worker_id) {
+    Worker& worker = workers_[static_cast<size_t>(worker_id)];
+    const int64_t head = task / parts;
+    const int64_t first = task % parts * tokens;
+    const int64_t count = std::min(tokens, at.num_tokens - first);
+    if (count <= 0) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = at.row(first + i, head);
+      float* latent = value_latents_ + row * shape.lora_rank;
+      kernels_.scale(latent, 1.0f / softmax_sum_[row], shape.lora_rank, latent);
+      worker.x[i] = latent;
+      worker.out[i] = at.out.row<float>(at.first_token + first + i) + head * shape.v_dim;
+    }
+    LinearArgs args;
+    args.weight = &at.mla.kv_b;
+    args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
+    args.rows = shape.v_dim;
+    args.x = worker.x;
+    args.out = worker.out;
+    args.out_row0 = args.row0;
+    args.m = count;
+    args.panel = worker.panel;
+    kernels_.linear(args);
+  });
+}
+
+}  // namespace rodin

@@ -1,0 +1,193 @@
+#include "ops/cpu/cpu_ops.h"
+
+#include <algorithm>
+
+#include "ops/cpu/cpu_path.h"
+
+namespace rodin {
+namespace {
+
+// Rows of a task are a multiple of the rows that a kernel takes at once.
+constexpr int64_t kRowGroup = 16;
+
+constexpr int64_t kMaxChunkTokens = 256;
+constexpr int64_t kMinParts = 1024;
+constexpr int64_t kPartsPerWorker = 16;
+
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+
+CpuOps::CpuOps(const std::string& cpu_path, int num_threads)
+    : HostOps(num_threads), kernels_(kernels_of_path(cpu_path)) {}
+
+CpuOps::~CpuOps() {
+  for (void* buffer : buffers_) free(buffer);
+}
+
+std::string CpuOps::name() const { return std::string("cpu (") + kernels_.name + ")"; }
+
+size_t CpuOps::reserve(const OpsLimits& limits) {
+  size_t bytes = HostOps::reserve(limits);
+  const auto make = [&]<class T>(T*& pointer, int64_t count) {
+    const size_t size = static_cast<size_t>(count) * sizeof(T);
+    pointer = static_cast<T*>(alloc(size));
+    buffers_.push_back(pointer);
+    bytes += size;
+  };
+  const MlaShape& mla = limits.mla;
+  const int64_t tokens = limits.max_step_tokens;
+  const int64_t slots = limits.num_experts > 0 ? limits.experts_per_token : 0;
+  const int64_t max_pairs = tokens * (slots + 1);
+  const int64_t max_inputs = std::max({limits.max_linear_inputs, limits.hidden_size, mla.lora_rank});
+  chunk_tokens_ = std::min(tokens, kMaxChunkTokens);
+  max_parts_ = std::max(kMinParts, kPartsPerWorker * pool_.num_threads());
+
+  workers_.resize(static_cast<size_t>(pool_.num_threads()));
+  for (Worker& worker : workers_) {
+    make(worker.panel,
+         std::max(kPanelRows * round_up(max_inputs, kPanelAlign), mla.nope_dim * mla.lora_rank));
+    make(worker.scaled, 4 * mla.nope_dim);
+    make(worker.part, kQueryTile * mla.lora_rank);
+    make(worker.pairs, max_pairs * kRowGroup);
+    make(worker.x, max_pairs);
+    make(worker.out, max_pairs);
+    make(worker.scores, 3 * limits.num_experts);
+  }
+  make(x_rows_, max_pairs);
+  make(out_rows_, max_pairs);
+  make(out_rows1_, tokens);
+  make(query_latents_, chunk_tokens_ * mla.num_heads * mla.latent_dim());
+  make(value_latents_, chunk_tokens_ * mla.num_heads * mla.lora_rank);
+  make(softmax_max_, chunk_tokens_ * mla.num_heads);
+  make(softmax_sum_, chunk_tokens_ * mla.num_heads);
+  make(parts_, max_parts_ * mla.lora_rank);
+  make(parts_max_, max_parts_);
+  make(parts_sum_, max_parts_);
+  if (limits.num_experts > 0) {
+    expert_start_.resize(static_cast<size_t>(limits.num_experts) + 2);
+    active_experts_.reserve(static_cast<size_t>(limits.num_experts) + 1);
+    pair_of_slot_.resize(static_cast<size_t>(tokens * slots));
+    pair_token_.resize(static_cast<size_t>(max_pairs));
+    make(expert_hidden_, tokens * (slots * limits.moe_intermediate_size + limits.shared_intermediate_size));
+  }
+  return bytes;
+}
+
+CpuOps::RowTasks CpuOps::cut_rows(int64_t num_rows, int64_t num_inputs, int64_t m) const {
+  const int64_t row_work = num_inputs * m;
+  const int64_t num_threads = pool_.num_threads();
+  if (num_threads == 1 || num_rows * row_work < kMinParallelWork) return {num_rows, num_rows > 0 ? 1 : 0};
+  const int64_t even = ceil_div(num_rows, num_threads * kTasksPerWorker);
+  const int64_t rows = round_up(std::max(even, ceil_div(kMinTaskWork, row_work)), kRowGroup);
+  return {rows, ceil_div(num_rows, rows)};
+}
+
+void CpuOps::embed(const Weight& table, const StepIndex& index, const Tensor& out) {
+  for_parts(out.rows, out.cols, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) kernels_.widen_row(table, index.token_ids[t], out.row<float>(t));
+  });
+}
+
+void CpuOps::rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) {
+  for_parts(x.rows, x.cols, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      kernels_.rms_norm(x.row<float>(t), weight, eps, x.cols, out.row<float>(t));
+    }
+  });
+}
+
+void CpuOps::add_rms_norm(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                          const Tensor& out) {
+  for_parts(residual.rows, 2 * residual.cols, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      kernels_.add(residual.row<float>(t), delta.row<float>(t), residual.cols);
+      kernels_.rms_norm(residual.row<float>(t), weight, eps, residual.cols, out.row<float>(t));
+    }
+  });
+}
+
+void CpuOps::run_linear(const Weight& weight, const RowTasks& tasks, int64_t task, int64_t m,
+                        float* const* out, Worker& worker) {
+  LinearArgs args;
+  args.weight = &weight;
+  args.row0 = task * tasks.rows_per_task;
+  args.rows = std::min(tasks.rows_per_task, weight.rows - args.row0);
+  args.x = x_rows_;
+  args.out = out;
+  args.m = m;
+  args.panel = worker.panel;
+  kernels_.linear(args);
+}
+
+void CpuOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
+  for (int64_t t = 0; t < x.rows; ++t) {
+    x_rows_[t] = x.row<float>(t);
+    out_rows_[t] = out.row<float>(t);
+  }
+  const RowTasks tasks = cut_rows(weight.rows, weight.cols, x.rows);
+  pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
+    run_linear(weight, tasks, task, x.rows, out_rows_, workers_[static_cast<size_t>(worker)]);
+  });
+}
+
+void CpuOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
+                         const Tensor& out1) {
+  for (int64_t t = 0; t < x.rows; ++t) {
+    x_rows_[t] = x.row<float>(t);
+    out_rows_[t] = out0.row<float>(t);
+    out_rows1_[t] = out1.row<float>(t);
+  }
+  const RowTasks tasks0 = cut_rows(weight0.rows, weight0.cols, x.rows);
+  const RowTasks tasks1 = cut_rows(weight1.rows, weight1.cols, x.rows);
+  pool_.parallel_for(tasks0.num_tasks + tasks1.num_tasks, [&](int64_t task, int worker_id) {
+    Worker& worker = workers_[static_cast<size_t>(worker_id)];
+    if (task < tasks0.num_tasks) {
+      run_linear(weight0, tasks0, task, x.rows, out_rows_, worker);
+    } else {
+      run_linear(weight1, tasks1, task - tasks0.num_tasks, x.rows, out_rows1_, worker);
+    }
+  });
+}
+
+void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
+  for (int64_t t = 0; t < x.rows; ++t) {
+    x_rows_[t] = x.row<float>(t);
+    out_rows_[t] = out.row<float>(t);
+  }
+  const RowTasks tasks = cut_rows(mlp.gate.rows, 2 * mlp.gate.cols, x.rows);
+  pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
+    const int64_t row0 = task * tasks.rows_per_task;
+    const int64_t rows = std::min(tasks.rows_per_task, mlp.gate.rows - row0);
+    run_gate_up(mlp, 0, x.rows, row0, rows, workers_[static_cast<size_t>(worker)]);
+  });
+}
+
+// Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
+// out_rows_.
+void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
+                         int64_t rows, Worker& worker) {
+  for (int64_t i = 0; i < num_pairs; ++i) worker.out[i] = worker.pairs + i * kRowGroup;
+  LinearArgs args;
+  args.x = x_rows_ + first_pair;
+  args.m = num_pairs;
+  args.panel = worker.panel;
+  for (int64_t row = row0; row < row0 + rows; row += kRowGroup) {
+    args.row0 = row;
+    args.rows = std::min(kRowGroup, row0 + rows - row);
+    args.weight = &mlp.gate;
+    args.out = out_rows_ + first_pair;
+    args.out_row0 = 0;
+    kernels_.linear(args);
+    args.weight = &mlp.up;
+    args.out = worker.out;
+    args.out_row0 = row;
+    kernels_.linear(args);
+    for (int64_t i = 0; i < num_pairs; ++i) {
+      float* to = out_rows_[first_pair + i] + row;
+      kernels_.silu_mul(to, worker.out[i], args.rows, to);
+    }
+  }
+}
+
+}  // namespace rodin

@@ -1,0 +1,125 @@
+// CpuOps: the fast CPU path. Activations and sums are float32, weights stay as they are in memory, latents
+// are cached in bf16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
+// path); this class cuts the work into tasks, which never changes a result.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "ops/cpu/host_ops.h"
+#include "ops/cpu/kernels.h"
+
+namespace rodin {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class CpuOps final : public HostOps {
+ public:
+  // cpu_path is "auto" or one of supported_cpu_paths().
+  CpuOps(const std::string& cpu_path, int num_threads);
+  ~CpuOps() override;
+
+  std::string name() const override;
+  Dtype cache_dtype() const override { return Dtype::kBF16; }
+  size_t reserve(const OpsLimits& limits) override;
+
+  void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
+  void rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) override;
+  void add_rms_norm(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                    const Tensor& out) override;
+  void linear(const Tensor& x, const Weight& weight, const Tensor& out) override;
+  void linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
+                   const Tensor& out1) override;
+  void gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) override;
+  void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                      const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
+  void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
+  void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+             const Tensor& expert_weights) override;
+  void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
+           const Tensor& out) override;
+
+ private:
+  // Below this many multiply-adds an op is not worth waking the other workers.
+  static constexpr int64_t kMinParallelWork = 16 * 1024;
+  // A task should have at least this many.
+  static constexpr int64_t kMinTaskWork = 8 * 1024;
+  static constexpr int64_t kTasksPerWorker = 8;
+
+  // Working memory of one worker of the pool.
+  struct Worker {
+    float* panel = nullptr;     // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
+    float* scaled = nullptr;    // [4, nope_dim]
+    float* part = nullptr;      // [kQueryTile, lora_rank] one tile of attention
+    float* pairs = nullptr;     // [max pairs, 16] one strip of outputs of every (token, expert) pair
+    const float** x = nullptr;  // [max rows]
+    float** out = nullptr;      // [max rows]
+    float* scores = nullptr;    // [3, E] routing
+  };
+
+  // A weight's rows cut into equal tasks.
+  struct RowTasks {
+    int64_t rows_per_task = 0;
+    int64_t num_tasks = 0;
+  };
+  RowTasks cut_rows(int64_t num_rows, int64_t num_inputs, int64_t m) const;
+
+  // Calls fn(first, end, worker) for parts of 0 .. count-1; `cost` is the work of one item in multiply-adds.
+  template <class F>
+  void for_parts(int64_t count, int64_t cost, const F& fn) {
+    const int64_t num_threads = pool_.num_threads();
+    if (num_threads == 1 || count * cost < kMinParallelWork) {
+      if (count > 0) fn(int64_t{0}, count, workers_[0]);
+      return;
+    }
+    const int64_t even = ceil_div(count, num_threads * kTasksPerWorker);
+    const int64_t items = std::max(even, ceil_div(kMinTaskWork, cost));
+    pool_.parallel_for(ceil_div(count, items), [&](int64_t task, int worker) {
+      fn(task * items, std::min(count, (task + 1) * items), workers_[static_cast<size_t>(worker)]);
+    });
+  }
+
+  void run_linear(const Weight& weight, const RowTasks& tasks, int64_t task, int64_t m, float* const* out,
+                  Worker& worker);
+
+  struct Attention;  // one chunk of tokens of one mla_attention call
+  void absorb_queries(const Attention& at);
+  void attend_rows_in_order(const Attention& at);
+  void attend_split(const Attention& at);
+  void apply_values(const Attention& at);
+  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, float* const* out,
+                   float* max, float* sum) const;
+
+  void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
+  void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,
+                   Worker& worker);
+
+  const Kernels& kernels_;
+  std::vector<void*> buffers_;   // everything from alloc() below
+  std::vector<Worker> workers_;  // [num_threads]
+
+  const float** x_rows_ = nullptr;  // [max rows] inputs of the op at hand
+  float** out_rows_ = nullptr;      // [max rows]
+  float** out_rows1_ = nullptr;     // [max rows] second output of linear_pair
+
+  int64_t chunk_tokens_ = 0;        // most tokens of one chunk of attention
+  float* query_latents_ = nullptr;  // [chunk_tokens, A, latent_dim] absorbed queries
+  float* value_latents_ = nullptr;  // [chunk_tokens, A, lora_rank] attention's sums of latents
+  float* softmax_max_ = nullptr;    // [chunk_tokens, A]
+  float* softmax_sum_ = nullptr;    // [chunk_tokens, A]
+  int64_t max_parts_ = 0;           // most rows of one wave of split attention
+  float* parts_ = nullptr;          // [max_parts, lora_rank]
+  float* parts_max_ = nullptr;      // [max_parts]
+  float* parts_sum_ = nullptr;      // [max_parts]
+
+  // A pair is one (token, expert) of the routing; pairs are sorted by expert, the shared expert's come last.
+  std::vector<int64_t> expert_start_;    // [E + 2] first pair of each expert; [E] is the shared one
+  std::vector<int64_t> active_experts_;  // [<= E + 1] experts that have pairs
+  std::vector<int64_t> pair_of_slot_;    // [T * k] where slot j of token t went
+  std::vector<int64_t> pair_token_;      // [T * (k + 1)]
+  float* expert_hidden_ = nullptr;       // [T, k * Im + Is] intermediate of every pair
+};
+
+}  // namespace rodin

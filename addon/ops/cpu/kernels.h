@@ -1,0 +1,91 @@
+// The inner loops of CpuOps, one table of functions per instruction path. Each path is one translation unit
+// compiled with its own flags, so nothing here or in kernels_*.h may be an inline function with external
+// linkage: the linker would keep one copy for all.
+//
+// Batch invariance: an output element is computed by the same operations in the same order whatever m, the
+// row's place in the batch, or the split of the work into calls.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/weight.h"
+
+namespace rodin {
+
+// Keys of one attention tile, and the alignment of tiles to absolute positions.
+constexpr int64_t kKeyTile = 64;
+// Query rows of one call of attend: heads of one token.
+constexpr int64_t kQueryTile = 4;
+// Weight rows that `linear` widens at once when there are many tokens.
+constexpr int64_t kPanelRows = 16;
+// Floats that a row of a panel takes: rounded up to the widest vector.
+constexpr int64_t kPanelAlign = 16;
+
+// out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
+struct LinearArgs {
+  const Weight* weight = nullptr;
+  int64_t row0 = 0;
+  int64_t rows = 0;
+  const float* const* x = nullptr;  // [m] rows of [cols]
+  float* const* out = nullptr;      // [m]
+  int64_t out_row0 = 0;
+  int64_t m = 0;
+  float* panel = nullptr;  // [kPanelRows, cols rounded up to kPanelAlign] working memory
+};
+
+// out[t][c] = factor * sum_d a[t][d] * weight[row0 + d][c] for d in 0 .. rows - 1 and every column c.
+struct AbsorbArgs {
+  const Weight* weight = nullptr;
+  int64_t row0 = 0;
+  int64_t rows = 0;
+  const float* const* a = nullptr;  // [m] rows of [rows]
+  float* const* out = nullptr;      // [m] rows of [cols]
+  int64_t m = 0;
+  float factor = 1;
+  float* scaled = nullptr;  // [4, rows] working memory
+  float* panel = nullptr;   // [rows, cols] working memory
+};
+
+// One tile of absorbed attention for some heads of one token. Over keys j = first .. end - 1:
+//   s_j = q . key_j, max = max_j s_j, sum = sum_j exp(s_j - max), out = sum_j exp(s_j - max) *
+//   key_j[:lora_rank]
+struct AttendArgs {
+  const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
+  int64_t num_rows = 0;             // 1 .. kQueryTile
+  const uint16_t* const* keys =
+      nullptr;  // [kKeyTile] bf16 rows of [latent_dim]; only first .. end - 1 are read
+  int64_t first = 0;
+  int64_t end = 0;
+  int64_t latent_dim = 0;
+  int64_t lora_rank = 0;
+  float* const* out = nullptr;  // [num_rows] rows of [lora_rank]
+  float* max = nullptr;         // [num_rows]
+  float* sum = nullptr;         // [num_rows]
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearArgs& args);
+  void (*absorb)(const AbsorbArgs& args);
+  void (*attend)(const AttendArgs& args);
+  // Adds the result of a later tile to that of the tiles before it: (out, max, sum) <- both. out, part: [n]
+  void (*combine)(float* out, float* max, float* sum, const float* part, float part_max, float part_sum,
+                  int64_t n);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);  // out may be x
+  void (*add)(float* x, const float* y, int64_t n);                                         // x += y
+  void (*scale)(const float* x, float factor, int64_t n, float* out);                       // out may be x
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);              // out may be gate
+  void (*sigmoid)(float* x, int64_t n);
+  void (*softmax)(float* x, int64_t n);
+  // out = sum_j weights[j] * y[j], j ascending, then + shared unless null. y: [num] rows of [n]
+  void (*weighted_sum)(const float* const* y, const float* weights, int64_t num, const float* shared,
+                       int64_t n, float* out);
+  void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+};
+
+const Kernels& kernels_portable();
+const Kernels& kernels_avx2();    // x86-64 only
+const Kernels& kernels_avx512();  // x86-64 only
+
+}  // namespace rodin

@@ -1,0 +1,16 @@
+// The table of this translation unit's kernels.
+#pragma once
+
+#include "ops/cpu/kernels_attention.h"
+#include "ops/cpu/kernels_elementwise.h"
+
+namespace rodin {
+namespace {
+
+constexpr Kernels kKernels = {
+    kPathName, linear,   absorb,  attend,  combine,      rms_norm,  add_to,
+    scale_by,  silu_mul, sigmoid, softmax, weighted_sum, widen_row, to_bf16,
+};
+
+}  // namespace
+}  // namespace rodin

@@ -1,0 +1,124 @@
+// Latent attention: rotation and cache write, then for each chunk of the plan
+//   q_latent = q_nope W_UK (a linear layer of each head), attention over the splits, combine, out = o W_UV.
+#include <algorithm>
+
+#include "cuda/cuda_check.h"
+#include "cuda/cuda_ops_impl.h"
+
+namespace rodin::cuda {
+namespace {
+
+constexpr int64_t kPartialBudget = int64_t{256} << 20;  // bytes of the splits' results
+constexpr int64_t kLatentBudget = int64_t{128} << 20;   // bytes of one latent per token and head
+
+}  // namespace
+
+void CudaOps::reserve_attention() {
+  const MlaShape& shape = limits_.mla;
+  const int64_t max_context = std::max<int64_t>(limits_.num_blocks * limits_.block_size, 1);
+  int64_t most_splits = 1;  // of one token: at the ends of the ranges of mla_split_shift
+  for (const int64_t position : {max_context - 1, int64_t{1023}, int64_t{2047}, int64_t{4095}}) {
+    most_splits = std::max<int64_t>(most_splits, mla_num_splits(static_cast<int32_t>(std::min(position, max_context - 1))));
+  }
+  latent_stride_ = (shape.lora_rank + 7) / 8 * 8;
+  const int64_t row_bytes = shape.lora_rank * 4 + 8;
+  const int64_t token_rows = shape.num_heads * most_splits;
+  partial_rows_ = std::max(std::min(kPartialBudget / row_bytes, limits_.max_step_tokens * token_rows), token_rows);
+  attention_tokens_ =
+      std::clamp<int64_t>(kLatentBudget / (shape.num_heads * latent_stride_ * 2), 1, limits_.max_step_tokens);
+  q_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
+  out_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
+  partial_ = workspace<float>(partial_rows_ * shape.lora_rank);
+  partial_ml_ = workspace<float>(partial_rows_ * 2);
+}
+
+void CudaOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) {
+  const MlaShape& shape = mla.shape;
+  run_rope_store({.q = q.data,
+                  .q_stride = q.stride,
+                  .kv = kv.data,
+                  .kv_stride = kv.stride,
+                  .norm_weight = mla.kv_a_norm,
+                  .eps = eps,
+                  .rope_table = rope_table.row<float>(0),
+                  .rope_stride = rope_table.stride,
+                  .slots = index.slots,
+                  .cache = cache.latents.data,
+                  .cache_stride = cache.latents.stride,
+                  .num_tokens = static_cast<int32_t>(index.num_tokens),
+                  .num_heads = static_cast<int32_t>(shape.num_heads),
+                  .nope_dim = static_cast<int32_t>(shape.nope_dim),
+                  .rope_dim = static_cast<int32_t>(shape.rope_dim),
+                  .lora_rank = static_cast<int32_t>(shape.lora_rank),
+                  .is_interleaved = shape.rope_interleave},
+                 stream_);
+}
+
+void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                            const Tensor& out) {
+  const MlaShape& shape = mla.shape;
+  const Step& step = steps_[index.q_start == steps_[0].q_start ? 0 : 1];
+  check(index.q_start == step.q_start, "mla_attention() was given an index that begin_step() did not make");
+  const PlacedMla& placed = *static_cast<const PlacedMla*>(mla.packed);
+  const auto num_heads = static_cast<int32_t>(shape.num_heads);
+  const int64_t latent_row = shape.num_heads * latent_stride_;
+  for (const MlaChunk& chunk : step.plan.chunks) {
+    const Tensor chunk_q = q.slice_rows(chunk.first_token, chunk.num_tokens);
+    const Tensor q_latent = {q_latent_, Dtype::kBF16, chunk.num_tokens, latent_row, latent_row};
+    const Tensor out_latent = {out_latent_, Dtype::kBF16, chunk.num_tokens, latent_row, latent_row};
+
+    LinearParams absorb = linear_params(chunk_q, q_latent, placed.w_uk);
+    absorb.num_batches = num_heads;
+    absorb.batch_rows = static_cast<int32_t>(shape.lora_rank);
+    absorb.max_rows = absorb.batch_rows;
+    absorb.weight_batch = shape.lora_rank;
+    absorb.x_batch = shape.qk_dim();
+    absorb.out_batch = latent_stride_;
+    absorb.is_x_aligned = absorb.is_x_aligned && shape.qk_dim() % 8 == 0;
+    run_linear(absorb, stream_);
+
+    const MlaParams params = {.q_latent = q_latent_,
+                              .q_latent_stride = latent_stride_,
+                              .q = q.data,
+                              .q_stride = q.stride,
+                              .cache = cache.latents.data,
+                              .cache_stride = cache.latents.stride,
+                              .q_start = index.q_start,
+                              .cache_positions = index.cache_positions,
+                              .block_table_start = index.block_table_start,
+                              .block_table = index.block_table,
+                              .tiles = step.tiles + chunk.first_tile,
+                              .num_tiles = chunk.num_tiles,
+                              .max_splits = chunk.max_splits,
+                              .first_token = chunk.first_token,
+                              .num_tokens = chunk.num_tokens,
+                              .first_position = static_cast<int32_t>(index.first_position),
+                              .block_size = static_cast<int32_t>(index.block_size),
+                              .num_heads = num_heads,
+                              .nope_dim = static_cast<int32_t>(shape.nope_dim),
+                              .rope_dim = static_cast<int32_t>(shape.rope_dim),
+                              .lora_rank = static_cast<int32_t>(shape.lora_rank),
+                              .row_tiles = step.plan.row_tiles,
+                              .softmax_scale = shape.softmax_scale,
+                              .partial = partial_,
+                              .partial_ml = partial_ml_,
+                              .out = out_latent_,
+                              .out_stride = latent_stride_};
+    run_mla_attention(params, stream_);
+    run_mla_combine(params, stream_);
+
+    LinearParams values = linear_params(out_latent, out.slice_rows(chunk.first_token, chunk.num_tokens),
+                                        view_of(mla.kv_b));
+    values.num_batches = num_heads;
+    values.batch_rows = static_cast<int32_t>(shape.v_dim);
+    values.max_rows = values.batch_rows;
+    values.weight_batch = shape.nope_dim + shape.v_dim;
+    values.weight_offset = shape.nope_dim;
+    values.x_batch = latent_stride_;
+    values.out_batch = shape.v_dim;
+    run_linear(values, stream_);
+  }
+}
+
+}  // namespace rodin::cuda

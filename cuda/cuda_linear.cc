@@ -1,0 +1,171 @@
+// Linear layers and the mixture of experts.
+#include <algorithm>
+
+#include "cuda/cuda_check.h"
+#include "cuda/cuda_ops_impl.h"
+
+namespace rodin::cuda {
+namespace {
+
+constexpr size_t kMoeBudget = size_t{512} << 20;  // bytes of the experts' intermediate results
+
+bool is_aligned(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+}
+
+LinearIo io_of(const Tensor& x, const Tensor& out) { return {x.data, x.stride, out.data, out.stride}; }
+
+}  // namespace
+
+LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const {
+  LinearParams params;
+  params.weight[0] = weight;
+  params.io[0] = io_of(x, out);
+  params.weight_dtype = weight.dtype;
+  params.out_dtype = out.dtype;
+  params.is_x_aligned = is_aligned(x.data, x.stride);
+  params.num_tokens = static_cast<int32_t>(x.rows);
+  params.max_rows = weight.rows;
+  params.max_cols = weight.cols;
+  return params;
+}
+
+void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
+  run_linear(linear_params(x, out, view_of(weight)), stream_);
+}
+
+void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
+                          const Tensor& out1) {
+  const WeightView& view1 = view_of(weight1);
+  LinearParams params = linear_params(x, out0, view_of(weight0));
+  if (view1.dtype != params.weight_dtype || view1.cols != params.max_cols || out0.dtype != out1.dtype) {
+    run_linear(params, stream_);
+    linear(x, weight1, out1);
+    return;
+  }
+  params.is_pair = true;
+  params.weight[1] = view1;
+  params.io[1] = io_of(x, out1);
+  params.max_rows = std::max(params.max_rows, view1.rows);
+  run_linear(params, stream_);
+}
+
+void CudaOps::run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
+  const WeightView& up = view_of(mlp.up);
+  LinearParams params = linear_params(x, out, view_of(mlp.gate));
+  check(up.dtype == params.weight_dtype, "gate_proj and up_proj of a layer have different dtypes, which the GPU backend ",
+        "does not take; use --device cpu");
+  params.is_gated = true;
+  params.weight[1] = up;
+  run_linear(params, stream_);
+}
+
+void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) { run_mlp_linear(x, mlp, out); }
+
+void CudaOps::reserve_moe() {
+  if (limits_.num_experts == 0) return;
+  const int64_t k = limits_.experts_per_token;
+  const auto tensor = [&](int64_t rows, int64_t cols) {
+    const int64_t stride = (cols + 7) / 8 * 8;
+    return Tensor{workspace<uint16_t>(rows * stride), Dtype::kBF16, rows, cols, stride};
+  };
+  const int64_t token_bytes = 2 * (k * (limits_.moe_intermediate_size + limits_.hidden_size) +
+                                   limits_.shared_intermediate_size + limits_.hidden_size);
+  moe_tokens_ = std::clamp<int64_t>(static_cast<int64_t>(kMoeBudget) / token_bytes, 1,
+                                    std::max<int64_t>(limits_.max_step_tokens, 1));
+  router_logits_ = workspace<float>(limits_.max_step_tokens * limits_.num_experts);
+  expert_mid_ = tensor(moe_tokens_ * k, limits_.moe_intermediate_size);
+  shared_mid_ = tensor(moe_tokens_, limits_.shared_intermediate_size);
+  expert_out_ = tensor(moe_tokens_ * k, limits_.hidden_size);
+  shared_out_ = tensor(moe_tokens_, limits_.hidden_size);
+  moe_plan_.order = workspace<int32_t>(moe_tokens_ * k);
+  moe_plan_.tiles = workspace<MoeTile>(moe_tokens_ * k + moe_tokens_);
+  moe_plan_.num_tiles = workspace<int32_t>(1);
+}
+
+void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights) {
+  if (x.rows == 0) return;
+  const int64_t num_experts = moe.route.num_experts;
+  linear(x, moe.router, {router_logits_, Dtype::kF32, x.rows, num_experts, num_experts});
+  run_route({.logits = router_logits_,
+             .correction_bias = moe.correction_bias,
+             .expert_ids = expert_ids.row<int32_t>(0),
+             .ids_stride = expert_ids.stride,
+             .expert_weights = expert_weights.row<float>(0),
+             .weights_stride = expert_weights.stride,
+             .num_tokens = static_cast<int32_t>(x.rows),
+             .route = moe.route},
+            stream_);
+}
+
+void CudaOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
+                  const Tensor& out) {
+  for (int64_t first = 0; first < x.rows; first += moe_tokens_) {
+    const int64_t count = std::min(moe_tokens_, x.rows - first);
+    moe_chunk(x.slice_rows(first, count), moe, expert_ids.slice_rows(first, count),
+              expert_weights.slice_rows(first, count), out.slice_rows(first, count));
+  }
+}
+
+void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                        const Tensor& expert_weights, const Tensor& out) {
+  const PlacedMoe& placed = *static_cast<const PlacedMoe*>(moe.packed);
+  const auto k = static_cast<int32_t>(moe.route.experts_per_token);
+  const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
+  const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
+  const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
+  const auto tokens_each =
+      static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
+
+  const MoePlanParams plan = {.expert_ids = expert_ids.row<int32_t>(0),
+                              .ids_stride = expert_ids.stride,
+                              .num_tokens = static_cast<int32_t>(x.rows),
+                              .experts_per_token = k,
+                              .num_experts = num_experts,
+                              .has_shared = is_shared_grouped,
+                              .tile_tokens = linear_tile_tokens(tokens_each),
+                              .plan = moe_plan_};
+  run_moe_plan(plan, stream_);
+
+  LinearParams params = linear_params(x, expert_mid_, view_of(moe.experts[0].gate));
+  params.is_gated = true;
+  params.table[0] = placed.gate;
+  params.table[1] = placed.up;
+  params.plan = moe_plan_;
+  params.max_tiles = moe_max_tiles(plan);
+  params.num_experts = num_experts;
+  params.x_divisor = k;
+  params.num_tokens = tokens_each;
+  params.io[1] = io_of(x, shared_mid_);
+  params.max_rows = std::max(params.max_rows, shared_rows);
+  run_linear(params, stream_);
+
+  LinearParams down = linear_params(expert_mid_, expert_out_, view_of(moe.experts[0].down));
+  down.table[0] = placed.down;
+  down.plan = moe_plan_;
+  down.max_tiles = params.max_tiles;
+  down.num_experts = num_experts;
+  down.num_tokens = tokens_each;
+  down.io[1] = io_of(shared_mid_, shared_out_);
+  down.max_cols = std::max(down.max_cols, shared_rows);
+  run_linear(down, stream_);
+
+  if (moe.has_shared() && !is_shared_grouped) {
+    const Tensor mid = shared_mid_.slice_rows(0, x.rows);
+    run_mlp_linear(x, moe.shared, mid);
+    linear(mid, moe.shared.down, shared_out_.slice_rows(0, x.rows));
+  }
+  run_moe_combine({.routed = expert_out_.data,
+                   .shared = moe.has_shared() ? shared_out_.data : nullptr,
+                   .stride = expert_out_.stride,
+                   .expert_weights = expert_weights.row<float>(0),
+                   .weights_stride = expert_weights.stride,
+                   .out = out.data,
+                   .out_stride = out.stride,
+                   .num_tokens = static_cast<int32_t>(x.rows),
+                   .cols = static_cast<int32_t>(out.cols),
+                   .experts_per_token = k},
+                  stream_);
+}
+
+}  // namespace rodin::cuda

@@ -1,0 +1,232 @@
+#include "cuda/cuda_ops.h"
+
+#include <algorithm>
+#include <charconv>
+
+#include "cuda/cuda_check.h"
+#include "cuda/cuda_ops_impl.h"
+
+namespace rodin {
+namespace {
+
+// Empty, or why the device cannot be used.
+std::string reason_against(int device_id) {
+  cudaDeviceProp properties;
+  const cudaError_t error = cudaGetDeviceProperties(&properties, device_id);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+  }
+  if (properties.major == 9 && properties.minor == 0) return "";
+  return std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." +
+         std::to_string(properties.minor) + "; the kernels are built for 9.0 (H100, H200)";
+}
+
+std::string no_device_reason(cudaError_t error) {
+  cudaGetLastError();
+  if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver is installed, or one older than CUDA 13 needs";
+  if (error == cudaErrorNoDevice || error == cudaSuccess) return "the driver sees no GPU";
+  return cudaGetErrorString(error);
+}
+
+}  // namespace
+
+void list_cuda_devices(std::vector<std::string>& usable, std::vector<std::pair<std::string, std::string>>& unusable) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    unusable.emplace_back("cuda:0", no_device_reason(error));
+    return;
+  }
+  for (int i = 0; i < count; ++i) {
+    const std::string device = "cuda:" + std::to_string(i);
+    const std::string reason = reason_against(i);
+    if (reason.empty()) {
+      usable.push_back(device);
+    } else {
+      unusable.emplace_back(device, reason);
+    }
+  }
+}
+
+std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute) {
+  const std::string prefix = "cuda:";
+  int device_id = -1;
+  const char* end = device.data() + device.size();
+  const char* digits = device.data() + std::min(device.size(), prefix.size());
+  const auto parsed = std::from_chars(digits, end, device_id);
+  check(device.compare(0, prefix.size(), prefix) == 0 && parsed.ec == std::errc() && parsed.ptr == end && device_id >= 0,
+        "the device '", device, "' does not exist; use cpu or cuda:0");
+  check(compute == "auto", "the compute mode '", compute, "' runs on the CPU alone; use --device cpu");
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  check(error == cudaSuccess && count > 0, "the device ", device, " cannot be used: ", no_device_reason(error));
+  check(device_id < count, "the device ", device, " does not exist; this machine has ", count, " GPU(s)");
+  const std::string reason = reason_against(device_id);
+  check(reason.empty(), "the device ", device, " cannot be used: ", reason);
+  return std::make_unique<cuda::CudaOps>(device_id);
+}
+
+}  // namespace rodin
+
+namespace rodin::cuda {
+
+CudaOps::CudaOps(int device_id) : device_id_(device_id) {
+  RODIN_CUDA(cudaSetDevice(device_id));
+  RODIN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  prepare_linear();
+  prepare_mla();
+}
+
+CudaOps::~CudaOps() {
+  uploader_.reset();
+  if (stream_) {
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+  }
+  if (host_outcomes_) cudaFreeHost(host_outcomes_);
+}
+
+std::string CudaOps::name() const {
+  cudaDeviceProp properties;
+  RODIN_CUDA(cudaGetDeviceProperties(&properties, device_id_));
+  return "cuda:" + std::to_string(device_id_) + " (" + properties.name + ")";
+}
+
+void* CudaOps::alloc(size_t bytes) {
+  RODIN_CUDA(cudaSetDevice(device_id_));  // the engine thread may not be the one that made this
+  return device_alloc(bytes);
+}
+
+void CudaOps::free(void* data) {
+  // Called from destructors: an error here (a lost context) has been reported where it happened.
+  if (cudaFree(data) != cudaSuccess) cudaGetLastError();
+}
+
+void CudaOps::upload(void* device, const void* host, size_t bytes) {
+  RODIN_CUDA(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), " of ", bytes, " bytes");
+  RODIN_CUDA(cudaStreamSynchronize(stream_));
+}
+
+void CudaOps::download(void* host, const void* device, size_t bytes) {
+  RODIN_CUDA(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), " of ", bytes, " bytes");
+  RODIN_CUDA(cudaStreamSynchronize(stream_));
+}
+
+size_t CudaOps::reserve(const OpsLimits& limits) {
+  check(!is_reserved_, "the workspace of ", name(), " was reserved already");
+  limits_ = limits;
+  finish_placing();
+  reserve_moe();
+  reserve_attention();
+  reserve_sample();
+  // Index arrays: seven of a step's tokens, the tiles of attention, the block tables; grown where that is too little.
+  const size_t tokens = static_cast<size_t>(limits.max_step_tokens);
+  const size_t tables = std::min<size_t>(static_cast<size_t>(limits.max_num_seqs * limits.num_blocks), size_t{1} << 20);
+  size_t bytes = workspace_.bytes();
+  for (Step& step : steps_) {
+    step.arrays.begin(tokens * 24 + static_cast<size_t>(limits.max_num_seqs) * 12 + tables * 4 + tokens * 32);
+    bytes += step.arrays.capacity();
+  }
+  for (StepArrays& gather : gathers_) {
+    gather.begin(tokens * 4 + 64);
+    bytes += gather.capacity();
+  }
+  is_reserved_ = true;
+  return bytes;
+}
+
+StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
+  check(is_reserved_, "begin_step() needs reserve() first");
+  check(host.num_tokens <= limits_.max_step_tokens, "a step of ", host.num_tokens, " tokens is larger than the ",
+        limits_.max_step_tokens, " reserved");
+  Step& step = steps_[which];
+  step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_);
+  const int64_t tokens = host.num_tokens, seqs = host.num_seqs;
+  const int64_t num_tiles = static_cast<int64_t>(step.plan.tiles.size());
+  const int64_t table_size = host.block_table_start[seqs];
+  step.arrays.begin(static_cast<size_t>((5 * tokens + 2 * (seqs + 1) + table_size) * 4 +
+                                        num_tiles * static_cast<int64_t>(sizeof(MlaTile)) + 9 * 16));
+  StepIndex index = host;
+  index.token_ids = step.arrays.add(host.token_ids, tokens);
+  index.rope_positions = step.arrays.add(host.rope_positions, tokens);
+  index.cache_positions = step.arrays.add(host.cache_positions, tokens);
+  index.slots = step.arrays.add(host.slots, tokens);
+  index.seq_of_token = step.arrays.add(host.seq_of_token, tokens);
+  index.q_start = step.arrays.add(host.q_start, seqs + 1);
+  index.block_table_start = step.arrays.add(host.block_table_start, seqs + 1);
+  index.block_table = step.arrays.add(host.block_table, table_size);
+  step.tiles = step.arrays.add(step.plan.tiles.data(), num_tiles);
+  step.arrays.flush(stream_);
+  step.q_start = index.q_start;
+  return index;
+}
+
+void CudaOps::rope_table(const StepIndex& index, const RopeParams& params, const Tensor& table) {
+  run_rope_table({.positions = index.rope_positions,
+                  .inv_freq = params.inv_freq,
+                  .multiplier = params.multiplier,
+                  .table = table.row<float>(0),
+                  .stride = table.stride,
+                  .num_tokens = static_cast<int32_t>(index.num_tokens),
+                  .half = static_cast<int32_t>(table.cols / 2)},
+                 stream_);
+}
+
+void CudaOps::embed(const Weight& table, const StepIndex& index, const Tensor& out) {
+  run_embed({.table = view_of(table),
+             .token_ids = index.token_ids,
+             .out = out.row<float>(0),
+             .out_stride = out.stride,
+             .num_tokens = static_cast<int32_t>(index.num_tokens)},
+            stream_);
+}
+
+void CudaOps::rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) {
+  run_rms_norm({.x = x.data,
+                .x_dtype = x.dtype,
+                .x_stride = x.stride,
+                .weight = weight,
+                .eps = eps,
+                .out = out.data,
+                .out_stride = out.stride,
+                .num_rows = static_cast<int32_t>(out.rows),
+                .cols = static_cast<int32_t>(x.cols)},
+               stream_);
+}
+
+void CudaOps::add_rms_norm(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                           const Tensor& out) {
+  run_rms_norm({.x = residual.data,
+                .x_dtype = Dtype::kF32,
+                .x_stride = residual.stride,
+                .delta = delta.data,
+                .delta_stride = delta.stride,
+                .weight = weight,
+                .eps = eps,
+                .out = out.data,
+                .out_stride = out.stride,
+                .num_rows = static_cast<int32_t>(out.rows),
+                .cols = static_cast<int32_t>(residual.cols)},
+               stream_);
+}
+
+void CudaOps::gather_rows(const Tensor& from, const int32_t* rows, const Tensor& to) {
+  if (to.rows == 0) return;
+  StepArrays& arrays = gathers_[next_gather_];
+  next_gather_ = (next_gather_ + 1) % 4;
+  arrays.begin(static_cast<size_t>(to.rows) * 4 + 16);
+  const int32_t* device_rows = arrays.add(rows, to.rows);
+  arrays.flush(stream_);
+  const int64_t element = dtype_bytes(from.dtype);
+  run_gather_rows({.from = from.data,
+                   .from_row_bytes = from.stride * element,
+                   .rows = device_rows,
+                   .to = to.data,
+                   .to_row_bytes = to.stride * element,
+                   .row_bytes = to.cols * element,
+                   .num_rows = static_cast<int32_t>(to.rows)},
+                  stream_);
+}
+
+}  // namespace rodin::cuda

@@ -1,0 +1,173 @@
+// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and upload().
+// Activations and the latent cache are bf16, sums float32. The class fills params structs; the arithmetic is in
+// the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights; cuda_linear.cc: linear layers and
+// MoE; cuda_attention.cc: MLA; cuda_sample.cc: sampling.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/device_memory.h"
+#include "cuda/kernels.h"
+#include "cuda/mla_plan.h"
+#include "cuda/uploader.h"
+#include "ops/ops.h"
+#include "ops/sample_args.h"
+
+namespace rodin::cuda {
+
+// What place() makes of an MoE layer.
+struct PlacedMoe {
+  const WeightView* gate = nullptr;  // [E + 1] device memory; the last one is the shared expert
+  const WeightView* up = nullptr;    // [E + 1]
+  const WeightView* down = nullptr;  // [E + 1]
+  Dtype gate_dtype = Dtype::kBF16;
+  Dtype down_dtype = Dtype::kBF16;
+  bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
+};
+
+// What place() makes of an attention layer.
+struct PlacedMla {
+  WeightView w_uk;  // [A * lora_rank, nope_dim] the transposed half of kv_b
+};
+
+class CudaOps final : public Ops {
+ public:
+  explicit CudaOps(int device_id);
+  ~CudaOps() override;
+
+  std::string name() const override;
+  Dtype activation_dtype() const override { return Dtype::kBF16; }
+  Dtype cache_dtype() const override { return Dtype::kBF16; }
+
+  void* alloc(size_t bytes) override;
+  void free(void* data) override;
+  void upload(void* device, const void* host, size_t bytes) override;
+  void download(void* host, const void* device, size_t bytes) override;
+
+  using Ops::place;
+  void place(Weight& weight) override;
+  const float* place_vector(const float* host, int64_t size) override;
+  void place(MoeWeights& moe) override;
+  void place(MlaWeights& mla) override;
+  size_t reserve(const OpsLimits& limits) override;
+
+  StepIndex begin_step(const StepIndex& host, int which) override;
+  void rope_table(const StepIndex& index, const RopeParams& params, const Tensor& table) override;
+  void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
+  void rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) override;
+  void add_rms_norm(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                    const Tensor& out) override;
+  void linear(const Tensor& x, const Weight& weight, const Tensor& out) override;
+  void linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
+                   const Tensor& out1) override;
+  void gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) override;
+  void gather_rows(const Tensor& from, const int32_t* rows, const Tensor& to) override;
+  void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache) override;
+  void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
+  void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights) override;
+  void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
+           const Tensor& out) override;
+  void sample(const SampleArgs& args) override;
+
+ private:
+  struct Step {
+    StepArrays arrays;
+    MlaPlan plan;
+    const MlaTile* tiles = nullptr;    // device
+    const int32_t* q_start = nullptr;  // device; tells whose StepIndex one is
+  };
+
+  // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
+  struct PendingWiden {
+    WidenParams params;
+    void* temporary;  // freed afterwards
+  };
+  struct PendingTranspose {
+    WeightView kv_b;
+    TransposeParams params;
+    bool is_widened;  // the kernel reads a bf16 copy of kv_b
+  };
+
+  Uploader& uploader();
+  // Copies a host matrix into the arena with padded rows.
+  void* upload_rows(const void* host, int64_t row_bytes, int64_t padded_bytes, int64_t rows);
+  // Waits for the uploads and runs what depends on them.
+  void finish_placing();
+  void widen_and_transpose(const PendingTranspose& pending);
+  template <class T>
+  const T* upload_table(const std::vector<T>& table);
+
+  LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
+  void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  void reserve_moe();
+  void reserve_attention();
+  void reserve_sample();
+  void moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
+                 const Tensor& out);
+  // The host-side rest of sample(): rows that ask for more likeliest tokens than the GPU selects.
+  void select_on_host(const SampleArgs& args, int64_t row, double lse);
+  template <class T>
+  T* workspace(int64_t count) {
+    return static_cast<T*>(workspace_.alloc(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+  const int device_id_;
+  cudaStream_t stream_ = nullptr;
+  OpsLimits limits_;
+  bool is_reserved_ = false;
+
+  DeviceArena weights_;
+  std::deque<WeightView> views_;  // Weight::packed points at these
+  std::deque<PlacedMoe> moes_;
+  std::deque<PlacedMla> mlas_;
+  std::unique_ptr<Uploader> uploader_;  // while something is being placed
+  std::deque<std::vector<char>> tables_;  // host copies that the uploader reads
+  std::vector<PendingWiden> widens_;
+  std::vector<PendingTranspose> transposes_;
+  const float* one_ = nullptr;  // [1] 1.0f: the scale of FP8 matrices without one
+
+  DeviceArena workspace_;
+  Step steps_[2];              // [2] decoder layers, MTP module
+  StepArrays gathers_[4];      // [4] used in turn
+  int next_gather_ = 0;
+
+  // MoE, for up to moe_tokens_ tokens at a time.
+  int64_t moe_tokens_ = 0;
+  MoePlan moe_plan_;
+  float* router_logits_ = nullptr;  // [max_step_tokens, E]
+  Tensor expert_mid_;               // [moe_tokens * k, Im]
+  Tensor shared_mid_;               // [moe_tokens, Is]
+  Tensor expert_out_;               // [moe_tokens * k, H]
+  Tensor shared_out_;               // [moe_tokens, H]
+
+  // Attention, for one chunk of tokens.
+  int64_t attention_tokens_ = 0;  // most tokens of a chunk
+  int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
+  int64_t latent_stride_ = 0;
+  void* q_latent_ = nullptr;      // bf16 [attention_tokens, A, latent_stride]
+  void* out_latent_ = nullptr;    // the same
+  float* partial_ = nullptr;      // [partial_rows, lora_rank]
+  float* partial_ml_ = nullptr;   // [partial_rows, 2]
+
+  // Sampling.
+  StepArrays sample_arrays_;
+  float* adjusted_ = nullptr;                  // [max_logit_rows, V]
+  SampleChunk* sample_chunks_ = nullptr;       // [max_logit_rows, num_chunks]
+  SampleNoiseChunk* noise_chunks_ = nullptr;   // [max_logit_rows, num_chunks]
+  SampleOutcome* outcomes_ = nullptr;          // [max_logit_rows], then the likeliest tokens
+  int32_t* top_ids_ = nullptr;                 // [max_logit_rows * kSampleMaxTop]
+  float* top_logprobs_ = nullptr;              // [max_logit_rows * kSampleMaxTop]
+  SampleOutcome* host_outcomes_ = nullptr;     // pinned [max_logit_rows]
+};
+
+// The placed form of a weight; throws for one that place() has not seen.
+const WeightView& view_of(const Weight& weight);
+
+}  // namespace rodin::cuda

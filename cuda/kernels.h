@@ -1,0 +1,368 @@
+// The boundary between host code and kernels: one POD params struct and one launcher per kernel family.
+// Pointers are device memory unless a comment says so. Activations are bf16, strides count elements.
+//
+// Letters of the shapes: T tokens, S sequences, H hidden size, V vocabulary, A heads, E routed experts,
+// k experts a token, K inputs and N outputs of a linear layer.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ops/tensor.h"
+#include "ops/weight.h"
+
+namespace rodin::cuda {
+
+// K is cut into blocks of this many inputs; products are summed within a block by the tensor cores and the
+// blocks' sums are added in rising order in float32 (times their scale). The same for every kernel and every
+// number of tokens: this is what makes a row's result independent of the batch.
+constexpr int kBlockK = 128;
+
+// A weight matrix in device memory. Rows are padded with zeros to a multiple of 16 elements.
+struct WeightView {
+  const void* data = nullptr;    // [rows, row_bytes]
+  const float* scale = nullptr;  // [ceil(rows / block_rows), scale_cols]; FP8 only
+  const float* bias = nullptr;   // [rows] or null
+  int64_t row_bytes = 0;
+  int32_t rows = 0;             // N
+  int32_t cols = 0;             // K
+  int32_t block_rows = 1;       // rows that share a scale
+  int32_t blocks_per_scale = 1;  // blocks of kBlockK inputs that share a scale
+  int32_t scale_cols = 0;
+  Dtype dtype = Dtype::kBF16;
+};
+
+// ---- linear.cuh, linear_<dtype>.cu ----------------------------------------------------------------------
+
+struct LinearIo {
+  const void* x = nullptr;  // bf16 [*, K]
+  int64_t x_stride = 0;
+  void* out = nullptr;  // bf16 or float32 [*, N]
+  int64_t out_stride = 0;
+};
+
+// Tokens of one expert that share a weight tile.
+struct MoeTile {
+  int32_t expert;  // E: the shared expert
+  int32_t first;   // index into MoePlan::order (shared expert: the first token)
+  int32_t count;
+  int32_t unused;
+};
+
+// Device arrays that run_moe_plan fills.
+struct MoePlan {
+  int32_t* order = nullptr;      // [T * k] slots t * k + j, sorted by expert
+  MoeTile* tiles = nullptr;      // [max_tiles]
+  int32_t* num_tiles = nullptr;  // [1]
+};
+
+// out = x W^T + bias, in one of these forms:
+// - plain:   weight[0], io[0]
+// - pair:    two of them with the same x and K: weight[i], io[i]
+// - gated:   out = silu(x weight[0]^T) * (x weight[1]^T)
+// - batched: for z < num_batches, `batch_rows` rows of weight[0] from z * weight_batch + weight_offset on, x and
+//            out moved by z * x_batch and z * out_batch elements
+// - grouped (table[0] set): the tiles of a MoePlan over table[0][expert] (gated: and table[1][expert]);
+//            row a of x and out is slot a (x: a / x_divisor) in io[0], or token a in io[1] for the shared expert
+struct LinearParams {
+  WeightView weight[2];
+  LinearIo io[2];
+  Dtype weight_dtype = Dtype::kBF16;
+  Dtype out_dtype = Dtype::kBF16;
+  bool is_gated = false;
+  bool is_pair = false;
+  bool is_x_aligned = false;  // every row of x begins at a multiple of 16 bytes
+  int32_t num_tokens = 0;     // T; grouped: expected tokens of one expert, chooses the tile size
+  int32_t max_rows = 0;       // most rows of any weight (batched: batch_rows)
+  int32_t max_cols = 0;
+
+  int32_t num_batches = 1;
+  int32_t batch_rows = 0;  // 0: not batched
+  int64_t weight_batch = 0;
+  int64_t weight_offset = 0;
+  int64_t x_batch = 0;
+  int64_t out_batch = 0;
+
+  const WeightView* table[2] = {nullptr, nullptr};  // [E + 1]
+  MoePlan plan;
+  int32_t max_tiles = 0;
+  int32_t num_experts = 0;
+  int32_t x_divisor = 1;
+};
+
+// Tokens of one tile for a call with `num_tokens` tokens (a MoePlan must be made for the same tile size).
+int linear_tile_tokens(int num_tokens);
+void run_linear(const LinearParams& params, cudaStream_t stream);
+// Raises the kernels' shared memory limits; once per device.
+void prepare_linear();
+
+// ---- norm.cu --------------------------------------------------------------------------------------------
+
+struct NormParams {
+  const void* x = nullptr;  // [T, N]; add_rms_norm: the residual, float32, updated in place
+  Dtype x_dtype = Dtype::kF32;
+  int64_t x_stride = 0;
+  const void* delta = nullptr;  // [T, N] bf16 or null
+  int64_t delta_stride = 0;
+  const float* weight = nullptr;  // [N]
+  float eps = 0;
+  void* out = nullptr;  // [T, N] bf16; may be x
+  int64_t out_stride = 0;
+  int32_t num_rows = 0;  // T
+  int32_t cols = 0;      // N
+};
+void run_rms_norm(const NormParams& params, cudaStream_t stream);
+
+// ---- embed.cu -------------------------------------------------------------------------------------------
+
+struct EmbedParams {
+  WeightView table;                    // [V, H]
+  const int32_t* token_ids = nullptr;  // [T]
+  float* out = nullptr;                // [T, H]
+  int64_t out_stride = 0;
+  int32_t num_tokens = 0;
+};
+void run_embed(const EmbedParams& params, cudaStream_t stream);
+
+struct GatherParams {
+  const void* from = nullptr;
+  int64_t from_row_bytes = 0;     // from one row to the next
+  const int32_t* rows = nullptr;  // [num_rows]
+  void* to = nullptr;
+  int64_t to_row_bytes = 0;
+  int64_t row_bytes = 0;  // copied of each row
+  int32_t num_rows = 0;
+};
+void run_gather_rows(const GatherParams& params, cudaStream_t stream);
+
+// Widens a matrix to bf16, scales applied: FP8 whose scale blocks the kernels do not take.
+struct WidenParams {
+  WeightView from;
+  const float* scale = nullptr;  // [ceil(rows / block_rows), ceil(cols / block_cols)]
+  int32_t block_rows = 1;
+  int32_t block_cols = 1;
+  void* to = nullptr;  // bf16 [rows, to_row_bytes]
+  int64_t to_row_bytes = 0;
+};
+void run_widen(const WidenParams& params, cudaStream_t stream);
+
+// W_UK of every head, transposed: to[h * lora_rank + c][n] = from[h * head_rows + n][c], padding zeroed.
+struct TransposeParams {
+  WeightView from;    // [A * head_rows, lora_rank]
+  void* to = nullptr;  // [A * lora_rank, to_row_bytes], same dtype
+  int64_t to_row_bytes = 0;
+  int32_t num_heads = 0;
+  int32_t head_rows = 0;  // nope_dim + v_dim
+  int32_t nope_dim = 0;
+  int32_t lora_rank = 0;
+  // FP8: scale_to[(h * lora_rank + c) / to_block_rows][n / kBlockK]
+  float* scale_to = nullptr;
+  int32_t to_block_rows = 1;
+  int32_t to_scale_cols = 0;
+};
+void run_transpose_heads(const TransposeParams& params, cudaStream_t stream);
+
+// ---- rope_cache.cu --------------------------------------------------------------------------------------
+
+struct RopeTableParams {
+  const int32_t* positions = nullptr;  // [T]
+  const float* inv_freq = nullptr;     // [half]
+  float multiplier = 1;
+  float* table = nullptr;  // [T, stride] cos of `half` angles, then sin
+  int64_t stride = 0;
+  int32_t num_tokens = 0;
+  int32_t half = 0;
+};
+void run_rope_table(const RopeTableParams& params, cudaStream_t stream);
+
+struct RopeStoreParams {
+  void* q = nullptr;  // bf16 [T, A * qk_dim], rope parts rotated in place
+  int64_t q_stride = 0;
+  const void* kv = nullptr;  // bf16 [T, lora_rank + rope_dim]
+  int64_t kv_stride = 0;
+  const float* norm_weight = nullptr;  // [lora_rank]
+  float eps = 0;
+  const float* rope_table = nullptr;  // [T, rope_stride]
+  int64_t rope_stride = 0;
+  const int32_t* slots = nullptr;  // [T]
+  void* cache = nullptr;           // bf16 [num_slots, cache_stride]
+  int64_t cache_stride = 0;
+  int32_t num_tokens = 0;
+  int32_t num_heads = 0;
+  int32_t nope_dim = 0;
+  int32_t rope_dim = 0;
+  int32_t lora_rank = 0;
+  bool is_interleaved = true;
+};
+void run_rope_store(const RopeStoreParams& params, cudaStream_t stream);
+
+// ---- mla.cu ---------------------------------------------------------------------------------------------
+
+constexpr int kMlaKeyBlock = 64;
+constexpr int kMlaMaxLatent = 576;  // lora_rank + rope_dim, rounded up to 64
+constexpr int kMlaMaxLora = 512;
+
+// Consecutive (token, head) rows of one sequence that are worked on together: rows row_begin .. + num_rows - 1
+// of the flattened [q_len, A]. All of them have the same split size.
+struct MlaTile {
+  int32_t seq;
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t max_position;  // cache position of the last row's token
+  int32_t split_shift;   // keys of one split = 1 << split_shift
+  int32_t unused[3];     // [3]
+};
+
+// Keys of one split for a query at cache position p: a function of p alone, so that a row is always summed in
+// the same order. Four to eight splits up to 8192 keys, then splits of 1024.
+__host__ __device__ inline int mla_split_shift(int32_t position) {
+  if (position < 1024) return 7;
+  if (position < 2048) return 8;
+  if (position < 4096) return 9;
+  return 10;
+}
+inline int32_t mla_num_splits(int32_t position) { return (position >> mla_split_shift(position)) + 1; }
+
+struct MlaParams {
+  const void* q_latent = nullptr;  // bf16 [chunk tokens, A, q_latent_stride] q_nope W_UK
+  int64_t q_latent_stride = 0;
+  const void* q = nullptr;  // bf16 [T, A * qk_dim]; only the rope parts are read
+  int64_t q_stride = 0;
+  const void* cache = nullptr;  // bf16 [num_slots, cache_stride]
+  int64_t cache_stride = 0;
+  const int32_t* q_start = nullptr;            // [S + 1]
+  const int32_t* cache_positions = nullptr;    // [T]
+  const int32_t* block_table_start = nullptr;  // [S + 1]
+  const int32_t* block_table = nullptr;
+  const MlaTile* tiles = nullptr;  // [num_tiles]
+  int32_t num_tiles = 0;
+  int32_t max_splits = 0;  // of this chunk
+  int32_t first_token = 0;  // of this chunk
+  int32_t num_tokens = 0;   // of this chunk
+  int32_t first_position = 0;
+  int32_t block_size = 0;
+  int32_t num_heads = 0;
+  int32_t nope_dim = 0;
+  int32_t rope_dim = 0;
+  int32_t lora_rank = 0;
+  int32_t row_tiles = 1;    // 16-row tiles of an MlaTile: 1, 2 or 4
+  float softmax_scale = 0;
+  float* partial = nullptr;     // [chunk tokens * A, max_splits, lora_rank] not normalised
+  float* partial_ml = nullptr;  // [chunk tokens * A, max_splits, 2] running maximum (base 2) and sum
+  void* out = nullptr;          // bf16 [chunk tokens, A, out_stride] latents
+  int64_t out_stride = 0;
+};
+void run_mla_attention(const MlaParams& params, cudaStream_t stream);
+void run_mla_combine(const MlaParams& params, cudaStream_t stream);
+void prepare_mla();
+
+// ---- route.cu, moe.cu -----------------------------------------------------------------------------------
+
+struct RouteKernelParams {
+  const float* logits = nullptr;           // [T, E]
+  const float* correction_bias = nullptr;  // [E] or null
+  int32_t* expert_ids = nullptr;           // [T, ids_stride]
+  int64_t ids_stride = 0;
+  float* expert_weights = nullptr;  // [T, weights_stride]
+  int64_t weights_stride = 0;
+  int32_t num_tokens = 0;
+  RouteParams route;
+};
+void run_route(const RouteKernelParams& params, cudaStream_t stream);
+
+struct MoePlanParams {
+  const int32_t* expert_ids = nullptr;  // [T, ids_stride]
+  int64_t ids_stride = 0;
+  int32_t num_tokens = 0;
+  int32_t experts_per_token = 0;
+  int32_t num_experts = 0;
+  bool has_shared = false;
+  int32_t tile_tokens = 0;
+  MoePlan plan;
+};
+// Most tiles the plan can hold.
+int32_t moe_max_tiles(const MoePlanParams& params);
+void run_moe_plan(const MoePlanParams& params, cudaStream_t stream);
+
+struct MoeCombineParams {
+  const void* routed = nullptr;  // bf16 [T * k, H]
+  const void* shared = nullptr;  // bf16 [T, H] or null
+  int64_t stride = 0;            // of both
+  const float* expert_weights = nullptr;  // [T, weights_stride]
+  int64_t weights_stride = 0;
+  void* out = nullptr;  // bf16 [T, H]
+  int64_t out_stride = 0;
+  int32_t num_tokens = 0;
+  int32_t cols = 0;  // H
+  int32_t experts_per_token = 0;
+};
+void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream);
+
+// ---- sample.cu, sample_finish.cu ------------------------------------------------------------------------
+
+constexpr int kSampleChunk = 4096;      // logits per block of the scanning kernels
+constexpr int kSampleMaxTop = 1024;     // most likeliest tokens the GPU selects for a row
+
+// Everything about one sampled row.
+struct SampleRow {
+  float temperature;
+  float lowest_score;  // log(min_p), or the lowest finite float
+  int32_t top_k;       // 0 is off
+  float top_p;         // 1 is off
+  uint32_t seed_low;
+  uint32_t seed_high;
+  int32_t position;
+  int32_t num_top;  // -1: no logprobs; 0: of the sampled token alone
+  int32_t top_start;
+  int32_t bias_begin, bias_end;
+  int32_t history_begin, history_end;
+  float repetition, frequency, presence;
+
+  __host__ __device__ bool is_adjusted() const { return bias_begin != bias_end || history_begin != history_end; }
+  __host__ __device__ bool is_filtered() const {
+    return lowest_score > -3.4028234663852886e38f || top_k != 0 || top_p < 1;
+  }
+};
+
+struct SampleOutcome {
+  int32_t id;
+  float logprob;
+  double lse;  // log-sum-exp of the raw logits, where logprobs are asked for
+};
+
+struct SampleChunk {
+  float max_logit;  // of the raw logits
+  float max_z;      // after bias and penalties
+  int32_t max_id;   // lowest id that has max_z
+  int32_t is_bad;   // a NaN or an infinity in the raw logits
+};
+
+struct SampleNoiseChunk {
+  float best;  // largest score + noise
+  int32_t id;
+  double sum;  // of exp(logit - max_logit of the row)
+};
+
+struct SampleParams {
+  const float* logits = nullptr;   // [R, V]
+  float* adjusted = nullptr;       // [R, V] rows with bias or history
+  const SampleRow* rows = nullptr;  // [R]
+  const int32_t* bias_ids = nullptr;
+  const float* bias_values = nullptr;
+  const int32_t* history_ids = nullptr;
+  const int32_t* history_counts = nullptr;
+  SampleChunk* chunks = nullptr;             // [R, num_chunks]
+  SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
+  SampleOutcome* results = nullptr;           // [R]
+  int32_t* top_ids = nullptr;                // [top_start of the end]
+  float* top_logprobs = nullptr;
+  int32_t num_rows = 0;    // R
+  int32_t vocab_size = 0;  // V
+  int32_t num_chunks = 0;  // ceil(V / kSampleChunk)
+  bool has_adjusted = false;
+};
+void run_sample(const SampleParams& params, cudaStream_t stream);         // all but the next
+void run_sample_finish(const SampleParams& params, cudaStream_t stream);  // results, filters, likeliest tokens
+
+}  // namespace rodin::cuda

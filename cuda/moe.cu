@@ -1,0 +1,119 @@
+// The mixture of experts around its two grouped linear layers (linear_tile.cuh): which tokens each expert gets,
+// and the weighted sum of what the experts made of a token.
+//
+// moe_plan_kernel: one block. Slots t * k + j sorted by expert, cut into tiles of tile_tokens; the shared expert
+// is one more expert that takes every token. Order within an expert is arbitrary: a row's result does not depend
+// on its place in a tile. moe_combine_kernel: out = sum_j weight_j y_j in slot order, then + shared. Grid: (column
+// chunks, T); bound by bytes: (k + 1) H in, H out.
+#include <algorithm>
+
+#include "cuda/common.cuh"
+
+namespace rodin::cuda {
+namespace {
+
+constexpr int kPlanThreads = 1024;
+
+__global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_constant__ MoePlanParams p) {
+  extern __shared__ int32_t shared[];  // [3 E] count, place in `order`, first tile
+  int32_t* count = shared;
+  int32_t* place = shared + p.num_experts;
+  int32_t* first_tile = shared + 2 * p.num_experts;
+  const int num_slots = p.num_tokens * p.experts_per_token;
+  const auto expert_of = [&](int slot) {
+    return p.expert_ids[slot / p.experts_per_token * p.ids_stride + slot % p.experts_per_token];
+  };
+  for (int e = threadIdx.x; e < p.num_experts; e += kPlanThreads) count[e] = 0;
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < num_slots; slot += kPlanThreads) atomicAdd(&count[expert_of(slot)], 1);
+  __syncthreads();
+  if (threadIdx.x < 32) {  // running sums of counts and tiles
+    const int lane = threadIdx.x;
+    int slots = 0, tiles = 0;
+    for (int base = 0; base < p.num_experts; base += 32) {
+      const int e = base + lane;
+      const int own_slots = e < p.num_experts ? count[e] : 0;
+      const int own_tiles = (own_slots + p.tile_tokens - 1) / p.tile_tokens;
+      int slot_sum = own_slots, tile_sum = own_tiles;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other_slots = __shfl_up_sync(kAllLanes, slot_sum, offset);
+        const int other_tiles = __shfl_up_sync(kAllLanes, tile_sum, offset);
+        if (lane >= offset) slot_sum += other_slots, tile_sum += other_tiles;
+      }
+      if (e < p.num_experts) {
+        place[e] = slots + slot_sum - own_slots;
+        first_tile[e] = tiles + tile_sum - own_tiles;
+      }
+      slots += __shfl_sync(kAllLanes, slot_sum, 31);
+      tiles += __shfl_sync(kAllLanes, tile_sum, 31);
+    }
+    const int shared_tiles = p.has_shared ? (p.num_tokens + p.tile_tokens - 1) / p.tile_tokens : 0;
+    for (int i = lane; i < shared_tiles; i += 32) {
+      const int first = i * p.tile_tokens;
+      p.plan.tiles[tiles + i] = {p.num_experts, first, min(p.tile_tokens, p.num_tokens - first), 0};
+    }
+    if (lane == 0) *p.plan.num_tiles = tiles + shared_tiles;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.num_experts; e += kPlanThreads) {
+    for (int done = 0, tile = first_tile[e]; done < count[e]; done += p.tile_tokens, ++tile) {
+      p.plan.tiles[tile] = {e, place[e] + done, min(p.tile_tokens, count[e] - done), 0};
+    }
+  }
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < num_slots; slot += kPlanThreads) {
+    p.plan.order[atomicAdd(&place[expert_of(slot)], 1)] = slot;
+  }
+}
+
+constexpr int kCombineThreads = 128;
+
+__global__ void __launch_bounds__(kCombineThreads) moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
+  const int64_t token = blockIdx.y;
+  const int col = (blockIdx.x * kCombineThreads + threadIdx.x) * 2;
+  if (col >= p.cols) return;
+  // Rows of the experts' outputs begin at multiples of 16 bytes and are padded to an even number of columns.
+  const auto pair_at = [&](const void* data, int64_t row) {
+    return *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(data) + row * p.stride + col);
+  };
+  float low = 0, high = 0;
+  for (int j = 0; j < p.experts_per_token; ++j) {
+    const float weight = p.expert_weights[token * p.weights_stride + j];
+    const uint32_t pair = pair_at(p.routed, token * p.experts_per_token + j);
+    low = fmaf(weight, low_float(pair), low);
+    high = fmaf(weight, high_float(pair), high);
+  }
+  if (p.shared) {
+    const uint32_t pair = pair_at(p.shared, token);
+    low += low_float(pair);
+    high += high_float(pair);
+  }
+  bf16* out = static_cast<bf16*>(p.out) + token * p.out_stride + col;
+  out[0] = __float2bfloat16_rn(low);
+  if (col + 1 < p.cols) out[1] = __float2bfloat16_rn(high);
+}
+
+}  // namespace
+
+int32_t moe_max_tiles(const MoePlanParams& p) {
+  const int64_t slots = static_cast<int64_t>(p.num_tokens) * p.experts_per_token;
+  const int64_t shared = p.has_shared ? ceil_div(p.num_tokens, p.tile_tokens) : 0;
+  return static_cast<int32_t>(std::min(slots, slots / p.tile_tokens + p.num_experts) + shared);
+}
+
+void run_moe_plan(const MoePlanParams& params, cudaStream_t stream) {
+  const size_t bytes = static_cast<size_t>(params.num_experts) * 3 * sizeof(int32_t);
+  moe_plan_kernel<<<1, kPlanThreads, bytes, stream>>>(params);
+  RODIN_CHECK_LAUNCH("moe_plan_kernel");
+}
+
+void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return;
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.cols, 2 * kCombineThreads)),
+                  static_cast<unsigned>(params.num_tokens));
+  moe_combine_kernel<<<grid, kCombineThreads, 0, stream>>>(params);
+  RODIN_CHECK_LAUNCH("moe_combine_kernel");
+}
+
+}  // namespace rodin::cuda

@@ -1,0 +1,105 @@
+import type { FastifyBaseLogger } from 'fastify';
+import type { EngineEvent } from '../engine/request.js';
+import { ApiError } from '../errors.js';
+import { ChatOutput } from './chat-output.js';
+import type { ChatJob } from './chat-request.js';
+import type { ApiContext } from './context.js';
+
+/**
+ * One completion from submission to end: pulls events, feeds the output, keeps time and accounts for it once,
+ * however it ends. Leaving events() early aborts the sequence.
+ */
+export class Completion {
+  readonly output: ChatOutput;
+  readonly #job: ChatJob;
+  readonly #context: ApiContext;
+  readonly #log: FastifyBaseLogger;
+  readonly #events: AsyncIterator<EngineEvent>;
+  readonly #startedAt: number;
+  #firstTokenAt: number | null = null;
+  #firstAnswerAt: number | null = null;
+  #reasoningFrom: number | null = null;
+  #reasoningTo: number | null = null;
+  #isEnded = false;
+
+  /** Throws ApiError where the engine does not take the request. */
+  constructor(job: ChatJob, context: ApiContext, log: FastifyBaseLogger, startedAt: number) {
+    this.#job = job;
+    this.#context = context;
+    this.#log = log;
+    this.#startedAt = startedAt;
+    this.output = new ChatOutput(job, context.prompts);
+    this.#events = context.engine.submit(job.engineRequest)[Symbol.asyncIterator]();
+  }
+
+  /** Takes in the next event; false when the completion is over. Throws ApiError. */
+  async advance(): Promise<boolean> {
+    if (this.#isEnded) return false;
+    try {
+      const next = await this.#events.next();
+      if (this.#isEnded) return false;
+      if (next.done) throw new ApiError('engine_failed', 'The engine stopped while it was serving this request.');
+      this.output.accept(next.value);
+      this.#keepTime();
+      if (this.output.finishReason !== null) this.#end(this.output.finishReason);
+      return this.output.finishReason === null;
+    } catch (error) {
+      this.#end('error');
+      if (this.#context.drain.isDraining) {
+        throw new ApiError('shutting_down', 'The server is shutting down; send the request again elsewhere.');
+      }
+      throw error;
+    }
+  }
+
+  /** The client is gone. Does nothing when the completion is over. */
+  abort(): void {
+    this.#end('abort');
+  }
+
+  #keepTime(): void {
+    const { numTokens, numReasoning, numAnswer } = this.output;
+    const now = performance.now();
+    if (numTokens > 0) this.#firstTokenAt ??= now;
+    if (numAnswer > 0) this.#firstAnswerAt ??= now;
+    if (numReasoning > 0) {
+      this.#reasoningFrom ??= now;
+      if (numAnswer === 0) this.#reasoningTo = now;
+    }
+  }
+
+  #end(finishReason: string): void {
+    if (this.#isEnded) return;
+    this.#isEnded = true;
+    this.#events.return?.().catch((error: unknown) => this.#log.error(error, 'aborting a sequence failed'));
+    const { numTokens, numReasoning, cachedTokens } = this.output;
+    const { promptIds, sampling, requestId } = this.#job.engineRequest;
+    const now = performance.now();
+    const since = (time: number | null): number | null => (time === null ? null : (time - this.#startedAt) / 1000);
+    const from = this.#reasoningFrom;
+    const total = (now - this.#startedAt) / 1000;
+    this.#context.metrics.observeCompletion({
+      promptTokens: promptIds.length,
+      maxTokens: sampling.maxTokens,
+      numTokens,
+      numReasoning,
+      finishReason,
+      total,
+      toFirstToken: since(this.#firstTokenAt),
+      toFirstAnswer: since(this.#firstAnswerAt),
+      reasoning: from === null ? null : ((this.#reasoningTo ?? from) - from) / 1000,
+    });
+    this.#log.info(
+      {
+        completion: requestId,
+        finish_reason: finishReason,
+        prompt_tokens: promptIds.length,
+        cached_tokens: cachedTokens,
+        reasoning_tokens: numReasoning,
+        completion_tokens: numTokens,
+        seconds: Number(total.toFixed(3)),
+      },
+      'completion',
+    );
+  }
+}

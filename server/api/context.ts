@@ -1,0 +1,28 @@
+import type { ServeConfig } from '../config.js';
+import type { EngineHandle } from '../engine/request.js';
+import type { Metrics } from '../metrics.js';
+import type { Checkpoint } from '../model/spec.js';
+import type { PromptEncoder } from '../text/prompt-encoder.js';
+import type { Contract } from './contract.js';
+import type { Drain } from './drain.js';
+import type { SseOptions } from './sse.js';
+
+/** What handlers work with; made once by buildApp(). */
+export interface ApiContext {
+  config: ServeConfig;
+  engine: EngineHandle;
+  prompts: PromptEncoder;
+  spec: Checkpoint['spec'];
+  defaults: Checkpoint['defaults'];
+  /** names that requests may use; the first is the one in responses */
+  modelNames: readonly string[];
+  /** longest prompt and completion together */
+  maxModelLen: number;
+  systemFingerprint: string;
+  /** Unix seconds */
+  startedAt: number;
+  contract: Contract;
+  metrics: Metrics;
+  drain: Drain;
+  sse: SseOptions;
+}

@@ -1,0 +1,38 @@
+import type { FastifyReply, FastifyRequest } from 'fastify';
+import { createChatCompletion } from './chat.js';
+import type { ApiContext } from './context.js';
+import { getHealth, getLiveness } from './health.js';
+import { indexPage } from './index-page.js';
+import { listModels, retrieveModel } from './models.js';
+import type { operations } from './openapi.js';
+
+/** What a handler finds in the request, by the contract. */
+interface RouteOf<Operation> {
+  Body: Operation extends { requestBody: { content: { 'application/json': infer Body } } } ? Body : unknown;
+  Params: Operation extends { parameters: { path: infer Path extends object } } ? Path : unknown;
+  Querystring: Operation extends { parameters: { query?: infer Query } } ? NonNullable<Query> : unknown;
+}
+
+/** One handler for each operationId, no more and no less. */
+export type Handlers = {
+  [Id in keyof operations]: (request: FastifyRequest<RouteOf<operations[Id]>>, reply: FastifyReply) => unknown;
+};
+
+export function makeHandlers(context: ApiContext) {
+  return {
+    createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
+    listModels: () => listModels(context),
+    retrieveModel: (request) => retrieveModel(context, request),
+    getHealth: (request, reply) => getHealth(context, request, reply),
+    getLiveness: () => getLiveness(),
+    getMetrics: async (_request, reply) => {
+      void reply.type(context.metrics.registry.contentType);
+      return context.metrics.registry.metrics();
+    },
+    getOpenApi: () => context.contract.document,
+    getIndex: (request, reply) => {
+      void reply.type('text/html; charset=utf-8');
+      return indexPage(context.modelNames[0]!, `${request.protocol}://${request.host}`);
+    },
+  } satisfies Handlers;
+}

@@ -1,0 +1,169 @@
+import { ApiError } from '../errors.js';
+
+interface Refusal {
+  /** values that mean what this server does anyway */
+  accepts?: readonly unknown[];
+  advice: string;
+}
+
+const REMOVE = 'remove it';
+const NO_GRAMMAR = 'constrained output is not supported; remove it and ask for the format in a message';
+const THINKING = "to switch reasoning on or off use 'thinking' or 'chat_template_kwargs.thinking'";
+
+/** Fields that change results on other servers and are not supported here: refused, never ignored. */
+const REFUSED: Readonly<Record<string, Refusal>> = {
+  add_generation_prompt: { accepts: [true], advice: 'a generation prompt is always added; remove it' },
+  allowed_token_ids: { advice: "use 'logit_bias' for a few tokens" },
+  audio: { advice: 'only text is generated; remove it' },
+  bad_words: { advice: "use 'logit_bias' with -100" },
+  best_of: { accepts: [1], advice: REMOVE },
+  chat_template: { advice: "the checkpoint's own template is used; remove it" },
+  continue_final_message: { accepts: [false], advice: REMOVE },
+  custom_params: { advice: REMOVE },
+  documents: { advice: 'put the documents into a message' },
+  ebnf: { advice: NO_GRAMMAR },
+  echo: { accepts: [false], advice: REMOVE },
+  function_call: { accepts: ['auto', 'none'], advice: "use 'tools' and 'tool_choice'" },
+  functions: { advice: "use 'tools'" },
+  grammar: { advice: NO_GRAMMAR },
+  guided_choice: { advice: NO_GRAMMAR },
+  guided_grammar: { advice: NO_GRAMMAR },
+  guided_json: { advice: NO_GRAMMAR },
+  guided_regex: { advice: NO_GRAMMAR },
+  include_reasoning: { accepts: [true], advice: 'reasoning is always returned in its own field; remove it' },
+  include_stop_str_in_output: { accepts: [false], advice: REMOVE },
+  json_schema: { advice: NO_GRAMMAR },
+  length_penalty: { accepts: [1], advice: REMOVE },
+  logits_processors: { advice: REMOVE },
+  parallel_tool_calls: { accepts: [true], advice: 'the model may always make several calls; remove it' },
+  prediction: { advice: REMOVE },
+  priority: { accepts: [0], advice: REMOVE },
+  prompt_logprobs: { accepts: [false], advice: REMOVE },
+  reasoning: { advice: THINKING },
+  reasoning_effort: { advice: THINKING },
+  regex: { advice: NO_GRAMMAR },
+  repetition_detection: { advice: REMOVE },
+  separate_reasoning: { accepts: [true], advice: 'reasoning always comes in its own field; remove it' },
+  service_tier: { accepts: ['auto', 'default'], advice: REMOVE },
+  skip_special_tokens: { accepts: [true], advice: REMOVE },
+  stop_regex: { advice: "use 'stop'" },
+  stream_reasoning: { accepts: [true], advice: REMOVE },
+  structured_outputs: { advice: NO_GRAMMAR },
+  thinking_budget_tokens: { advice: "use 'max_completion_tokens'" },
+  thinking_token_budget: { accepts: [-1], advice: "use 'max_completion_tokens'" },
+  truncate_prompt_tokens: { advice: 'shorten the conversation' },
+  typical_p: { accepts: [1], advice: "use 'top_p' or 'min_p'" },
+  use_beam_search: { accepts: [false], advice: REMOVE },
+  verbosity: { advice: REMOVE },
+  web_search_options: { advice: REMOVE },
+};
+
+type Json = Record<string, unknown>;
+
+/** Throws ApiError for the first thing in a chat request that is known and not supported. */
+export function refuseUnsupported(body: Json): void {
+  for (const [name, value] of Object.entries(body)) {
+    const refusal = Object.hasOwn(REFUSED, name) ? REFUSED[name] : undefined;
+    if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
+    const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
+    throw new ApiError(
+      code,
+      `'${name}'${refusal.accepts ? ' with this value' : ''} is not supported: ${refusal.advice}.`,
+      name,
+    );
+  }
+  const { n, modalities, response_format: format, tool_choice: choice } = body;
+  if (typeof n === 'number' && n > 1) {
+    throw new ApiError(
+      'unsupported_value',
+      `'n' must be 1: send the request ${n} times with different seeds instead.`,
+      'n',
+    );
+  }
+  if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
+    throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');
+  }
+  const formatType = isObject(format) ? format['type'] : undefined;
+  if (typeof formatType === 'string' && formatType !== 'text') {
+    throw new ApiError(
+      'unsupported_value',
+      `'response_format.type' must be text: ${NO_GRAMMAR}.`,
+      'response_format.type',
+    );
+  }
+  if (choice !== undefined && choice !== null && choice !== 'auto' && choice !== 'none') {
+    throw new ApiError(
+      'unsupported_value',
+      "'tool_choice' must be auto or none: calls cannot be forced.",
+      'tool_choice',
+    );
+  }
+  if (isObject(body['stream_options']) && body['stream_options']['continuous_usage_stats'] === true) {
+    const param = 'stream_options.continuous_usage_stats';
+    throw new ApiError('unsupported_value', `'${param}' is not supported: use 'stream_options.include_usage'.`, param);
+  }
+  if (Array.isArray(body['messages'])) body['messages'].forEach(refuseMessage);
+  if (Array.isArray(body['tools'])) body['tools'].forEach(refuseTool);
+}
+
+function refuseMessage(message: unknown, index: number): void {
+  if (!isObject(message)) return;
+  const param = `messages[${index}]`;
+  if (message['role'] === 'function') {
+    throw new ApiError(
+      'unsupported_value',
+      `'${param}.role' must be tool: functions are called tools here.`,
+      `${param}.role`,
+    );
+  }
+  if (message['prefix'] === true) {
+    throw new ApiError('unsupported_value', `'${param}.prefix' is not supported: remove it.`, `${param}.prefix`);
+  }
+  if (message['function_call'] !== undefined && message['function_call'] !== null) {
+    throw new ApiError(
+      'unsupported_parameter',
+      `'${param}.function_call' is not supported: use tool_calls.`,
+      `${param}.function_call`,
+    );
+  }
+  if (message['audio'] !== undefined && message['audio'] !== null) {
+    throw new ApiError(
+      'unsupported_parameter',
+      `'${param}.audio' is not supported: the model reads text only.`,
+      `${param}.audio`,
+    );
+  }
+  if (!Array.isArray(message['content'])) return;
+  message['content'].forEach((part: unknown, at) => {
+    const type = isObject(part) ? part['type'] : undefined;
+    if (typeof type === 'string' && type !== 'text') {
+      const where = `${param}.content[${at}].type`;
+      throw new ApiError(
+        'unsupported_value',
+        `'${where}' must be text: the model reads text only, not ${type.slice(0, 40)}.`,
+        where,
+      );
+    }
+  });
+}
+
+function refuseTool(tool: unknown, index: number): void {
+  if (!isObject(tool)) return;
+  const type = tool['type'];
+  if (typeof type === 'string' && type !== 'function') {
+    const param = `tools[${index}].type`;
+    throw new ApiError('unsupported_value', `'${param}' must be function.`, param);
+  }
+  if (isObject(tool['function']) && tool['function']['strict'] === true) {
+    const param = `tools[${index}].function.strict`;
+    throw new ApiError(
+      'unsupported_value',
+      `'${param}' is not supported: arguments are not held to the schema.`,
+      param,
+    );
+  }
+}
+
+function isObject(value: unknown): value is Json {
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
+}

@@ -1,0 +1,204 @@
+/** The command line and RODIN_* variables -> one frozen object; --help comes from the same table (flags.ts). */
+import { readFileSync } from 'node:fs';
+import { resolve } from 'node:path';
+import { parseArgs } from 'node:util';
+import { StartupError } from './errors.js';
+import { FLAGS, variableOf, type CommandName, type Flag, type FlagValue } from './flags.js';
+
+export type ReasoningField = 'reasoning_content' | 'reasoning' | 'both';
+export type LogLevel = 'fatal' | 'error' | 'warn' | 'info' | 'debug' | 'trace' | 'silent';
+
+export interface ServeConfig {
+  readonly model: string;
+  readonly host: string;
+  readonly port: number;
+  readonly servedModelNames: readonly string[];
+  readonly apiKeys: readonly string[];
+  readonly corsOrigins: readonly string[];
+  /** 'auto', 'cpu' or 'cuda:N' */
+  readonly device: string;
+  readonly compute: 'auto' | 'float32';
+  /** null: one per core */
+  readonly threads: number | null;
+  readonly maxNumSeqs: number;
+  readonly maxStepTokens: number;
+  /** null: what fits into free memory and is of use */
+  readonly cacheMemory: number | null;
+  readonly blockSize: number;
+  /** null: what the checkpoint says */
+  readonly maxModelLen: number | null;
+  readonly maxQueue: number;
+  readonly maxBodyBytes: number;
+  readonly reasoningField: ReasoningField;
+  readonly logLevel: LogLevel;
+  readonly logFormat: 'auto' | 'text' | 'json';
+  /** seconds */
+  readonly shutdownTimeout: number;
+  /** things to log once there is a logger */
+  readonly warnings: readonly string[];
+}
+
+export interface LogitsConfig {
+  readonly model: string;
+  readonly prompts: string;
+  readonly out: string;
+  readonly device: string;
+  readonly compute: 'auto' | 'float32';
+  readonly threads: number | null;
+  readonly last: number;
+  readonly draft: boolean;
+}
+
+export type Command =
+  { kind: 'print'; text: string } | { kind: 'serve'; config: ServeConfig } | { kind: 'logits'; config: LogitsConfig };
+
+const COMMANDS: Record<CommandName, string> = {
+  serve: 'serves a checkpoint behind an OpenAI-compatible API',
+  logits: 'writes the logits of given prompts: the tool that proves parity',
+};
+
+/** Throws StartupError for anything it does not know or cannot use. */
+export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv): Command {
+  const [first, ...rest] = argv;
+  if (first === '--version' || first === '-v') return { kind: 'print', text: `rodin ${packageVersion()}` };
+  if (first === undefined || first === '--help' || first === '-h' || first === 'help')
+    return { kind: 'print', text: overview() };
+  if (!Object.hasOwn(COMMANDS, first)) {
+    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(' and ')}.`);
+  }
+  const command = first as CommandName;
+  const flags = FLAGS.filter((flag) => flag.commands.includes(command));
+  const { given, isHelp, isVersion } = parseFlags(command, flags, rest);
+  if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
+  if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
+  const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
+  if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
+  return { kind: 'logits', config: logitsConfig(values) };
+}
+
+export function packageVersion(): string {
+  const text = readFileSync(new URL('../package.json', import.meta.url), 'utf8');
+  return (JSON.parse(text) as { version: string }).version;
+}
+
+function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv): ServeConfig {
+  const known = new Set(FLAGS.map((flag) => variableOf(flag)));
+  const config: ServeConfig = {
+    model: values['model'] as string,
+    host: values['host'] as string,
+    port: values['port'] as number,
+    servedModelNames: Object.freeze(values['served-model-name'] as string[]),
+    apiKeys: Object.freeze(values['api-key'] as string[]),
+    corsOrigins: Object.freeze(values['cors-origin'] as string[]),
+    device: values['device'] as string,
+    compute: values['compute'] as ServeConfig['compute'],
+    threads: values['threads'] as number | null,
+    maxNumSeqs: values['max-num-seqs'] as number,
+    maxStepTokens: values['max-step-tokens'] as number,
+    cacheMemory: values['cache-memory'] as number | null,
+    blockSize: values['block-size'] as number,
+    maxModelLen: values['max-model-len'] as number | null,
+    maxQueue: values['max-queue'] as number,
+    maxBodyBytes: values['max-body-size'] as number,
+    reasoningField: values['reasoning-field'] as ReasoningField,
+    logLevel: values['log-level'] as LogLevel,
+    logFormat: values['log-format'] as ServeConfig['logFormat'],
+    shutdownTimeout: values['shutdown-timeout'] as number,
+    warnings: Object.freeze(
+      Object.keys(env)
+        .filter((name) => name.startsWith('RODIN_') && !known.has(name))
+        .map((name) => `the environment variable ${name} is none of rodin's; 'rodin serve --help' lists them`),
+    ),
+  };
+  if (config.maxStepTokens < config.maxNumSeqs) {
+    throw new StartupError(
+      `--max-step-tokens (${config.maxStepTokens}) must be at least --max-num-seqs (${config.maxNumSeqs}): ` +
+        `each sequence needs a token in every step.`,
+    );
+  }
+  return Object.freeze(config);
+}
+
+function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    prompts: resolve(values['prompts'] as string),
+    out: resolve(values['out'] as string),
+    device: values['device'] as string,
+    compute: values['compute'] as LogitsConfig['compute'],
+    threads: values['threads'] as number | null,
+    last: values['last'] as number,
+    draft: values['draft'] as boolean,
+  });
+}
+
+interface ParsedFlags {
+  given: Record<string, string[] | undefined>;
+  isHelp: boolean;
+  isVersion: boolean;
+}
+
+function parseFlags(command: CommandName, flags: readonly Flag[], args: string[]): ParsedFlags {
+  const options = Object.fromEntries(
+    flags.map((flag) => [flag.name, { type: flag.isSwitch ? 'boolean' : 'string', multiple: true } as const]),
+  );
+  const more = `'rodin ${command} --help' lists the flags.`;
+  let values: Record<string, unknown>;
+  try {
+    values = parseArgs({
+      args,
+      options: { ...options, help: { type: 'boolean', short: 'h' }, version: { type: 'boolean', short: 'v' } },
+      allowPositionals: false,
+    }).values;
+  } catch (error) {
+    const unknown = /Unknown option '([^']+)'/.exec((error as Error).message);
+    if (unknown) throw new StartupError(`There is no flag ${unknown[1]}; ${more}`);
+    const positional = /Unexpected argument '([^']*)'/.exec((error as Error).message);
+    if (positional) throw new StartupError(`'${positional[1]}' belongs to no flag; ${more}`);
+    throw new StartupError(`${(error as Error).message.split('\n')[0]!.replace(/\.$/, '')}; ${more}`);
+  }
+  const given: Record<string, string[] | undefined> = {};
+  for (const flag of flags) given[flag.name] = (values[flag.name] as (string | boolean)[] | undefined)?.map(String);
+  return { given, isHelp: values['help'] === true, isVersion: values['version'] === true };
+}
+
+/** The command line wins over the variable, the variable over the default. */
+function valueOf(command: CommandName, flag: Flag, given: string[] | undefined, env: NodeJS.ProcessEnv): FlagValue {
+  const variable = env[variableOf(flag)];
+  const [texts, origin] =
+    given !== undefined
+      ? [given, `--${flag.name}`]
+      : variable !== undefined && variable !== ''
+        ? [flag.isList ? variable.split(',').map((part) => part.trim()) : [variable], variableOf(flag)]
+        : [[], ''];
+  if (texts.length === 0) {
+    if (flag.isRequired)
+      throw new StartupError(`--${flag.name} ${flag.value} is needed; 'rodin ${command} --help' says what it is.`);
+    return flag.default;
+  }
+  if (texts.length > 1 && !flag.isList)
+    throw new StartupError(`${origin} is given ${texts.length} times; give it once.`);
+  const parsed = texts.map((text) => {
+    try {
+      return flag.parse(text);
+    } catch (error) {
+      throw new StartupError(`${origin} ${(error as Error).message}; it is '${text}'.`);
+    }
+  });
+  return flag.isList ? (parsed as string[]) : parsed[0]!;
+}
+
+function overview(): string {
+  const lines = Object.entries(COMMANDS).map(([name, about]) => `  rodin ${name.padEnd(8)}${about}`);
+  return `rodin: reasoning models of the DeepSeek-V3/R1 family, served from their Hugging Face folder\n\n${lines.join('\n')}\n\nrodin COMMAND --help lists the flags of a command; rodin --version says the version.`;
+}
+
+function helpOf(command: CommandName, flags: readonly Flag[]): string {
+  const lines = flags.map((flag) => {
+    const name = `  --${flag.name}${flag.value ? ` ${flag.value}` : ''}`.padEnd(30);
+    const value = Array.isArray(flag.default) ? flag.default.join(',') : String(flag.default);
+    const note = flag.isRequired ? 'needed' : flag.isSwitch ? 'off' : (flag.defaultText ?? value);
+    return `${name}${flag.help}\n${' '.repeat(30)}[${note}; ${variableOf(flag)}]`;
+  });
+  return `rodin ${command}: ${COMMANDS[command]}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
+}

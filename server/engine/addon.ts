@@ -1,0 +1,58 @@
+/** The native addon as TypeScript sees it: types only. The implementation is addon/node. */
+import type { ModelSpec, TensorEntry } from '../model/spec.js';
+import type { StepBatch, StepResult } from './step-batch.js';
+
+export type ComputeMode = 'float32' | 'auto';
+
+export interface RunnerOptions {
+  spec: ModelSpec;
+  tensors: TensorEntry[];
+  /** 'cpu' or 'cuda:0' */
+  device: string;
+  /** 'float32' is the readable oracle, 'auto' the fast path of the device */
+  compute: ComputeMode;
+  /** 'auto' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
+  cpuPath: string;
+  /** compute threads, the engine thread included */
+  numThreads: number;
+  blockSize: number;
+  numBlocks: number;
+  /** most tokens in one step: sizes the workspace */
+  maxStepTokens: number;
+  /** most sequences in one step */
+  maxNumSeqs: number;
+  /** load the MTP module's weights and give it a cache */
+  loadMtp: boolean;
+}
+
+export interface RunnerInfo {
+  /** e.g. 'cpu (avx512)' */
+  device: string;
+  weightBytes: number;
+  cacheBytes: number;
+  workspaceBytes: number;
+}
+
+export interface NativeRunner {
+  /** Maps and checks the weights, allocates cache and workspace. Rejects with one sentence. */
+  load(): Promise<RunnerInfo>;
+  /** bytes of weights made ready so far; readable at any time */
+  progress(): { loadedBytes: number; totalBytes: number };
+  /** Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. */
+  step(batch: StepBatch): Promise<StepResult>;
+  /** Ends the engine thread and unmaps everything. Idempotent. */
+  close(): Promise<void>;
+}
+
+export interface NativeAddon {
+  createRunner(options: RunnerOptions): NativeRunner;
+  /** bytes one token takes in the latent cache over all layers (MTP included if loaded), before anything is allocated */
+  cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'loadMtp'>): number;
+  /** devices usable on this machine, best first, and why others are not */
+  devices(): { usable: string[]; unusable: { device: string; reason: string }[] };
+  /** CPU paths this machine can run, best first */
+  cpuPaths(): string[];
+}
+
+/** What the scheduler's loop needs of a runner; tests give a fake one. */
+export type StepRunner = Pick<NativeRunner, 'step' | 'close'>;

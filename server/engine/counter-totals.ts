@@ -1,0 +1,58 @@
+import type { EngineStats } from './request.js';
+
+type Counter = (typeof COUNTERS)[number];
+
+const COUNTERS = [
+  'numSteps',
+  'numPreemptions',
+  'promptTokens',
+  'generationTokens',
+  'prefixCacheQueries',
+  'prefixCacheHits',
+] as const satisfies readonly (keyof EngineStats)[];
+
+/** The stats of a series of engine processes as one: counters go on counting, gauges are those of the living one. */
+export class CounterTotals {
+  #past: Record<Counter, number> = {
+    numSteps: 0,
+    numPreemptions: 0,
+    promptTokens: 0,
+    generationTokens: 0,
+    prefixCacheQueries: 0,
+    prefixCacheHits: 0,
+  };
+  #present: EngineStats = noStats();
+
+  update(stats: EngineStats): void {
+    this.#present = stats;
+  }
+
+  /** The process that the present stats came from has ended. */
+  close(): void {
+    for (const counter of COUNTERS) this.#past[counter] += this.#present[counter];
+    this.#present = noStats();
+  }
+
+  stats(): EngineStats {
+    const stats = { ...this.#present };
+    for (const counter of COUNTERS) stats[counter] += this.#past[counter];
+    return stats;
+  }
+}
+
+function noStats(): EngineStats {
+  return {
+    numRunning: 0,
+    numWaiting: 0,
+    numBlocks: 0,
+    numFreeBlocks: 0,
+    numCachedBlocks: 0,
+    blockSize: 0,
+    numSteps: 0,
+    numPreemptions: 0,
+    promptTokens: 0,
+    generationTokens: 0,
+    prefixCacheQueries: 0,
+    prefixCacheHits: 0,
+  };
+}

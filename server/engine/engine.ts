@@ -1,0 +1,173 @@
+import { ApiError } from '../errors.js';
+import type { RunnerInfo, StepRunner } from './addon.js';
+import type { RequestLimits } from './check-request.js';
+import { EventStream } from './event-stream.js';
+import { packStep, unpackStep } from './pack-step.js';
+import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats } from './request.js';
+import { Scheduler, type SchedulerOptions } from './scheduler.js';
+import type { SequenceOutcome, StepPlan } from './step-plan.js';
+
+export interface EngineOptions extends SchedulerOptions {
+  /** of the loaded runner */
+  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'>;
+}
+
+/** Steps in a row in which every sequence failed, after which the runner counts as broken. */
+const MAX_FAILED_STEPS = 3;
+
+/**
+ * Continuous batching over one loaded runner, in this process. Whatever one request does, the loop goes on; it stops
+ * when it is closed or when the runner is broken.
+ */
+export class Engine implements EngineHandle {
+  readonly #runner: StepRunner;
+  readonly #options: EngineOptions;
+  readonly #scheduler: Scheduler;
+  readonly #streams = new Map<string, EventStream>();
+  readonly #loop: Promise<void>;
+  #state: EngineState;
+  #wake: () => void = () => {};
+  #numFailedSteps = 0;
+  /** Called with the events of each step, in this process's stead of streams; set before the first request. */
+  onEvents: (events: EngineEvent[]) => void = (events) => this.#pushToStreams(events);
+  /** Called once when the loop has stopped for good because the runner is broken. */
+  onFailed: (reason: string) => void = () => {};
+
+  constructor(runner: StepRunner, options: EngineOptions) {
+    this.#runner = runner;
+    this.#options = options;
+    this.#scheduler = new Scheduler(options);
+    this.#state = { status: 'ready', ...options.info };
+    this.#loop = this.#run();
+  }
+
+  submit(request: EngineRequest): AsyncIterable<EngineEvent> {
+    const { requestId } = request;
+    this.enqueue(request);
+    const stream = new EventStream(() => {
+      this.#streams.delete(requestId);
+      this.abort(requestId);
+    });
+    this.#streams.set(requestId, stream);
+    return stream;
+  }
+
+  /** submit() for a caller that takes all events from onEvents. */
+  enqueue(request: EngineRequest): void {
+    if (this.#state.status === 'failed') throw new ApiError('engine_failed', this.#state.reason);
+    if (this.#state.status === 'closed') throw new ApiError('shutting_down', 'The server is shutting down.');
+    this.#scheduler.add(request);
+    this.#wake();
+  }
+
+  abort(requestId: string): void {
+    const event = this.#scheduler.end(requestId, 'abort');
+    if (event !== null) this.onEvents([event]);
+  }
+
+  get limits(): RequestLimits {
+    return this.#options.limits;
+  }
+
+  state(): EngineState {
+    return this.#state;
+  }
+
+  stats(): EngineStats {
+    return this.#scheduler.stats();
+  }
+
+  ready(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  async close(): Promise<void> {
+    if (this.#state.status !== 'closed') {
+      this.#state = { status: 'closed' };
+      this.#wake();
+    }
+    await this.#loop;
+    this.#endAll({ code: 'shutting_down', message: 'The server is shutting down.' });
+    await this.#runner.close();
+  }
+
+  /** Every test ends with this. */
+  checkInvariant(): void {
+    this.#scheduler.checkInvariant();
+  }
+
+  async #run(): Promise<void> {
+    try {
+      while (this.#state.status === 'ready') {
+        const plan = this.#scheduler.schedule();
+        if (plan === null) {
+          await this.#idle();
+          continue;
+        }
+        const outcomes = await this.#step(plan);
+        this.onEvents(this.#scheduler.commit(plan, outcomes));
+      }
+    } catch (error) {
+      const reason = `The engine stopped: ${(error as Error).message}`;
+      if (this.#state.status !== 'closed') this.#state = { status: 'failed', reason };
+      this.#endAll({ code: 'engine_failed', message: reason });
+      this.onFailed(reason);
+    }
+  }
+
+  /** Until the next request, or close(). */
+  #idle(): Promise<void> {
+    this.#scheduler.checkCounts();
+    return new Promise((resolve) => {
+      this.#wake = resolve;
+    });
+  }
+
+  /** Runs a plan; where the runner refuses it, each of its sequences on its own, so that only the culprit fails. */
+  async #step(plan: StepPlan): Promise<SequenceOutcome[]> {
+    let outcomes: SequenceOutcome[];
+    try {
+      outcomes = await this.#runStep(plan);
+    } catch (error) {
+      outcomes = [];
+      for (const part of plan.sequences) {
+        const failed: SequenceOutcome = { kind: 'failed', message: (error as Error).message };
+        const alone = plan.sequences.length > 1 ? await this.#runAlone({ sequences: [part] }) : failed;
+        outcomes.push(alone);
+      }
+    }
+    const hasFailed = outcomes.every(({ kind }) => kind === 'failed');
+    this.#numFailedSteps = hasFailed ? this.#numFailedSteps + 1 : 0;
+    if (this.#numFailedSteps >= MAX_FAILED_STEPS) {
+      const [first] = outcomes;
+      throw new Error(`${MAX_FAILED_STEPS} steps in a row failed: ${first?.kind === 'failed' ? first.message : ''}`);
+    }
+    return outcomes;
+  }
+
+  async #runStep(plan: StepPlan): Promise<SequenceOutcome[]> {
+    const result = await this.#runner.step(packStep(plan, this.#options.blockSize));
+    return unpackStep(plan, result, this.#options.limits.vocabSize);
+  }
+
+  async #runAlone(plan: StepPlan): Promise<SequenceOutcome> {
+    try {
+      return (await this.#runStep(plan))[0]!;
+    } catch (error) {
+      return { kind: 'failed', message: (error as Error).message };
+    }
+  }
+
+  #pushToStreams(events: EngineEvent[]): void {
+    for (const event of events) {
+      const stream = this.#streams.get(event.requestId);
+      if (event.finishReason !== undefined) this.#streams.delete(event.requestId);
+      stream?.push(event);
+    }
+  }
+
+  #endAll(error: EngineEvent['error']): void {
+    const events = this.#scheduler.openIds().flatMap((id) => this.#scheduler.end(id, 'error', error) ?? []);
+    if (events.length > 0) this.onEvents(events);
+  }
+}

@@ -1,0 +1,30 @@
+import type { PhaseMarkers, TokenPhase } from './request.js';
+
+/**
+ * Labels the tokens of one sequence from their ids alone. Markers and stop tokens are 'control'. Inside tool calls
+ * only the closing marker or a stop token ends the phase: a think marker there is part of an argument.
+ */
+export class PhaseTracker {
+  readonly #markers: PhaseMarkers;
+  #phase: Exclude<TokenPhase, 'control'>;
+
+  constructor(markers: PhaseMarkers, startPhase: 'reasoning' | 'answer') {
+    this.#markers = markers;
+    this.#phase = startPhase;
+  }
+
+  label(tokenId: number, isStop: boolean): TokenPhase {
+    if (isStop) return 'control';
+    const { thinkStart, thinkEnd, toolCallsBegin, toolCallsEnd } = this.#markers;
+    if (this.#phase === 'tool') {
+      if (tokenId !== toolCallsEnd) return 'tool';
+      this.#phase = 'answer';
+      return 'control';
+    }
+    if (tokenId === thinkStart) this.#phase = 'reasoning';
+    else if (tokenId === thinkEnd) this.#phase = 'answer';
+    else if (tokenId === toolCallsBegin) this.#phase = 'tool';
+    else if (tokenId !== toolCallsEnd) return this.#phase;
+    return 'control';
+  }
+}

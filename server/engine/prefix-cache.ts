@@ -1,0 +1,157 @@
+import { createHash } from 'node:crypto';
+import { LRUCache } from 'lru-cache';
+import type { BlockPool } from './block-pool.js';
+
+/** What a published block holds. */
+interface CachedBlock {
+  blockId: number;
+  hash: string;
+  parentHash: string;
+  tokenIds: Int32Array; // [block_size]
+}
+
+/**
+ * Which content a block holds, and in which order blocks that hold content but have no reference are evicted. All
+ * blocks are taken and released through here.
+ *
+ * The hash of a block is a chain: SHA-256 over the parent block's hash and the block's token ids; the first parent
+ * is SHA-256 over the model's fingerprint and the request's salt. Only full, computed blocks with finite rows are
+ * published, and a published block is never written again.
+ */
+export class PrefixCache {
+  readonly #pool: BlockPool;
+  readonly #blockSize: number;
+  readonly #fingerprint: string;
+  readonly #byHash = new Map<string, CachedBlock>();
+  readonly #byBlock = new Map<number, CachedBlock>();
+  /** published blocks without references, least recently used first out */
+  readonly #idle: LRUCache<number, CachedBlock>;
+
+  constructor(pool: BlockPool, blockSize: number, fingerprint: string) {
+    this.#pool = pool;
+    this.#blockSize = blockSize;
+    this.#fingerprint = fingerprint;
+    this.#idle = new LRUCache({ max: pool.numBlocks });
+  }
+
+  /** Blocks that hold content and nothing else. */
+  get numIdle(): number {
+    return this.#idle.size;
+  }
+
+  /** Blocks that can be taken now. */
+  get numAvailable(): number {
+    return this.#pool.numFree + this.#idle.size;
+  }
+
+  rootHash(salt: string): string {
+    return createHash('sha256').update(`${this.#fingerprint}\n${salt}`).digest('hex');
+  }
+
+  /** Appends to `hashes` the chain's hashes of the full blocks of `tokens` that it does not have yet. */
+  extendHashes(hashes: string[], rootHash: string, tokens: readonly number[]): void {
+    const numFull = Math.floor(tokens.length / this.#blockSize);
+    while (hashes.length < numFull) {
+      const parent = hashes.at(-1) ?? rootHash;
+      const ids = this.#blockTokens(tokens, hashes.length);
+      const bytes = new Uint8Array(ids.buffer, ids.byteOffset, ids.byteLength);
+      hashes.push(createHash('sha256').update(parent).update(bytes).digest('hex'));
+    }
+  }
+
+  /**
+   * The longest run of published blocks for `tokens`, each with a reference taken. `hashes` are those of all its
+   * full blocks. A hit counts only where the stored token ids and the stored parent are the same too.
+   */
+  takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[]): number[] {
+    const blockIds: number[] = []; // [num_hit]
+    for (const [index, hash] of hashes.entries()) {
+      const block = this.#byHash.get(hash);
+      if (block === undefined || block.parentHash !== (hashes[index - 1] ?? rootHash)) break;
+      const start = index * this.#blockSize;
+      if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
+      this.#idle.delete(block.blockId);
+      this.#pool.retain(block.blockId);
+      blockIds.push(block.blockId);
+    }
+    return blockIds;
+  }
+
+  /** A block to write into: a free one, or the least recently used idle one with its content given up. */
+  take(): number | undefined {
+    if (this.#pool.numFree === 0) {
+      const evicted = this.#idle.pop();
+      if (evicted === undefined) return undefined;
+      this.#forget(evicted);
+      this.#pool.free(evicted.blockId);
+    }
+    return this.#pool.take();
+  }
+
+  /** Gives up one reference of each block; the last of a chain is evicted first. */
+  release(blockTable: readonly number[]): void {
+    for (let index = blockTable.length - 1; index >= 0; index--) {
+      const blockId = blockTable[index]!;
+      if (this.#pool.release(blockId) > 0) continue;
+      const cached = this.#byBlock.get(blockId);
+      if (cached === undefined) this.#pool.free(blockId);
+      else this.#idle.set(blockId, cached);
+    }
+  }
+
+  /** Block `index` of a chain is full and computed: later sequences may share it. Does nothing where its content is known. */
+  publish(
+    blockId: number,
+    index: number,
+    hashes: readonly string[],
+    rootHash: string,
+    tokens: readonly number[],
+  ): void {
+    const hash = hashes[index]!;
+    if (this.#byHash.has(hash) || this.#byBlock.has(blockId)) return;
+    const parentHash = hashes[index - 1] ?? rootHash;
+    const block: CachedBlock = { blockId, hash, parentHash, tokenIds: this.#blockTokens(tokens, index) };
+    this.#byHash.set(hash, block);
+    this.#byBlock.set(blockId, block);
+  }
+
+  isPublished(blockId: number): boolean {
+    return this.#byBlock.has(blockId);
+  }
+
+  /** free + referenced + cached-only == total */
+  checkCounts(): void {
+    const { numBlocks, numFree, numReferenced } = this.#pool;
+    if (numFree + numReferenced + this.numIdle !== numBlocks) {
+      throw new Error(
+        `block invariant broken: ${numFree} free + ${numReferenced} referenced + ${this.numIdle} cached-only != ${numBlocks}`,
+      );
+    }
+  }
+
+  /** Every published block is full, is referenced or cached-only, never both, and is found by its hash. */
+  checkInvariant(): void {
+    if (this.#byHash.size !== this.#byBlock.size) throw new Error('block invariant broken: hashes and blocks disagree');
+    for (const [blockId, block] of this.#byBlock) {
+      if (block.tokenIds.length !== this.#blockSize) {
+        throw new Error(`block invariant broken: published block ${blockId} is not full`);
+      }
+      const isIdle = this.#idle.has(blockId);
+      if (this.#byHash.get(block.hash) !== block || this.#pool.isFree(blockId)) {
+        throw new Error(`block invariant broken: published block ${blockId} is free or unknown by its hash`);
+      }
+      if (isIdle !== (this.#pool.references(blockId) === 0)) {
+        throw new Error(`block invariant broken: block ${blockId} is idle and referenced, or neither`);
+      }
+    }
+  }
+
+  #forget(block: CachedBlock): void {
+    this.#byHash.delete(block.hash);
+    this.#byBlock.delete(block.blockId);
+  }
+
+  #blockTokens(tokens: readonly number[], index: number): Int32Array {
+    return Int32Array.from(tokens.slice(index * this.#blockSize, (index + 1) * this.#blockSize));
+  }
+}

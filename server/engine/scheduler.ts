@@ -1,0 +1,302 @@
+import { BlockPool } from './block-pool.js';
+import { checkRequest, type RequestLimits } from './check-request.js';
+import { PrefixCache } from './prefix-cache.js';
+import type { EngineEvent, EngineRequest, EngineStats, FinishReason } from './request.js';
+import { Sequence } from './sequence.js';
+import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
+
+export interface SchedulerOptions {
+  blockSize: number;
+  numBlocks: number;
+  /** token budget of one step; at least maxNumSeqs, so that decodes never starve a prefill */
+  maxStepTokens: number;
+  maxNumSeqs: number;
+  limits: RequestLimits;
+  /** names the weights in the prefix cache's hashes */
+  fingerprint: string;
+}
+
+/**
+ * Decides what each step computes. Waiting and running sequences are both in order of arrival, and every running
+ * one is older than every waiting one: the youngest running sequence is preempted first and comes back first.
+ */
+export class Scheduler {
+  readonly #options: SchedulerOptions;
+  readonly #pool: BlockPool;
+  readonly #cache: PrefixCache;
+  readonly #open = new Map<string, Sequence>();
+  readonly #waiting: Sequence[] = []; // [num_waiting]
+  readonly #running: Sequence[] = []; // [num_running]
+  #numArrived = 0;
+  readonly #counters = {
+    numSteps: 0,
+    numPreemptions: 0,
+    promptTokens: 0,
+    generationTokens: 0,
+    prefixCacheQueries: 0,
+    prefixCacheHits: 0,
+  };
+
+  constructor(options: SchedulerOptions) {
+    if (options.maxStepTokens < options.maxNumSeqs) {
+      throw new RangeError(`maxStepTokens (${options.maxStepTokens}) is below maxNumSeqs (${options.maxNumSeqs})`);
+    }
+    if (options.limits.maxContext > options.numBlocks * options.blockSize) {
+      throw new RangeError(`maxContext (${options.limits.maxContext}) is more than the blocks hold`);
+    }
+    this.#options = options;
+    this.#pool = new BlockPool(options.numBlocks);
+    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+  }
+
+  get isIdle(): boolean {
+    return this.#open.size === 0;
+  }
+
+  /** Queues a request; throws ApiError where it can never be served or the queue is full. */
+  add(request: EngineRequest): void {
+    checkRequest(request, this.#open.size, this.#options.limits);
+    if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
+    const rootHash = this.#cache.rootHash(request.cacheSalt);
+    const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
+    this.#open.set(request.requestId, sequence);
+    this.#waiting.push(sequence);
+  }
+
+  /** Ends a sequence from outside; null where no such sequence is open. */
+  end(requestId: string, finishReason: 'abort' | 'error', error?: EngineEvent['error']): EngineEvent | null {
+    const sequence = this.#open.get(requestId);
+    if (sequence === undefined) return null;
+    return this.#finish(sequence, finishReason, { error });
+  }
+
+  openIds(): string[] {
+    return [...this.#open.keys()];
+  }
+
+  /** The next step: decodes first, then running prefills, then waiting sequences; null where nothing is open. */
+  schedule(): StepPlan | null {
+    const plan = new Map<Sequence, PlannedSequence>();
+    const numPreemptions = this.#counters.numPreemptions;
+    const decodes = this.#running.filter((sequence) => sequence.numPending === 1);
+    const prefills = this.#running.filter((sequence) => sequence.numPending > 1);
+    for (const sequence of [...decodes, ...prefills]) {
+      if (sequence.status === 'running') this.#plan(sequence, plan);
+    }
+    if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
+    if (plan.size === 0) {
+      if (this.#open.size > 0) throw new Error('no open sequence can make progress');
+      return null;
+    }
+    return { sequences: [...plan.values()] };
+  }
+
+  /** Takes over what a step computed: one event per sequence that has something to say. */
+  commit(plan: StepPlan, outcomes: SequenceOutcome[]): EngineEvent[] {
+    this.#counters.numSteps++;
+    const events: EngineEvent[] = [];
+    for (const [index, part] of plan.sequences.entries()) {
+      // Ended while the step ran: its blocks are released, and what came out is dropped.
+      if (part.sequence.status !== 'running') continue;
+      const event = this.#commitSequence(part, outcomes[index]!);
+      if (event !== null) events.push(event);
+    }
+    return events;
+  }
+
+  stats(): EngineStats {
+    return {
+      numRunning: this.#running.length,
+      numWaiting: this.#waiting.length,
+      numBlocks: this.#pool.numBlocks,
+      numFreeBlocks: this.#pool.numFree,
+      numCachedBlocks: this.#cache.numIdle,
+      blockSize: this.#options.blockSize,
+      ...this.#counters,
+    };
+  }
+
+  /** The counts alone: cheap enough for every idle moment. */
+  checkCounts(): void {
+    this.#cache.checkCounts();
+    if (this.isIdle && this.#pool.numReferenced !== 0) {
+      throw new Error(`block invariant broken: ${this.#pool.numReferenced} blocks referenced by nobody`);
+    }
+  }
+
+  /**
+   * free + referenced + cached-only == total, each block is referenced as often as it stands in block tables, and
+   * running and waiting sequences are in order of arrival.
+   */
+  checkInvariant(): void {
+    this.checkCounts();
+    const arrivals = [...this.#running, ...this.#waiting].map(({ arrival }) => arrival);
+    if (arrivals.some((arrival, index) => index > 0 && arrival < arrivals[index - 1]!)) {
+      throw new Error(`order of arrival broken: ${arrivals.join(', ')}`);
+    }
+    this.#cache.checkInvariant();
+    const references = new Int32Array(this.#pool.numBlocks); // [num_blocks]
+    for (const sequence of this.#open.values()) {
+      for (const blockId of sequence.blockTable) references[blockId]!++;
+      if (sequence.status === 'waiting' && sequence.blockTable.length > 0) {
+        throw new Error(`block invariant broken: waiting sequence ${sequence.id} owns blocks`);
+      }
+    }
+    for (const [blockId, count] of references.entries()) {
+      if (this.#pool.references(blockId) !== count) {
+        throw new Error(
+          `block invariant broken: block ${blockId} has ${this.#pool.references(blockId)} references, ${count} users`,
+        );
+      }
+      if (count > 1 && !this.#cache.isPublished(blockId)) {
+        throw new Error(`block invariant broken: unpublished block ${blockId} is shared`);
+      }
+    }
+  }
+
+  #budget(plan: Map<Sequence, PlannedSequence>): number {
+    let budget = this.#options.maxStepTokens;
+    for (const { count } of plan.values()) budget -= count;
+    return budget;
+  }
+
+  /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
+  #plan(sequence: Sequence, plan: Map<Sequence, PlannedSequence>): void {
+    const wanted = Math.min(sequence.numPending, this.#budget(plan));
+    const count = wanted > 0 ? this.#reserve(sequence, wanted, plan) : 0;
+    if (count === 0) return;
+    const numSampled = count === sequence.numPending ? 1 : 0;
+    plan.set(sequence, { sequence, start: sequence.numComputed, count, numSampled });
+  }
+
+  /**
+   * Gives a sequence the blocks for its next tokens, preempting younger ones where none is left. Returns how many
+   * tokens have room; fewer than wanted only where this sequence is itself the youngest.
+   */
+  #reserve(sequence: Sequence, wanted: number, plan: Map<Sequence, PlannedSequence>): number {
+    const { blockSize } = this.#options;
+    const { blockTable, numComputed } = sequence;
+    let numNeeded = Math.ceil((numComputed + wanted) / blockSize) - blockTable.length;
+    while (numNeeded > this.#cache.numAvailable) {
+      const youngest = this.#running.at(-1)!;
+      if (youngest === sequence) {
+        numNeeded = this.#cache.numAvailable;
+        break;
+      }
+      plan.delete(youngest);
+      this.#preempt(youngest);
+    }
+    for (let taken = 0; taken < numNeeded; taken++) blockTable.push(this.#cache.take()!);
+    return Math.min(wanted, blockTable.length * blockSize - numComputed);
+  }
+
+  /** Back to the head of the queue, to be recomputed with what it has generated as part of its prefill. */
+  #preempt(sequence: Sequence): void {
+    this.#running.pop();
+    this.#release(sequence);
+    sequence.status = 'waiting';
+    sequence.numPreemptions++;
+    this.#counters.numPreemptions++;
+    this.#waiting.unshift(sequence);
+  }
+
+  /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
+  #admit(plan: Map<Sequence, PlannedSequence>): void {
+    while (this.#running.length < this.#options.maxNumSeqs && this.#budget(plan) > 0) {
+      const sequence = this.#waiting[0];
+      if (sequence === undefined || !this.#takePrefix(sequence)) return;
+      this.#waiting.shift();
+      this.#running.push(sequence);
+      sequence.status = 'running';
+      this.#plan(sequence, plan);
+    }
+  }
+
+  /**
+   * Gives a waiting sequence its blocks from the prefix cache. The last token is always computed, because its row is
+   * sampled; where its block came from the cache it is computed without being written.
+   */
+  #takePrefix(sequence: Sequence): boolean {
+    const { blockSize } = this.#options;
+    const { tokens, rootHash, blockHashes } = sequence;
+    this.#cache.extendHashes(blockHashes, rootHash, tokens);
+    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens);
+    const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
+    // One block more for each running sequence, or it would be preempted as soon as they grow.
+    if (numNeeded + this.#running.length > this.#cache.numAvailable) {
+      this.#cache.release(blockTable);
+      return false;
+    }
+    sequence.blockTable = blockTable;
+    sequence.numShared = blockTable.length * blockSize;
+    sequence.numComputed = Math.min(sequence.numShared, tokens.length - 1);
+    sequence.numPublished = blockTable.length;
+    if (sequence.cachedTokens < 0) {
+      sequence.cachedTokens = sequence.numShared;
+      this.#counters.prefixCacheQueries += sequence.promptLength;
+      this.#counters.prefixCacheHits += sequence.cachedTokens;
+    }
+    return true;
+  }
+
+  #commitSequence({ sequence, start, count }: PlannedSequence, outcome: SequenceOutcome): EngineEvent | null {
+    switch (outcome.kind) {
+      case 'failed':
+        return this.#finish(sequence, 'error', { error: { code: 'engine_failed', message: outcome.message } });
+      case 'non_finite':
+        return this.#finish(sequence, 'error', {
+          error: { code: 'non_finite_logits', message: 'The model computed a value that is no finite number.' },
+        });
+      case 'computed':
+        sequence.numComputed = start + count;
+        return null;
+      case 'sampled': {
+        sequence.numComputed = start + count;
+        this.#publish(sequence);
+        if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
+        this.#counters.generationTokens++;
+        const token = sequence.append(outcome.tokenId, outcome.logprobs);
+        if (sequence.finishReason === null) return this.#event(sequence, { tokens: [token] });
+        const stopTokenId = sequence.finishReason === 'stop' ? token.id : undefined;
+        return this.#finish(sequence, sequence.finishReason, { tokens: [token], stopTokenId });
+      }
+    }
+  }
+
+  /**
+   * Offers the full computed blocks to the prefix cache. Called only when a row came out finite, which vouches for
+   * every latent it attended to; so the blocks of a prefill are published at its end, not chunk by chunk.
+   */
+  #publish(sequence: Sequence): void {
+    const { tokens, rootHash, blockHashes, blockTable, numComputed } = sequence;
+    const numFull = Math.floor(numComputed / this.#options.blockSize);
+    if (sequence.numPublished >= numFull) return;
+    this.#cache.extendHashes(blockHashes, rootHash, tokens);
+    while (sequence.numPublished < numFull) {
+      const index = sequence.numPublished++;
+      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens);
+    }
+  }
+
+  #release(sequence: Sequence): void {
+    this.#cache.release(sequence.blockTable);
+    sequence.blockTable = [];
+    sequence.numComputed = 0;
+    sequence.numShared = 0;
+    sequence.numPublished = 0;
+  }
+
+  #finish(sequence: Sequence, finishReason: FinishReason, rest: Partial<EngineEvent>): EngineEvent {
+    const queue = sequence.status === 'running' ? this.#running : this.#waiting;
+    queue.splice(queue.indexOf(sequence), 1);
+    this.#open.delete(sequence.id);
+    this.#release(sequence);
+    sequence.status = 'finished';
+    sequence.finishReason = finishReason;
+    return this.#event(sequence, { ...rest, finishReason });
+  }
+
+  #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
+    return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
+  }
+}

@@ -1,0 +1,90 @@
+import { PhaseTracker } from './phase-tracker.js';
+import type { EmittedToken, EngineRequest, FinishReason, TokenLogprobs } from './request.js';
+
+export type SequenceStatus = 'waiting' | 'running' | 'finished';
+
+/** One request's tokens, counters, status and block table. Knows nothing of blocks' content or of other sequences. */
+export class Sequence {
+  readonly request: EngineRequest;
+  /** order of arrival: who is older */
+  readonly arrival: number;
+  /** prompt, then completion */
+  readonly tokens: number[]; // [num_tokens]
+  readonly promptLength: number;
+  /** most tokens, prompt included */
+  readonly maxTokens: number;
+  /** root of this sequence's hash chain */
+  readonly rootHash: string;
+  /** hashes of its full blocks, as far as they were needed */
+  readonly blockHashes: string[] = []; // [num_full_blocks]
+
+  status: SequenceStatus = 'waiting';
+  finishReason: FinishReason | null = null;
+  /** tokens 0 .. numComputed-1 have their latents in the blocks of the block table */
+  numComputed = 0;
+  /** tokens 0 .. numShared-1 lie in blocks taken from the prefix cache, which are never written */
+  numShared = 0;
+  /** blocks of this sequence's table that have been offered to the prefix cache, from the start */
+  numPublished = 0;
+  blockTable: number[] = []; // [num_blocks]
+  /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
+  cachedTokens = -1;
+  numPreemptions = 0;
+
+  readonly #phases: PhaseTracker;
+  readonly #stopIds: Set<number>;
+  /** id -> times in the completion; kept only where a penalty needs it */
+  readonly #history: Map<number, number> | null;
+
+  constructor(request: EngineRequest, arrival: number, maxContext: number, rootHash: string) {
+    const { promptIds, sampling } = request;
+    this.request = request;
+    this.arrival = arrival;
+    this.tokens = [...promptIds];
+    this.promptLength = promptIds.length;
+    this.maxTokens = Math.min(promptIds.length + sampling.maxTokens, maxContext);
+    this.rootHash = rootHash;
+    this.#phases = new PhaseTracker(request.markers, request.startPhase);
+    this.#stopIds = new Set(sampling.stopTokenIds);
+    const hasPenalty =
+      sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0 || sampling.repetitionPenalty !== 1;
+    this.#history = hasPenalty ? new Map(promptIds.map((id) => [id, 0])) : null;
+  }
+
+  get id(): string {
+    return this.request.requestId;
+  }
+
+  get numCompletion(): number {
+    return this.tokens.length - this.promptLength;
+  }
+
+  /** Tokens that the next step has to compute before this sequence can be sampled. */
+  get numPending(): number {
+    return this.tokens.length - this.numComputed;
+  }
+
+  /** [distinct id, times in the completion]; empty where no penalty is set. */
+  get history(): ReadonlyMap<number, number> {
+    return this.#history ?? NO_HISTORY;
+  }
+
+  /** Ids that the next token may not be: the stop tokens, until minTokens are reached. */
+  get bannedIds(): ReadonlySet<number> {
+    return this.numCompletion < this.request.sampling.minTokens ? this.#stopIds : NO_IDS;
+  }
+
+  /** Appends a sampled token; the sequence may have finished with it. */
+  append(tokenId: number, logprobs: TokenLogprobs | undefined): EmittedToken {
+    const isStop = this.#stopIds.has(tokenId);
+    this.tokens.push(tokenId);
+    this.#history?.set(tokenId, (this.#history.get(tokenId) ?? 0) + 1);
+    if (isStop) this.finishReason = 'stop';
+    else if (this.tokens.length >= this.maxTokens) this.finishReason = 'length';
+    const phase = this.#phases.label(tokenId, isStop);
+    return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
+  }
+}
+
+const NO_HISTORY: ReadonlyMap<number, number> = new Map();
+const NO_IDS: ReadonlySet<number> = new Set();

@@ -1,0 +1,65 @@
+/**
+ * One step's batch and result as flat typed arrays: the message to the addon, twin of addon/engine/step.h.
+ * S sequences, T tokens in all, R = sum(numSampled) sampled rows.
+ *
+ * Sequence s owns tokens qStart[s] .. qStart[s+1]-1. The last numSampled[s] of them are sampled: 0 in the
+ * middle of a prefill, 1 otherwise (1 + drafts when a draft is verified).
+ */
+export interface StepBatch {
+  tokenIds: Int32Array; // [T]
+  positions: Int32Array; // [T] absolute position of each token
+  /** block_id * block_size + offset where the token's latent goes; -1: already there, do not write */
+  slotMapping: Int32Array; // [T]
+  qStart: Int32Array; // [S + 1]
+  blockTableStart: Int32Array; // [S + 1]
+  blockTable: Int32Array; // [blockTableStart[S]] ids of the blocks covering positions 0 .. last
+  numSampled: Int32Array; // [S]
+
+  // sampling, per sequence
+  /** 0 is greedy */
+  temperature: Float32Array; // [S]
+  topP: Float32Array; // [S] 1 is off
+  topK: Int32Array; // [S] 0 is off
+  minP: Float32Array; // [S] 0 is off
+  seedLow: Uint32Array; // [S]
+  seedHigh: Uint32Array; // [S]
+  presencePenalty: Float32Array; // [S]
+  frequencyPenalty: Float32Array; // [S]
+  repetitionPenalty: Float32Array; // [S] 1 is off
+  /** -1: none; 0: of the sampled token alone; k: also the k most likely */
+  numLogprobs: Int32Array; // [S]
+
+  // token history of sequences with a penalty; empty range for the others
+  historyStart: Int32Array; // [S + 1]
+  historyIds: Int32Array; // [historyStart[S]] distinct ids seen so far in prompt or completion
+  historyCounts: Int32Array; // [historyStart[S]] times in the completion (0: only in the prompt)
+
+  // added to the logits before everything else; -Infinity bans
+  biasStart: Int32Array; // [S + 1]
+  biasIds: Int32Array; // [biasStart[S]]
+  biasValues: Float32Array; // [biasStart[S]]
+
+  /** token indices in 0..T-1 whose raw logits come back (the tool `rodin logits`) */
+  logitRows: Int32Array; // [L]
+  /**
+   * token indices whose MTP logits come back: row j is made from token j and the hidden state of token j-1 of
+   * the same sequence, which must be in this step too. Non-empty runs the MTP module over the step.
+   */
+  draftLogitRows: Int32Array; // [D]
+}
+
+export interface StepResult {
+  sampledIds: Int32Array; // [R]
+  /** log-softmax of the raw logits (before bias, penalties, temperature) at the sampled token; 0 where not asked for */
+  sampledLogprobs: Float32Array; // [R]
+  /** where row r's most likely tokens start */
+  topStart: Int32Array; // [R + 1]
+  topIds: Int32Array; // [topStart[R]] by falling log-probability, ties by lower id
+  topLogprobs: Float32Array; // [topStart[R]]
+  /** 1 where a row's logits held a NaN or an infinity: its sampled id is -1 and must not be used */
+  nonFinite: Uint8Array; // [R]
+  logits: Float32Array; // [L, vocab_size]
+  draftLogits: Float32Array; // [D, vocab_size]
+  /** time on the engine thread, microseconds */
+  stepMicros: number;
+}

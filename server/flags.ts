@@ -1,0 +1,288 @@
+/** Every flag and RODIN_* variable: one table, from which parsing, checking and --help come. */
+import { resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+export type CommandName = 'serve' | 'logits';
+export type FlagValue = string | number | boolean | string[] | null;
+
+export interface Flag {
+  name: string;
+  commands: readonly CommandName[];
+  /** shown after the name in --help; none for a switch */
+  value?: string;
+  default: FlagValue;
+  /** shown instead of the default itself */
+  defaultText?: string;
+  help: string;
+  /** text -> value; throws a sentence's end such as "must be ..." */
+  parse(text: string): FlagValue;
+  isList?: boolean;
+  isSwitch?: boolean;
+  isRequired?: boolean;
+}
+
+const BOTH = ['serve', 'logits'] as const;
+const SERVE = ['serve'] as const;
+const LOGITS = ['logits'] as const;
+const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
+const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
+
+export const FLAGS: readonly Flag[] = [
+  {
+    name: 'model',
+    commands: BOTH,
+    value: 'DIR',
+    default: BUNDLED_MODEL,
+    defaultText: 'the bundled models/pocket-r1',
+    parse: folder,
+    help: 'checkpoint folder in the Hugging Face layout',
+  },
+  { name: 'host', commands: SERVE, value: 'HOST', default: '127.0.0.1', parse: nonEmpty, help: 'address to listen on' },
+  {
+    name: 'port',
+    commands: SERVE,
+    value: 'PORT',
+    default: 8000,
+    parse: integer(0, 65535),
+    help: 'port to listen on; 0 takes a free one',
+  },
+  {
+    name: 'served-model-name',
+    commands: SERVE,
+    value: 'NAME',
+    default: [],
+    defaultText: "the folder's name",
+    parse: nonEmpty,
+    isList: true,
+    help: 'model id that clients use; may be repeated, the first is the one in responses',
+  },
+  {
+    name: 'api-key',
+    commands: SERVE,
+    value: 'KEY',
+    default: [],
+    defaultText: 'none: no key is asked for',
+    parse: nonEmpty,
+    isList: true,
+    help: 'key that clients must send as bearer token; may be repeated',
+  },
+  {
+    name: 'cors-origin',
+    commands: SERVE,
+    value: 'ORIGIN',
+    default: [],
+    defaultText: 'none',
+    parse: origin,
+    isList: true,
+    help: "web origin that may call the API from a browser, or '*'; may be repeated",
+  },
+  { name: 'device', commands: BOTH, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
+  {
+    name: 'compute',
+    commands: BOTH,
+    value: 'MODE',
+    default: 'auto',
+    parse: choice(['auto', 'float32']),
+    help: "auto (the device's fast path) or float32 (the readable reference)",
+  },
+  {
+    name: 'threads',
+    commands: BOTH,
+    value: 'N',
+    default: null,
+    defaultText: 'one per core',
+    parse: integer(1, 1024),
+    help: 'compute threads on the CPU',
+  },
+  {
+    name: 'max-num-seqs',
+    commands: SERVE,
+    value: 'N',
+    default: 64,
+    parse: integer(1, 4096),
+    help: 'most sequences in one step',
+  },
+  {
+    name: 'max-step-tokens',
+    commands: SERVE,
+    value: 'N',
+    default: 512,
+    parse: integer(1, 1 << 20),
+    help: 'token budget of one step; longer prompts are prefilled in chunks',
+  },
+  {
+    name: 'cache-memory',
+    commands: SERVE,
+    value: 'BYTES',
+    default: null,
+    defaultText: 'what is of use, at most half of the free memory',
+    parse: bytes,
+    help: 'memory for the latent cache, e.g. 512MiB or 8GiB',
+  },
+  {
+    name: 'block-size',
+    commands: SERVE,
+    value: 'N',
+    default: 64,
+    parse: integer(1, 1024),
+    help: 'tokens in one cache block',
+  },
+  {
+    name: 'max-model-len',
+    commands: SERVE,
+    value: 'N',
+    default: null,
+    defaultText: "the checkpoint's",
+    parse: integer(2, 1 << 24),
+    help: 'longest prompt and completion together',
+  },
+  {
+    name: 'max-queue',
+    commands: SERVE,
+    value: 'N',
+    default: 512,
+    parse: integer(0, 1 << 20),
+    help: 'most requests waiting; more get status 429',
+  },
+  {
+    name: 'max-body-size',
+    commands: SERVE,
+    value: 'BYTES',
+    default: 8 << 20,
+    defaultText: '8MiB',
+    parse: bytes,
+    help: 'longest request body',
+  },
+  {
+    name: 'reasoning-field',
+    commands: SERVE,
+    value: 'FIELD',
+    default: 'reasoning_content',
+    parse: choice(['reasoning_content', 'reasoning', 'both']),
+    help: 'field of a message that holds the reasoning: reasoning_content, reasoning or both',
+  },
+  {
+    name: 'shutdown-timeout',
+    commands: SERVE,
+    value: 'SECONDS',
+    default: 30,
+    parse: integer(0, 86400),
+    help: 'time that running requests get to finish on SIGTERM',
+  },
+  {
+    name: 'log-level',
+    commands: SERVE,
+    value: 'LEVEL',
+    default: 'info',
+    parse: choice(LOG_LEVELS),
+    help: LOG_LEVELS.join(', '),
+  },
+  {
+    name: 'log-format',
+    commands: SERVE,
+    value: 'FORMAT',
+    default: 'auto',
+    parse: choice(['auto', 'text', 'json']),
+    help: 'text, json, or auto: text on a terminal, json elsewhere',
+  },
+  {
+    name: 'prompts',
+    commands: LOGITS,
+    value: 'FILE',
+    default: null,
+    parse: nonEmpty,
+    isRequired: true,
+    help: 'prompts, one {"ids": [...]} a line',
+  },
+  {
+    name: 'out',
+    commands: LOGITS,
+    value: 'FILE',
+    default: null,
+    parse: nonEmpty,
+    isRequired: true,
+    help: 'where the logits go, one line for each prompt',
+  },
+  {
+    name: 'last',
+    commands: LOGITS,
+    value: 'K',
+    default: 16,
+    parse: integer(1, 1 << 20),
+    help: 'number of last positions whose logits are written',
+  },
+  {
+    name: 'draft',
+    commands: LOGITS,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: "write the MTP module's logits too",
+  },
+];
+
+export function variableOf(flag: Flag): string {
+  return `RODIN_${flag.name.replaceAll('-', '_').toUpperCase()}`;
+}
+
+function nonEmpty(text: string): string {
+  if (text.trim() === '') throw new Error('must not be empty');
+  return text;
+}
+
+function folder(text: string): string {
+  return resolve(nonEmpty(text));
+}
+
+function origin(text: string): string {
+  if (text !== '*' && !/^https?:\/\/[^/]+$/.test(text))
+    throw new Error("must be an origin such as https://example.org, or '*'");
+  return text;
+}
+
+function device(text: string): string {
+  if (!/^(auto|cpu|cuda:\d{1,3})$/.test(text)) throw new Error('must be auto, cpu or cuda:N');
+  return text;
+}
+
+function choice(choices: readonly string[]): (text: string) => string {
+  return (text) => {
+    if (!choices.includes(text)) throw new Error(`must be one of ${choices.join(', ')}`);
+    return text;
+  };
+}
+
+function integer(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = /^\d+$/.test(text) ? Number(text) : NaN;
+    if (!(value >= min && value <= max)) throw new Error(`must be a whole number from ${min} to ${max}`);
+    return value;
+  };
+}
+
+function boolean(text: string): boolean {
+  if (text === 'true' || text === '1') return true;
+  if (text === 'false' || text === '0') return false;
+  throw new Error('must be true or false');
+}
+
+const UNITS: Record<string, number> = {
+  '': 1,
+  B: 1,
+  KIB: 2 ** 10,
+  MIB: 2 ** 20,
+  GIB: 2 ** 30,
+  TIB: 2 ** 40,
+  KB: 1e3,
+  MB: 1e6,
+  GB: 1e9,
+  TB: 1e12,
+};
+
+function bytes(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*([a-z]*)$/i.exec(text.trim());
+  const unit = match && UNITS[match[2]!.toUpperCase()];
+  const value = match && unit ? Math.floor(Number(match[1]) * unit) : 0;
+  if (!Number.isSafeInteger(value) || value < 1) throw new Error('must be a size such as 512MiB or 8GiB');
+  return value;
+}

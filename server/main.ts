@@ -1,0 +1,37 @@
+#!/usr/bin/env node
+/** Entry and command line. */
+import { readCommandLine } from './config.js';
+import { StartupError } from './errors.js';
+import { runLogits } from './logits.js';
+import { LoadingProgress } from './progress.js';
+import { serve } from './serve.js';
+
+async function main(): Promise<number> {
+  const command = readCommandLine(process.argv.slice(2), process.env);
+  switch (command.kind) {
+    case 'print':
+      process.stdout.write(`${command.text}\n`);
+      return 0;
+    case 'serve':
+      return serve(command.config);
+    case 'logits': {
+      const say = (line: string): boolean => process.stderr.write(`${line}\n`);
+      const progress = new LoadingProgress(process.stderr, say);
+      const onProgress = (loaded: number, total: number): void => {
+        progress.update(loaded, total);
+        if (loaded >= total) progress.end();
+      };
+      const numPrompts = await runLogits({ ...command.config, onProgress });
+      progress.end();
+      say(`wrote the logits of ${numPrompts} prompts to ${command.config.out}`);
+      return 0;
+    }
+  }
+}
+
+try {
+  process.exit(await main());
+} catch (error) {
+  const text = error instanceof StartupError ? `rodin: ${error.message}` : ((error as Error).stack ?? String(error));
+  process.stderr.write(`${text}\n`, () => process.exit(1));
+}

@@ -1,0 +1,139 @@
+#!/usr/bin/env node
+// Makes a checkout runnable with Node alone: installs the packages, builds the addon and compiles the
+// server, each only where it is missing or stale. Runs before `npm start` and `npm test`, and as `prepare`.
+//
+//   node server/setup.mjs [--no-install] [--tests]
+//
+// --no-install  leave node_modules as it is (npm itself is calling)
+// --tests       also build the native test program
+import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import { delimiter, join, relative } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const args = new Set(process.argv.slice(2));
+for (const arg of args) if (!['--no-install', '--tests'].includes(arg)) fail(`unknown option ${arg}`);
+process.chdir(root);
+
+const MIN_NODE_MAJOR = 20;
+if (Number(process.versions.node.split('.')[0]) < MIN_NODE_MAJOR) {
+  fail(`Rodin needs Node ${MIN_NODE_MAJOR} or later; this is ${process.version}. Install a newer Node and try again.`);
+}
+
+if (!args.has('--no-install')) installPackages();
+buildAddon();
+compileServer();
+
+function installPackages() {
+  const stamp = join('node_modules', '.rodin-stamp');
+  const wanted = digest(['package.json', 'package-lock.json']);
+  if (isCurrent(stamp, wanted)) return;
+  if (existsSync('node_modules') && packagesMatchLock()) return writeFileSync(stamp, wanted);
+  say('installing packages (npm ci)');
+  const npm = process.env.npm_execpath;
+  const flags = ['ci', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'];
+  if (npm?.endsWith('.js')) run(process.execPath, [npm, ...flags]);
+  else run('npm', flags);
+  writeFileSync(stamp, wanted);
+}
+
+/** True where `npm ci` or `npm install` has already put every locked package of this platform in place. */
+function packagesMatchLock() {
+  const lock = JSON.parse(readFileSync('package-lock.json', 'utf8')).packages;
+  return Object.entries(lock).every(([path, entry]) => {
+    if (path === '' || entry.optional || entry.dev) return true;
+    const manifest = join(path, 'package.json');
+    return existsSync(manifest) && JSON.parse(readFileSync(manifest, 'utf8')).version === entry.version;
+  });
+}
+
+function buildAddon() {
+  const target = args.has('--tests') ? 'all' : 'rodin_addon';
+  const stamp = join('build', `.rodin-stamp-${target}`);
+  const sources = [...files('addon', /\.(h|cc|txt|cmake)$/), ...files('cuda', /\.(h|cuh|cu|cc)$/)];
+  if (target === 'all') sources.push(...files('tests/native', /\.(h|cc|cu|txt)$/));
+  const wanted = digest(sources);
+  if (isCurrent(stamp, wanted) && existsSync('build/rodin.node')) return;
+
+  const missing = [];
+  if (!onPath('cmake')) missing.push('cmake');
+  if (!process.env.CXX && !onPath('c++') && !onPath('g++') && !onPath('clang++')) missing.push('g++');
+  if (!onPath('make') && !onPath('gmake')) missing.push('make');
+  if (missing.length > 0) {
+    const packages = missing.join(' ');
+    fail(`the addon cannot be built: ${packages} not found on PATH. On Debian or Ubuntu: apt-get install ${packages}`);
+  }
+  say(`building the addon (cmake${target === 'all' ? ', with its tests' : ''})`);
+  dropForeignCache();
+  run('cmake', ['-S', 'addon', '-B', 'build', '-G', 'Unix Makefiles', '-DCMAKE_BUILD_TYPE=Release'], true);
+  run('cmake', ['--build', 'build', '--target', target, '--parallel', String(availableParallelism())], true);
+  writeFileSync(stamp, wanted);
+}
+
+/** A build folder that another generator or another place on disk made cannot be reused. */
+function dropForeignCache() {
+  if (!existsSync('build/CMakeCache.txt')) return;
+  const cache = readFileSync('build/CMakeCache.txt', 'utf8');
+  const generator = /^CMAKE_GENERATOR:INTERNAL=(.*)$/m.exec(cache)?.[1];
+  const home = /^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$/m.exec(cache)?.[1];
+  if (generator !== 'Unix Makefiles' || home !== join(root, 'addon')) rmSync('build', { recursive: true });
+}
+
+function compileServer() {
+  const stamp = join('dist', '.rodin-stamp');
+  const sources = [...files('server', /\.ts$/), 'openapi/openapi.yaml', 'tsconfig.json', 'package-lock.json'];
+  const wanted = digest(sources);
+  if (isCurrent(stamp, wanted)) return;
+  say('compiling the server (tsc)');
+  const generator = 'node_modules/openapi-typescript/bin/cli.js'; // absent after an install without development packages
+  if (existsSync(generator)) {
+    run(process.execPath, [generator, 'openapi/openapi.yaml', '-o', 'server/api/openapi.d.ts', '--check'], true);
+  }
+  rmSync('dist', { recursive: true, force: true });
+  run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.json']);
+  writeFileSync(stamp, wanted);
+}
+
+/** Files under `folder` whose name matches, sorted, so that the digest does not depend on the file system. */
+function files(folder, pattern) {
+  if (!existsSync(folder)) return [];
+  return readdirSync(folder, { recursive: true, withFileTypes: true })
+    .filter((entry) => entry.isFile() && pattern.test(entry.name))
+    .map((entry) => join(relative(root, join(root, entry.parentPath ?? entry.path)), entry.name))
+    .sort();
+}
+
+function digest(paths) {
+  const hash = createHash('sha256').update(`${process.platform} ${process.arch}\n`);
+  for (const path of paths) hash.update(`${path}\n`).update(readFileSync(path));
+  return hash.digest('hex');
+}
+
+function isCurrent(stamp, wanted) {
+  return existsSync(stamp) && readFileSync(stamp, 'utf8') === wanted;
+}
+
+function onPath(tool) {
+  return (process.env.PATH ?? '').split(delimiter).some((folder) => folder !== '' && existsSync(join(folder, tool)));
+}
+
+/** `quiet` keeps the output back and prints it only where the command fails. */
+function run(command, commandArgs, quiet = false) {
+  const result = spawnSync(command, commandArgs, { stdio: quiet ? 'pipe' : ['ignore', 'inherit', 'inherit'] });
+  if (result.error) fail(`${command} could not be started: ${result.error.message}`);
+  if (result.status === 0) return;
+  if (quiet) process.stderr.write(Buffer.concat([result.stdout, result.stderr]));
+  fail(`\`${[command, ...commandArgs].join(' ')}\` failed; what it printed is above.`);
+}
+
+function say(what) {
+  process.stderr.write(`setup: ${what}\n`);
+}
+
+function fail(message) {
+  process.stderr.write(`setup: ${message}\n`);
+  process.exit(1);
+}

@@ -1,0 +1,121 @@
+import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { Template } from '@huggingface/jinja';
+import { ApiError, StartupError } from '../errors.js';
+
+/** A message as templates know it: content joined to one string, snake_case as in every published template. */
+export interface TemplateMessage {
+  role: 'system' | 'user' | 'assistant' | 'tool';
+  content: string | null;
+  reasoning_content?: string;
+  name?: string;
+  tool_call_id?: string;
+  tool_calls?: TemplateToolCall[];
+}
+
+export interface TemplateToolCall {
+  id: string;
+  type: 'function';
+  function: { name: string; arguments: string };
+}
+
+export interface TemplateInput {
+  messages: TemplateMessage[];
+  tools: unknown[] | null;
+  /** undefined leaves it to the template */
+  thinking?: boolean;
+}
+
+/** Rendered text longer than this is refused: no context holds it. */
+const MAX_RENDERED_CHARACTERS = 64 * 1024 * 1024;
+
+/** The checkpoint's own Jinja template. A request never brings one: templates have no step limit. */
+export class ChatTemplate {
+  readonly #template: Template;
+  readonly #specialTokens: Record<string, string>;
+  /** what the template itself cuts from an assistant's content: up to the first or the last `</think>` */
+  readonly #cutsReasoning: 'first' | 'last' | null;
+
+  /** whether the template looks at `thinking` or `enable_thinking` */
+  readonly hasThinkingSwitch: boolean;
+
+  constructor(source: string, specialTokens: Record<string, string>) {
+    this.#template = new Template(source);
+    this.#specialTokens = specialTokens;
+    this.hasThinkingSwitch = /\b(enable_)?thinking\b/.test(source);
+    const split = /\.split\(\s*(['"])<\/think>\1\s*(,\s*1\s*)?\)/.exec(source);
+    this.#cutsReasoning = split ? (split[2] ? 'first' : 'last') : null;
+  }
+
+  /** chat_template.jinja wins over tokenizer_config.json, as in Transformers. */
+  static read(folder: string, config: Record<string, unknown>): ChatTemplate {
+    const path = join(folder, 'chat_template.jinja');
+    const source = existsSync(path) ? readFileSync(path, 'utf8') : sourceOf(config.chat_template);
+    if (source === null) {
+      throw new StartupError(
+        `${folder} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); ` +
+          `copy one from the model's page into the folder.`,
+      );
+    }
+    try {
+      return new ChatTemplate(source, specialTokensOf(config));
+    } catch (error) {
+      if (error instanceof StartupError) throw error;
+      throw new StartupError(`${folder}: the chat template cannot be parsed: ${(error as Error).message}`);
+    }
+  }
+
+  /**
+   * Text of an assistant's turn without the reasoning that the template would cut. It is cut here because the
+   * template sees `</think>` only in broken form.
+   */
+  withoutReasoning(content: string): string {
+    const marker = '</think>';
+    const at = this.#cutsReasoning === 'first' ? content.indexOf(marker) : content.lastIndexOf(marker);
+    return this.#cutsReasoning === null || at < 0 ? content : content.slice(at + marker.length);
+  }
+
+  render(input: TemplateInput): string {
+    let rendered: string;
+    try {
+      rendered = this.#template.render({
+        ...this.#specialTokens,
+        messages: input.messages,
+        ...(input.tools ? { tools: input.tools } : {}),
+        ...(input.thinking === undefined ? {} : { thinking: input.thinking, enable_thinking: input.thinking }),
+        add_generation_prompt: true,
+      });
+    } catch (error) {
+      throw new ApiError(
+        'template_error',
+        `The model's chat template refused this conversation: ${(error as Error).message}`,
+        'messages',
+      );
+    }
+    if (rendered.length > MAX_RENDERED_CHARACTERS) {
+      throw new ApiError(
+        'template_error',
+        `The rendered conversation has ${rendered.length} characters; shorten it.`,
+        'messages',
+      );
+    }
+    return rendered;
+  }
+}
+
+function sourceOf(chatTemplate: unknown): string | null {
+  if (typeof chatTemplate === 'string') return chatTemplate;
+  if (!Array.isArray(chatTemplate)) return null;
+  const named = chatTemplate as { name?: string; template?: string }[];
+  return (named.find((entry) => entry.name === 'default') ?? named[0])?.template ?? null;
+}
+
+function specialTokensOf(config: Record<string, unknown>): Record<string, string> {
+  const tokens: Record<string, string> = {};
+  for (const [key, value] of Object.entries(config)) {
+    if (!/^(bos|eos|unk|pad|sep|cls|mask)_token$/.test(key)) continue;
+    const content = typeof value === 'string' ? value : (value as { content?: unknown } | null)?.content;
+    if (typeof content === 'string') tokens[key] = content;
+  }
+  return tokens;
+}
