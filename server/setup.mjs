@@ -68,9 +68,26 @@ function buildAddon() {
   }
   say(`building the addon (cmake${target === 'all' ? ', with its tests' : ''})`);
   dropForeignCache();
-  run('cmake', ['-S', 'addon', '-B', 'build', '-G', 'Unix Makefiles', '-DCMAKE_BUILD_TYPE=Release'], true);
-  run('cmake', ['--build', 'build', '--target', target, '--parallel', String(availableParallelism())], true);
+  const problem = runCmake(target, 'AUTO');
+  if (problem !== null && !usesCuda()) fail(`${problem}; what it printed is above.`);
+  if (problem !== null) {
+    // An nvcc that is too old, or that does not get on with this g++, must not keep anybody from the CPU.
+    say('the CUDA kernels could not be built, see above; building for the CPU alone');
+    const cpuProblem = runCmake(target, 'OFF');
+    if (cpuProblem !== null) fail(`${cpuProblem}; what it printed is above.`);
+  }
   writeFileSync(stamp, wanted);
+}
+
+/** Configures and builds; null, or what failed. */
+function runCmake(target, cuda) {
+  const configure = ['-S', 'addon', '-B', 'build', '-G', 'Unix Makefiles', '-DCMAKE_BUILD_TYPE=Release'];
+  const build = ['--build', 'build', '--target', target, '--parallel', String(availableParallelism())];
+  return attempt('cmake', [...configure, `-DRODIN_CUDA=${cuda}`]) ?? attempt('cmake', build);
+}
+
+function usesCuda() {
+  return /^CMAKE_CUDA_COMPILER:\w+=(?!.*NOTFOUND)./m.test(readFileSync('build/CMakeCache.txt', 'utf8'));
 }
 
 /** A build folder that another generator or another place on disk made cannot be reused. */
@@ -90,7 +107,7 @@ function compileServer() {
   say('compiling the server (tsc)');
   const generator = 'node_modules/openapi-typescript/bin/cli.js'; // absent after an install without development packages
   if (existsSync(generator)) {
-    run(process.execPath, [generator, 'openapi/openapi.yaml', '-o', 'server/api/openapi.d.ts', '--check'], true);
+    run(process.execPath, [generator, 'openapi/openapi.yaml', '-o', 'server/api/openapi.d.ts', '--check']);
   }
   rmSync('dist', { recursive: true, force: true });
   run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.json']);
@@ -120,13 +137,18 @@ function onPath(tool) {
   return (process.env.PATH ?? '').split(delimiter).some((folder) => folder !== '' && existsSync(join(folder, tool)));
 }
 
-/** `quiet` keeps the output back and prints it only where the command fails. */
-function run(command, commandArgs, quiet = false) {
-  const result = spawnSync(command, commandArgs, { stdio: quiet ? 'pipe' : ['ignore', 'inherit', 'inherit'] });
+function run(command, commandArgs) {
+  const problem = attempt(command, commandArgs);
+  if (problem !== null) fail(`${problem}; what it printed is above.`);
+}
+
+/** Runs a command, keeping its output back unless it fails; null, or a sentence about the failure. */
+function attempt(command, commandArgs) {
+  const result = spawnSync(command, commandArgs, { stdio: ['ignore', 'pipe', 'pipe'], maxBuffer: 1 << 28 });
   if (result.error) fail(`${command} could not be started: ${result.error.message}`);
-  if (result.status === 0) return;
-  if (quiet) process.stderr.write(Buffer.concat([result.stdout, result.stderr]));
-  fail(`\`${[command, ...commandArgs].join(' ')}\` failed; what it printed is above.`);
+  if (result.status === 0) return null;
+  process.stderr.write(Buffer.concat([result.stdout, result.stderr]));
+  return `\`${[command, ...commandArgs].join(' ')}\` failed`;
 }
 
 function say(what) {
