@@ -67,7 +67,7 @@ export class Metrics {
       'From request to first answer token.',
     );
     this.#reasoningTime = seconds('rodin:reasoning_duration_seconds', 'From first to last reasoning token.');
-    this.#interTokenLatency = seconds('vllm:inter_token_latency_seconds', 'Mean time between tokens of a completion.');
+    this.#interTokenLatency = seconds('vllm:inter_token_latency_seconds', 'Time between tokens.');
     this.#e2eLatency = seconds('vllm:e2e_request_latency_seconds', 'From request to last token.');
     this.#promptTokens = tokens('vllm:request_prompt_tokens', 'Prompt tokens of a request.');
     this.#generationTokens = tokens('vllm:request_generation_tokens', 'Completion tokens of a request.');
@@ -87,8 +87,11 @@ export class Metrics {
     if (toFirstToken !== null) this.#timeToFirstToken.observe(toFirstToken);
     if (toFirstAnswer !== null) this.#timeToFirstAnswer.observe(toFirstAnswer);
     if (reasoning !== null) this.#reasoningTime.observe(reasoning);
-    if (toFirstToken !== null && numTokens > 1)
-      this.#interTokenLatency.observe((total - toFirstToken) / (numTokens - 1));
+  }
+
+  /** `count` tokens that came together, `seconds` after the ones before */
+  observeTokens(count: number, seconds: number): void {
+    for (let i = 0; i < count; i++) this.#interTokenLatency.observe(seconds / count);
   }
 
   observeResponse(operation: string, status: number): void {

@@ -5,6 +5,7 @@ import { isEmpty } from './chat-output.js';
 import { readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
 import { Completion } from './completion.js';
 import type { ApiContext } from './context.js';
+import { toApiError } from './error-handler.js';
 import { SseWriter } from './sse.js';
 
 export async function createChatCompletion(
@@ -49,6 +50,7 @@ async function streamCompletion(
     timer = setTimeout(() => resolve('late'), context.sse.heartbeatMs);
   });
   const started = await Promise.race([first, isLate]).finally(() => clearTimeout(timer));
+  if (started === false && output.finishReason === null) return reply.hijack(); // the client has left
 
   const sse = new SseWriter(context.sse);
   sse.stream.once('close', () => completion.abort());
@@ -76,8 +78,8 @@ async function streamCompletion(
     sse.end();
   };
   pump().catch((error: unknown) => {
-    reply.log.error(error, 'a stream ended with an error');
-    const shown = error instanceof ApiError ? error : new ApiError('internal_error', 'Something broke on the server.');
+    const shown = toApiError(error);
+    if (shown.code === 'internal_error') reply.log.error(error, 'a stream broke');
     if (output.finishReason === null) for (const piece of output.take()) sse.event(bodies.piece(piece));
     sse.event(JSON.stringify(shown.toBody()));
     sse.end();

@@ -17,6 +17,8 @@ export class Completion {
   readonly #events: AsyncIterator<EngineEvent>;
   readonly #startedAt: number;
   #firstTokenAt: number | null = null;
+  #lastTokenAt: number | null = null;
+  #numTimed = 0;
   #firstAnswerAt: number | null = null;
   #reasoningFrom: number | null = null;
   #reasoningTo: number | null = null;
@@ -60,7 +62,13 @@ export class Completion {
   #keepTime(): void {
     const { numTokens, numReasoning, numAnswer } = this.output;
     const now = performance.now();
-    if (numTokens > 0) this.#firstTokenAt ??= now;
+    const numNew = numTokens - this.#numTimed;
+    if (numNew > 0) {
+      this.#firstTokenAt ??= now;
+      if (this.#lastTokenAt !== null) this.#context.metrics.observeTokens(numNew, (now - this.#lastTokenAt) / 1000);
+      this.#lastTokenAt = now;
+      this.#numTimed = numTokens;
+    }
     if (numAnswer > 0) this.#firstAnswerAt ??= now;
     if (numReasoning > 0) {
       this.#reasoningFrom ??= now;

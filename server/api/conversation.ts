@@ -19,6 +19,10 @@ export async function readConversation(body: ChatBody, context: ApiContext): Pro
   if (depthOf(tools, MAX_TOOL_DEPTH + 1) > MAX_TOOL_DEPTH) {
     throw new ApiError('invalid_value', `'tools' is nested deeper than ${MAX_TOOL_DEPTH} levels; flatten it.`, 'tools');
   }
+  if (tools && !prompts.rendersTools) {
+    const message = "This model's chat template does not show tools to the model; remove 'tools'.";
+    throw new ApiError('unsupported_parameter', message, 'tools');
+  }
   const thinking = readThinking(body);
   checkThinking(thinking, context);
   // Long messages are counted roughly first: tokenizing what can never fit would be wasted work. Assistants' turns

@@ -31,17 +31,22 @@ const MAX_RENDERED_CHARACTERS = 64 * 1024 * 1024;
 
 /** The checkpoint's own Jinja template. A request never brings one: templates have no step limit. */
 export class ChatTemplate {
+  readonly source: string;
+  readonly specialTokens: Record<string, string>;
   readonly #template: Template;
-  readonly #specialTokens: Record<string, string>;
   /** what the template itself cuts from an assistant's content: up to the first or the last `</think>` */
   readonly #cutsReasoning: 'first' | 'last' | null;
 
   /** whether the template looks at `thinking` or `enable_thinking` */
   readonly hasThinkingSwitch: boolean;
+  /** whether the template looks at `tools` */
+  readonly rendersTools: boolean;
 
   constructor(source: string, specialTokens: Record<string, string>) {
     this.#template = new Template(source);
-    this.#specialTokens = specialTokens;
+    this.source = source;
+    this.specialTokens = specialTokens;
+    this.rendersTools = /\btools\b/.test(source);
     this.hasThinkingSwitch = /\b(enable_)?thinking\b/.test(source);
     const split = /\.split\(\s*(['"])<\/think>\1\s*(,\s*1\s*)?\)/.exec(source);
     this.#cutsReasoning = split ? (split[2] ? 'first' : 'last') : null;
@@ -79,7 +84,7 @@ export class ChatTemplate {
     let rendered: string;
     try {
       rendered = this.#template.render({
-        ...this.#specialTokens,
+        ...this.specialTokens,
         messages: input.messages,
         ...(input.tools ? { tools: input.tools } : {}),
         ...(input.thinking === undefined ? {} : { thinking: input.thinking, enable_thinking: input.thinking }),

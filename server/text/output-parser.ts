@@ -1,3 +1,4 @@
+import type { EmittedToken } from '../engine/request.js';
 import { Detokenizer } from './detokenizer.js';
 import { StopMatcher } from './stop-matcher.js';
 import { ToolCallParser, type ToolCallDelta, type ToolMarkers } from './tool-call-parser.js';
@@ -11,10 +12,7 @@ export interface TextDelta {
 export type OutputDelta = TextDelta | ToolCallDelta;
 
 /** A token with the engine's label; 'control' tokens carry no text. */
-export interface LabelledToken {
-  id: number;
-  phase: 'reasoning' | 'answer' | 'tool' | 'control';
-}
+export type LabelledToken = Pick<EmittedToken, 'id' | 'phase'>;
 
 /**
  * Labelled tokens of one sequence -> deltas for the client. Stop strings are looked for in the answer alone.

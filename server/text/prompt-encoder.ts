@@ -1,15 +1,9 @@
-import { EncodeWorker } from './encode-worker-client.js';
-import { ChatTemplate, type TemplateInput, type TemplateMessage } from './chat-template.js';
+import type { PhaseMarkers } from '../engine/request.js';
+import { ChatTemplate, type TemplateInput } from './chat-template.js';
+import { ConversationEncoder } from './conversation-encoder.js';
+import { EncodeThread } from './encode-thread.js';
 import { Tokenizer } from './tokenizer.js';
 import type { ToolMarkers } from './tool-call-parser.js';
-
-/** Token ids that switch phases; -1 where the vocabulary has no such token. */
-export interface ThinkMarkers {
-  thinkStart: number;
-  thinkEnd: number;
-  toolCallsBegin: number;
-  toolCallsEnd: number;
-}
 
 export interface EncodedPrompt {
   ids: number[];
@@ -17,25 +11,29 @@ export interface EncodedPrompt {
   startPhase: 'reasoning' | 'answer';
 }
 
-/** Texts longer than this are tokenized in a worker thread: the HTTP thread must not stand still. */
-const MAX_INLINE_CHARACTERS = 64 * 1024;
+/** Larger conversations are rendered and tokenized in a thread: the HTTP thread must not stand still. */
+const MAX_INLINE_SIZE = 64 * 1024;
 
-/** Characters that Unicode keeps out of interchange: the break mark is made of them. */
-const FIRST_NONCHARACTER = 0xfdd0;
-const NUM_NONCHARACTERS = 32;
+/** What one value of a conversation weighs beside its characters, which are cheaper. */
+const VALUE_SIZE = 64;
 
-/** Conversation -> prompt ids of one checkpoint. Nothing that a message says can become a control token. */
+/** Conversation -> prompt ids of one checkpoint, and what its vocabulary and template can do. */
 export class PromptEncoder {
   readonly tokenizer: Tokenizer;
-  readonly markers: ThinkMarkers;
+  readonly markers: PhaseMarkers;
   readonly toolMarkers: ToolMarkers;
-  readonly #template: ChatTemplate;
+  /** whether the chat template asks for `thinking` or `enable_thinking` */
+  readonly hasThinkingSwitch: boolean;
+  /** whether the chat template shows tools to the model */
+  readonly rendersTools: boolean;
+  readonly #encoder: ConversationEncoder;
+  readonly #thread: EncodeThread;
   readonly #assistantMarker: number;
-  readonly #worker: EncodeWorker;
 
   constructor(tokenizer: Tokenizer, template: ChatTemplate) {
     this.tokenizer = tokenizer;
-    this.#template = template;
+    this.hasThinkingSwitch = template.hasThinkingSwitch;
+    this.rendersTools = template.rendersTools;
     this.#assistantMarker = tokenizer.addedId('<｜Assistant｜>');
     const tools = [
       tokenizer.addedId('<｜tool▁calls▁begin｜>'),
@@ -54,17 +52,17 @@ export class PromptEncoder {
       toolCallsEnd,
     };
     this.toolMarkers = { callBegin, callEnd, separator };
-    this.#worker = new EncodeWorker(tokenizer.files);
+    this.#encoder = new ConversationEncoder(tokenizer, template);
+    this.#thread = new EncodeThread({
+      files: tokenizer.files,
+      templateSource: template.source,
+      specialTokens: template.specialTokens,
+    });
   }
 
   static read(folder: string): PromptEncoder {
     const tokenizer = Tokenizer.read(folder);
     return new PromptEncoder(tokenizer, ChatTemplate.read(folder, tokenizer.files.config));
-  }
-
-  /** whether the chat template asks for `thinking` or `enable_thinking` */
-  get hasThinkingSwitch(): boolean {
-    return this.#template.hasThinkingSwitch;
   }
 
   /** A lower bound of a text's tokens, without tokenizing it. */
@@ -74,15 +72,8 @@ export class PromptEncoder {
 
   /** Rejects with ApiError where the template refuses the conversation. */
   async encode(input: TemplateInput): Promise<EncodedPrompt> {
-    const mark = breakMarkFor(input);
-    const breakIn = (text: string): string => this.tokenizer.breakAddedTokens(text, mark);
-    const messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
-    const tools = input.tools && (mapStrings(input.tools, breakIn) as unknown[]);
-    const rendered = this.#template.render({ ...input, messages, tools });
-    const ids =
-      rendered.length > MAX_INLINE_CHARACTERS
-        ? await this.#worker.encodeRendered(rendered, mark)
-        : this.tokenizer.encodeRendered(rendered, mark);
+    const isLarge = sizeOf([input.messages, input.tools]) > MAX_INLINE_SIZE;
+    const ids = isLarge ? await this.#thread.encode(input) : this.#encoder.encode(input);
     return { ids, startPhase: this.startPhaseOf(ids) };
   }
 
@@ -97,36 +88,14 @@ export class PromptEncoder {
   }
 
   async close(): Promise<void> {
-    await this.#worker.close();
-  }
-
-  #breakMessage(message: TemplateMessage, breakIn: (text: string) => string): TemplateMessage {
-    const { role, content } = message;
-    const own = role === 'assistant' && content !== null ? this.#template.withoutReasoning(content) : content;
-    const broken = mapStrings({ ...message, content: own }, breakIn) as TemplateMessage;
-    return { ...broken, role };
+    await this.#thread.close();
   }
 }
 
-/** A string that is nowhere in the conversation. */
-function breakMarkFor(input: TemplateInput): string {
-  const text = JSON.stringify([input.messages, input.tools]);
-  for (let i = 0; i < NUM_NONCHARACTERS; i++) {
-    const mark = String.fromCharCode(FIRST_NONCHARACTER + i);
-    if (!text.includes(mark)) return mark;
-  }
-  let mark = String.fromCharCode(FIRST_NONCHARACTER);
-  while (text.includes(mark))
-    mark += String.fromCharCode(FIRST_NONCHARACTER + Math.floor(Math.random() * NUM_NONCHARACTERS));
-  return mark;
-}
-
-/** Keys too: the names of a tool's parameters are a client's words. */
-function mapStrings(value: unknown, change: (text: string) => string): unknown {
-  if (typeof value === 'string') return change(value);
-  if (Array.isArray(value)) return value.map((item) => mapStrings(item, change));
-  if (typeof value === 'object' && value !== null) {
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [change(key), mapStrings(item, change)]));
-  }
-  return value;
+function sizeOf(value: unknown): number {
+  if (typeof value === 'string') return value.length;
+  if (typeof value !== 'object' || value === null) return 0;
+  let size = VALUE_SIZE;
+  for (const [key, item] of Object.entries(value)) size += key.length + sizeOf(item);
+  return size;
 }

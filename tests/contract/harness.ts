@@ -20,16 +20,16 @@ export interface Harness {
   engine: FakeEngine;
   prompts: PromptEncoder;
   /** listens and returns the address */
-  listen(): Promise<string>;
+  listen: () => Promise<string>;
   /** POSTs a chat request */
-  chat(
+  chat: (
     body: unknown,
     headers?: Record<string, string>,
-  ): Promise<{ status: number; body: any; text: string; headers: any }>;
+  ) => Promise<{ status: number; body: any; text: string; headers: any }>;
   /** 'reasoning' tokens, </think>, answer tokens, end of sequence */
-  thought(reasoning: string, answer: string): EmittedToken[];
-  tokens(text: string, phase: EmittedToken['phase']): EmittedToken[];
-  close(): Promise<void>;
+  thought: (reasoning: string, answer: string) => EmittedToken[];
+  tokens: (text: string, phase: EmittedToken['phase']) => EmittedToken[];
+  close: () => Promise<void>;
 }
 
 export function configOf(...args: string[]): ServeConfig {
@@ -108,7 +108,8 @@ export function validatorsOf(file: string | URL): (name: string) => ValidateFunc
 function withNullableEnums(node: any): any {
   if (Array.isArray(node)) return node.map(withNullableEnums);
   if (typeof node !== 'object' || node === null) return node;
-  const { nullable, discriminator: _, ...rest } = node;
+  const { nullable, ...rest } = node;
+  delete rest.discriminator;
   const mapped = Object.fromEntries(Object.entries(rest).map(([key, value]) => [key, withNullableEnums(value)]));
   return nullable === true ? { anyOf: [mapped, { type: 'null' }] } : mapped;
 }

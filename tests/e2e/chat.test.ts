@@ -148,7 +148,7 @@ test('the openai client: errors and abort', async () => {
   const bad = client.chat.completions.create({ model: 'pocket-r1', messages: [] });
   await assert.rejects(bad, (error) => error instanceof OpenAI.BadRequestError && error.param === 'messages');
   const stream = await client.chat.completions.create({ model: 'pocket-r1', messages: QUESTION, stream: true });
-  for await (const _ of stream) stream.controller.abort();
+  for await (const chunk of stream) if (chunk.id) stream.controller.abort();
   await idle();
 });
 
@@ -204,7 +204,7 @@ test('bad input disturbs no running stream', async () => {
   await idle();
 });
 
-test('greedy answers equal the reference token for token, at least 47 of 48', async () => {
+test('greedy answers equal the reference token for token, at least 47 of 48', async (t) => {
   const lines = fixture('greedy.jsonl');
   const equal = await pooled(lines, 16, async ({ messages, tools, thinking, prompt_ids, output_ids }) => {
     const body = await server.json({
@@ -220,10 +220,11 @@ test('greedy answers equal the reference token for token, at least 47 of 48', as
   });
   assert.equal(equal.length, 48);
   const numEqual = equal.filter(Boolean).length;
+  t.diagnostic(`${numEqual} of 48`);
   assert.ok(numEqual >= 47, `${numEqual} of 48`);
 });
 
-test('greedy answers hold the expected string, at least 98 % of 400', async () => {
+test('greedy answers hold the expected string, at least 98 % of 400', async (t) => {
   const lines = fixture('eval.jsonl');
   const right = await pooled(lines, 32, async ({ messages, tools, thinking, answer }) => {
     const body = await server.json({ messages, tools, chat_template_kwargs: { thinking }, temperature: 0 });
@@ -233,6 +234,7 @@ test('greedy answers hold the expected string, at least 98 % of 400', async () =
   });
   assert.equal(right.length, 400);
   const share = right.filter(Boolean).length / right.length;
+  t.diagnostic(`${right.filter(Boolean).length} of 400`);
   assert.ok(share >= 0.98, `${(100 * share).toFixed(1)} %`);
 });
 
@@ -243,11 +245,15 @@ test('1,000 random aborts leave no block behind', async () => {
     const { messages, thinking } = prompts[index % prompts.length];
     const controller = new AbortController();
     const stream = index % 3 !== 0;
-    const timer = setTimeout(() => controller.abort(), Math.random() * 60);
+    // Streams are left after some events, whole answers after some time, perhaps before they are begun.
+    const timer = stream ? undefined : setTimeout(() => controller.abort(), Math.random() * 100);
+    let numLeft = Math.floor(Math.random() * 16);
     try {
       const request = { messages, chat_template_kwargs: { thinking }, stream, ignore_eos: true };
       const response = await server.chat(request, { signal: controller.signal });
-      await response.text();
+      await readEvents(response, () => {
+        if (numLeft-- === 0) controller.abort();
+      });
       assert.fail('it was aborted');
     } catch (error) {
       assert.equal((error as Error).name, 'AbortError');
@@ -265,7 +271,7 @@ test('1,000 random aborts leave no block behind', async () => {
     blocks.reduce((sum, count) => sum + count, 0),
     total,
   );
-  assert.ok((await server.metric('rodin:completions_total{finish_reason="abort"')) > 500);
+  assert.ok((await server.metric('rodin:completions_total{finish_reason="abort"')) >= 600);
   const body = await server.json({ messages: QUESTION, temperature: 0 });
   assert.match(body.choices[0].message.content, /36351/);
 });

@@ -23,11 +23,11 @@ std::vector<LinearCase> linear_cases() {
       cases.push_back({rows, cols, dtype, 128, rows % 2 == 1});
     }
   }
-  cases.push_back({3072, 2048, Dtype::kF8E4M3});   // Moonlight q_proj
-  cases.push_back({576, 2048, Dtype::kF8E4M3});    // Moonlight kv_a
-  cases.push_back({2112, 7168, Dtype::kF8E4M3});   // V3 q_a and kv_a
-  cases.push_back({24576, 1536, Dtype::kF8E4M3});  // V3 q_b
-  cases.push_back({16384, 2048, Dtype::kBF16});    // a slice of an lm_head
+  cases.push_back({3072, 2048, Dtype::kF8E4M3});    // Moonlight q_proj
+  cases.push_back({576, 2048, Dtype::kF8E4M3});     // Moonlight kv_a
+  cases.push_back({2112, 7168, Dtype::kF8E4M3});    // V3 q_a and kv_a
+  cases.push_back({24576, 1536, Dtype::kF8E4M3});   // V3 q_b
+  cases.push_back({16384, 2048, Dtype::kBF16});     // a slice of an lm_head
   cases.push_back({331, 200, Dtype::kF8E4M3, 32});  // scale blocks that are widened to bf16
   return cases;
 }
@@ -75,8 +75,8 @@ void check_linear(const LinearCase& c) {
 
 const bool linear_tests = [] {
   for (const LinearCase& c : linear_cases()) {
-    add_cuda_test("linear " + std::to_string(c.rows) + "x" + std::to_string(c.cols) + " " + dtype_name(c.dtype) +
-                      (c.block == 128 ? "" : ", odd scale blocks"),
+    add_cuda_test("linear " + std::to_string(c.rows) + "x" + std::to_string(c.cols) + " " +
+                      dtype_name(c.dtype) + (c.block == 128 ? "" : ", odd scale blocks"),
                   [c] { check_linear(c); });
   }
   return true;
@@ -110,7 +110,6 @@ void check_pair_and_gated(int64_t rows0, int64_t rows1, int64_t cols, Dtype dtyp
     check_near(out0.get(), wanted0, kBf16Tolerance, "pair, first");
     check_near(out1.get(), wanted1, kBf16Tolerance, "pair, second");
     reference.gate_up_silu(host_tensor(x, tokens, cols), mlp, host_tensor(wanted0, tokens, rows0));
-    out0.tensor();
     const DeviceMatrix gated(*gpu, tokens, rows0, Dtype::kBF16, 3);
     gpu->gate_up_silu(device_x, placed_mlp, gated);
     check_near(gated.get(), wanted0, kBf16Tolerance, "gate_up_silu of " + std::to_string(tokens));
@@ -130,31 +129,105 @@ const bool norm_tests = add_cuda_test("rms_norm, add_rms_norm", [] {
   CudaRandom random{3};
   const std::unique_ptr<Ops> gpu = make_gpu();
   ReferenceOps reference(4);
-  for (const int64_t cols : {1, 88, 200, 512, 2048, 7168}) {
-    const int64_t rows = 5;
+  const std::vector<int64_t> sizes = {1, 88, 200, 512, 2048, 7168};
+  std::vector<Floats> weights;
+  std::vector<const float*> placed;
+  for (const int64_t cols : sizes) weights.push_back(random_floats(random, cols, 1));
+  for (const Floats& weight : weights) {
+    placed.push_back(gpu->place_vector(weight.data(), static_cast<int64_t>(weight.size())));
+  }
+  gpu->reserve(test_limits(small_mla()));
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const int64_t rows = 5, cols = sizes[i];
     Floats x = random_floats(random, rows * cols, 2), delta = random_floats(random, rows * cols, 1);
     round_to_bf16(delta);
-    const Floats weight = random_floats(random, cols, 1);
-    const float* placed = gpu->place_vector(weight.data(), cols);
     Floats wanted(x.size());
     const Tensor wanted_tensor = host_tensor(wanted, rows, cols);
-    DeviceMatrix device_x(*gpu, x, rows, cols, Dtype::kF32, 1);
+    const DeviceMatrix device_x(*gpu, x, rows, cols, Dtype::kF32, 1);
     const DeviceMatrix out(*gpu, rows, cols, Dtype::kBF16, 7);
-    reference.rms_norm(host_tensor(x, rows, cols), weight.data(), 1e-6f, wanted_tensor);
-    gpu->reserve;
-    gpu->rms_norm(device_x, placed, 1e-6f, out);
+    reference.rms_norm(host_tensor(x, rows, cols), weights[i].data(), 1e-6f, wanted_tensor);
+    gpu->rms_norm(device_x, placed[i], 1e-6f, out);
     check_near(out.get(), wanted, kBf16Tolerance, "rms_norm");
 
-    reference.add_rms_norm(host_tensor(x, rows, cols), host_tensor(delta, rows, cols), weight.data(), 1e-6f,
-                           wanted_tensor);
+    reference.add_rms_norm(host_tensor(x, rows, cols), host_tensor(delta, rows, cols), weights[i].data(),
+                           1e-6f, wanted_tensor);
     const DeviceMatrix device_delta(*gpu, delta, rows, cols, Dtype::kBF16);
-    gpu->add_rms_norm(device_x, device_delta, placed, 1e-6f, out);
+    gpu->add_rms_norm(device_x, device_delta, placed[i], 1e-6f, out);
     check_near(out.get(), wanted, kBf16Tolerance, "add_rms_norm");
     check_near(device_x.get(), x, 1e-7, "residual");
 
-    reference.rms_norm(host_tensor(delta, rows, cols), weight.data(), 1e-6f, wanted_tensor);
-    gpu->rms_norm(device_delta, placed, 1e-6f, device_delta);  // in place
+    reference.rms_norm(host_tensor(delta, rows, cols), weights[i].data(), 1e-6f, wanted_tensor);
+    gpu->rms_norm(device_delta, placed[i], 1e-6f, device_delta);
     check_near(device_delta.get(), wanted, kBf16Tolerance, "rms_norm in place");
+  }
+});
+
+const bool embed_tests = add_cuda_test("embed, gather_rows, rope_table", [] {
+  CudaRandom random{4};
+  const std::unique_ptr<Ops> gpu = make_gpu();
+  ReferenceOps reference(4);
+  std::vector<std::unique_ptr<HostWeight>> tables;
+  std::vector<Weight> placed;
+  for (const Dtype dtype : {Dtype::kF8E4M3, Dtype::kBF16, Dtype::kF16, Dtype::kF32}) {
+    tables.push_back(random_weight(random, 331, 200, dtype));
+    placed.push_back(tables.back()->view);
+    gpu->place(placed.back());
+  }
+  gpu->reserve(test_limits(small_mla()));
+  std::vector<int32_t> ids, positions;
+  const int64_t tokens = 37;
+  for (int64_t i = 0; i < tokens; ++i) {
+    ids.push_back(static_cast<int32_t>(random.below(331)));
+    positions.push_back(static_cast<int32_t>(i * 4111));
+  }
+  const std::vector<int32_t> q_start = {0, static_cast<int32_t>(tokens)}, table_start = {0, 1},
+                             block_table = {0};
+  std::vector<int32_t> cache_positions(static_cast<size_t>(tokens)), zeros(static_cast<size_t>(tokens));
+  for (int64_t i = 0; i < tokens; ++i) cache_positions[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+  StepIndex host;
+  host.num_seqs = 1;
+  host.num_tokens = host.max_q_len = host.max_context_len = tokens;
+  host.block_size = 64;
+  host.token_ids = ids.data();
+  host.rope_positions = positions.data();
+  host.cache_positions = cache_positions.data();
+  host.slots = host.seq_of_token = zeros.data();
+  host.q_start = q_start.data();
+  host.block_table_start = table_start.data();
+  host.block_table = block_table.data();
+  const StepIndex index = gpu->begin_step(host, 1);
+  for (size_t i = 0; i < tables.size(); ++i) {
+    Floats wanted(static_cast<size_t>(tokens * 200));
+    reference.embed(tables[i]->view, host, host_tensor(wanted, tokens, 200));
+    const DeviceMatrix out(*gpu, tokens, 200, Dtype::kF32, 2);
+    gpu->embed(placed[i], index, out);
+    check_near(out.get(), wanted, 1e-7, "embed");
+  }
+  const Floats inv_freq = {1.0f, 0.31f, 0.011f, 0.00071f};
+  const DeviceMatrix device_freq(*gpu, inv_freq, 1, 4, Dtype::kF32);
+  Floats wanted(static_cast<size_t>(tokens * 8));
+  reference.rope_table(host, {inv_freq.data(), 1.25f}, host_tensor(wanted, tokens, 8));
+  const DeviceMatrix angles(*gpu, tokens, 8, Dtype::kF32);
+  gpu->rope_table(index, {device_freq.tensor().row<float>(0), 1.25f}, angles);
+  check_near(angles.get(), wanted, 1e-6, "rope_table");
+
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16}) {
+    for (const int64_t cols : {int64_t{64}, int64_t{13}}) {
+      Floats from_values = random_floats(random, 50 * cols, 1);
+      round_to_bf16(from_values);
+      const DeviceMatrix from(*gpu, from_values, 50, cols, dtype);
+      for (int round = 0; round < 6; ++round) {  // more than there are staging buffers
+        const std::vector<int32_t> rows = {49, round, 7, 7, 0};
+        const DeviceMatrix to(*gpu, 5, cols, dtype, 3);
+        gpu->gather_rows(from, rows.data(), to);
+        Floats picked;
+        for (const int32_t row : rows) {
+          picked.insert(picked.end(), from_values.begin() + row * cols,
+                        from_values.begin() + (row + 1) * cols);
+        }
+        check_near(to.get(), picked, 0, "gather_rows");
+      }
+    }
   }
 });
 

@@ -1,5 +1,5 @@
-// What the tests of the CUDA backend share: random matrices and weights, device copies with poisoned outputs, and
-// the comparison with the float32 reference.
+// What the tests of the CUDA backend share: random matrices and weights, device copies with poisoned outputs,
+// and the comparison with the float32 reference.
 #pragma once
 
 #include <algorithm>
@@ -59,42 +59,29 @@ struct HostWeight {
   Weight view;
 };
 
-inline uint8_t e4m3_of_float(float value) {
-  uint8_t best = 0;
-  float best_error = 1e30f;
-  const uint8_t sign = value < 0 ? 0x80 : 0;
-  // Magnitudes rise with the bits: a binary search, then the nearer neighbour.
-  int low = 0, high = 0x7e;
+// The bits whose decoded value is nearest to a magnitude; decode rises over 0 .. max_bits.
+template <class Decode>
+int nearest_bits(float magnitude, int max_bits, Decode decode) {
+  int low = 0, high = max_bits;  // the last with decode(low) <= magnitude
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    (float_of_e4m3(static_cast<uint8_t>(middle)) <= std::fabs(value) ? low : high) =
-        float_of_e4m3(static_cast<uint8_t>(middle)) <= std::fabs(value) ? middle : middle - 1;
+    if (decode(middle) <= magnitude) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
   }
-  for (int bits = low; bits <= std::min(low + 1, 0x7e); ++bits) {
-    const float error = std::fabs(float_of_e4m3(static_cast<uint8_t>(bits)) - std::fabs(value));
-    if (error < best_error) best_error = error, best = static_cast<uint8_t>(bits);
-  }
-  return best | sign;
+  return low < max_bits && decode(low + 1) - magnitude < magnitude - decode(low) ? low + 1 : low;
+}
+
+inline uint8_t e4m3_of_float(float value) {
+  const auto decode = [](int bits) { return float_of_e4m3(static_cast<uint8_t>(bits)); };
+  return static_cast<uint8_t>(nearest_bits(std::fabs(value), 0x7e, decode) | (value < 0 ? 0x80 : 0));
 }
 
 inline uint16_t f16_of_float(float value) {
-  uint16_t best = 0;
-  float best_error = 1e30f;
-  for (int bits = 0, low = 0, high = 0x7bff; bits < 1; ++bits) {
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (float_of_f16(static_cast<uint16_t>(middle)) <= std::fabs(value)) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    for (int candidate = low; candidate <= std::min(low + 1, 0x7bff); ++candidate) {
-      const float error = std::fabs(float_of_f16(static_cast<uint16_t>(candidate)) - std::fabs(value));
-      if (error < best_error) best_error = error, best = static_cast<uint16_t>(candidate);
-    }
-  }
-  return static_cast<uint16_t>(best | (value < 0 ? 0x8000 : 0));
+  const auto decode = [](int bits) { return float_of_f16(static_cast<uint16_t>(bits)); };
+  return static_cast<uint16_t>(nearest_bits(std::fabs(value), 0x7bff, decode) | (value < 0 ? 0x8000 : 0));
 }
 
 // Normal weights of about 1 / sqrt(cols), quantised for FP8 with one scale per block x block.
@@ -228,14 +215,16 @@ inline double relative_error(const Floats& got, const Floats& wanted) {
 inline void check_near(const Floats& got, const Floats& wanted, double tolerance, const std::string& what) {
   const double error = relative_error(got, wanted);
   if (!(error <= tolerance)) {
-    fail(__FILE__, __LINE__, what + ": relative error " + std::to_string(error) + ", at most " +
-                                 std::to_string(tolerance));
+    fail(__FILE__, __LINE__,
+         what + ": relative error " + std::to_string(error) + ", at most " + std::to_string(tolerance));
   }
 }
 
 // Fails unless two downloads are equal bit for bit.
-inline void check_same_bits(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, const std::string& what) {
-  if (a.size() != b.size() || memcmp(a.data(), b.data(), a.size()) != 0) fail(__FILE__, __LINE__, what + ": bits differ");
+inline void check_same_bits(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b,
+                            const std::string& what) {
+  if (a.size() != b.size() || memcmp(a.data(), b.data(), a.size()) != 0)
+    fail(__FILE__, __LINE__, what + ": bits differ");
 }
 
 constexpr double kBf16Tolerance = 4e-3;  // outputs rounded to bf16

@@ -17,7 +17,7 @@ for (let id = 14; id < tokenizer.vocabSize; id++) {
 
 function pieces(text: string, cuts: readonly number[]): string[] {
   const at = [0, ...[...cuts].sort((a, b) => a - b), text.length];
-  return at.slice(1).map((end, i) => text.slice(at[i]!, end));
+  return at.slice(1).map((end, i) => text.slice(at[i], end));
 }
 
 function pushAll(matcher: StopMatcher, parts: readonly string[]): string {

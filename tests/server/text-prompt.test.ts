@@ -3,6 +3,7 @@ import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { ApiError, StartupError } from '../../server/errors.js';
 import { ChatTemplate, type TemplateMessage } from '../../server/text/chat-template.js';
+import { EncodeThread } from '../../server/text/encode-thread.js';
 import { PromptEncoder } from '../../server/text/prompt-encoder.js';
 import { Tokenizer } from '../../server/text/tokenizer.js';
 
@@ -65,6 +66,30 @@ test('long conversations are tokenized in a thread, with the same ids', async ()
     [true, true],
   );
   await prompts.close();
+});
+
+test('a conversation that takes too long is given up, and the next one is served', async () => {
+  const source = '{% for i in range(messages[0].content | int) %}{% for j in range(3000) %}{% endfor %}{% endfor %}ok';
+  const thread = new EncodeThread({ files: tokenizer.files, templateSource: source, specialTokens: {} }, 1000);
+  const ask = (content: string): Promise<number[]> =>
+    thread.encode({ messages: [{ role: 'user', content }], tools: null });
+  const slow = ask('100000');
+  const behind = ask('1');
+  for (const job of [slow, behind]) {
+    await assert.rejects(job, (error) => error instanceof ApiError && /within 1 s; shorten/.test(error.message));
+  }
+  assert.deepEqual(await ask('1'), tokenizer.encodeText('ok'));
+  await thread.close();
+});
+
+test('errors of a template cross threads', async () => {
+  const source = "{{ raise_exception('no') }}";
+  const thread = new EncodeThread({ files: tokenizer.files, templateSource: source, specialTokens: {} });
+  await assert.rejects(
+    thread.encode({ messages: [], tools: null }),
+    (error) => error instanceof ApiError && error.code === 'template_error' && error.param === 'messages',
+  );
+  await thread.close();
 });
 
 test('where a completion begins is read off the prompt', () => {

@@ -86,7 +86,7 @@ test('tokenizers that are not byte-level are refused with a sentence', () => {
   const { tokenizer: json, config } = tokenizer.files;
   const refuse = (change: Record<string, unknown>, expected: RegExp): void => {
     assert.throws(
-      () => new Tokenizer({ tokenizer: { ...json, ...change } as typeof json, config }),
+      () => new Tokenizer({ tokenizer: { ...json, ...change }, config }),
       (error) => error instanceof StartupError && expected.test(error.message),
     );
   };

@@ -1,0 +1,61 @@
+import type { ChatTemplate, TemplateInput, TemplateMessage } from './chat-template.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/** Characters that Unicode keeps out of interchange: the break mark is made of them. */
+const FIRST_NONCHARACTER = 0xfdd0;
+const NUM_NONCHARACTERS = 32;
+
+/**
+ * Conversation -> prompt ids, in this thread. Control tokens come from the template's own text alone: whatever a
+ * message, a name or a tool says is broken up before rendering, and encoded as ordinary text.
+ */
+export class ConversationEncoder {
+  readonly #tokenizer: Tokenizer;
+  readonly #template: ChatTemplate;
+
+  constructor(tokenizer: Tokenizer, template: ChatTemplate) {
+    this.#tokenizer = tokenizer;
+    this.#template = template;
+  }
+
+  /** Throws ApiError where the template refuses the conversation. */
+  encode(input: TemplateInput): number[] {
+    const mark = breakMarkFor(input);
+    const breakIn = (text: string): string => this.#tokenizer.breakAddedTokens(text, mark);
+    const messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
+    const tools = input.tools && (mapStrings(input.tools, breakIn) as unknown[]);
+    const rendered = this.#template.render({ ...input, messages, tools });
+    return this.#tokenizer.encodeRendered(rendered, mark);
+  }
+
+  #breakMessage(message: TemplateMessage, breakIn: (text: string) => string): TemplateMessage {
+    const { role, content } = message;
+    const own = role === 'assistant' && content !== null ? this.#template.withoutReasoning(content) : content;
+    const broken = mapStrings({ ...message, content: own }, breakIn) as TemplateMessage;
+    return { ...broken, role };
+  }
+}
+
+/** A string that is nowhere in the conversation. */
+function breakMarkFor(input: TemplateInput): string {
+  const text = JSON.stringify([input.messages, input.tools]);
+  for (let i = 0; i < NUM_NONCHARACTERS; i++) {
+    const mark = String.fromCharCode(FIRST_NONCHARACTER + i);
+    if (!text.includes(mark)) return mark;
+  }
+  let mark = String.fromCharCode(FIRST_NONCHARACTER);
+  while (text.includes(mark)) {
+    mark += String.fromCharCode(FIRST_NONCHARACTER + Math.floor(Math.random() * NUM_NONCHARACTERS));
+  }
+  return mark;
+}
+
+/** Keys too: the names of a tool's parameters are a client's words. */
+function mapStrings(value: unknown, change: (text: string) => string): unknown {
+  if (typeof value === 'string') return change(value);
+  if (Array.isArray(value)) return value.map((item) => mapStrings(item, change));
+  if (typeof value === 'object' && value !== null) {
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [change(key), mapStrings(item, change)]));
+  }
+  return value;
+}

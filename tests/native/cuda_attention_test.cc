@@ -1,0 +1,215 @@
+// CUDA: rotation, cache writes and latent attention against the float32 reference, and the same bits however
+// the rows are batched and chunked.
+#include "tests/native/cuda_support.h"
+
+namespace rodin::test {
+namespace {
+
+struct Span {
+  int64_t begin, end;  // positions computed in this step
+};
+
+struct AttentionCase {
+  std::string name;
+  int64_t num_heads, nope_dim, rope_dim, v_dim, lora_rank;
+  Dtype dtype;
+  std::vector<Span> spans;  // one per sequence
+  int64_t block_size;
+  int64_t first_position = 0;
+  bool is_interleaved = true;
+};
+
+// A step's index on the host.
+struct HostStep {
+  std::vector<int32_t> token_ids, positions, slots, q_start, seq_of_token, table_start, table;
+  StepIndex index;
+
+  // Sequence s has the blocks tables[s].
+  HostStep(const std::vector<Span>& spans, const std::vector<std::vector<int32_t>>& tables,
+           int64_t block_size, int64_t first_position) {
+    q_start.push_back(0);
+    table_start.push_back(0);
+    for (size_t s = 0; s < spans.size(); ++s) {
+      for (int64_t p = spans[s].begin; p < spans[s].end; ++p) {
+        positions.push_back(static_cast<int32_t>(p));
+        const auto block = static_cast<size_t>(p / block_size);
+        slots.push_back(static_cast<int32_t>(tables[s][block] * block_size + p % block_size));
+        seq_of_token.push_back(static_cast<int32_t>(s));
+        token_ids.push_back(0);
+        index.max_context_len = std::max(index.max_context_len, p + 1);
+      }
+      index.max_q_len = std::max(index.max_q_len, spans[s].end - spans[s].begin);
+      q_start.push_back(static_cast<int32_t>(positions.size()));
+      table.insert(table.end(), tables[s].begin(), tables[s].end());
+      table_start.push_back(static_cast<int32_t>(table.size()));
+    }
+    index.num_seqs = static_cast<int64_t>(spans.size());
+    index.num_tokens = static_cast<int64_t>(positions.size());
+    index.block_size = block_size;
+    index.first_position = first_position;
+    index.token_ids = token_ids.data();
+    index.rope_positions = index.cache_positions = positions.data();
+    index.slots = slots.data();
+    index.q_start = q_start.data();
+    index.seq_of_token = seq_of_token.data();
+    index.block_table_start = table_start.data();
+    index.block_table = table.data();
+  }
+};
+
+void check_attention(const AttentionCase& c) {
+  CudaRandom random{21};
+  const std::unique_ptr<Ops> gpu = make_gpu();
+  ReferenceOps reference(16);
+  MlaWeights mla;
+  mla.shape = {c.num_heads, c.nope_dim, c.rope_dim, c.v_dim, c.lora_rank, 0, c.is_interleaved};
+  mla.shape.softmax_scale = 1.5f / std::sqrt(static_cast<float>(mla.shape.qk_dim()));
+  std::vector<std::unique_ptr<HostWeight>> weights;
+  const auto add = [&](int64_t rows, int64_t cols) {
+    weights.push_back(random_weight(random, rows, cols, c.dtype));
+    return weights.back()->view;
+  };
+  const int64_t heads_qk = c.num_heads * mla.shape.qk_dim(), latent_dim = mla.shape.latent_dim();
+  mla.q_b = add(heads_qk, 16);
+  mla.kv_a = add(latent_dim, 16);
+  mla.kv_b = add(c.num_heads * (c.nope_dim + c.v_dim), c.lora_rank);
+  mla.o = add(16, c.num_heads * c.v_dim);
+  const Floats norm = random_floats(random, c.lora_rank, 1);
+  mla.kv_a_norm = norm.data();
+  MlaWeights placed = mla;
+  gpu->place(placed);
+
+  int64_t num_blocks = 0;
+  for (const Span& span : c.spans) num_blocks += (span.end + c.block_size - 1) / c.block_size;
+  OpsLimits limits = test_limits(mla.shape);
+  limits.num_blocks = num_blocks;
+  limits.block_size = c.block_size;
+  gpu->reserve(limits);
+  std::vector<int32_t> free_blocks;
+  for (int64_t i = 0; i < num_blocks; ++i) free_blocks.push_back(static_cast<int32_t>(i));
+  for (size_t i = free_blocks.size(); i > 1; --i) {
+    std::swap(free_blocks[i - 1], free_blocks[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
+  }
+  std::vector<std::vector<int32_t>> tables;
+  for (const Span& span : c.spans) {
+    tables.emplace_back();
+    for (int64_t p = 0; p < span.end; p += c.block_size) {
+      tables.back().push_back(free_blocks.back());
+      free_blocks.pop_back();
+    }
+  }
+  const HostStep step(c.spans, tables, c.block_size, c.first_position);
+  const int64_t tokens = step.index.num_tokens;
+
+  // The cache holds what earlier steps left; everything else in it is NaN.
+  const int64_t num_slots = num_blocks * c.block_size;
+  Floats cache(static_cast<size_t>(num_slots * latent_dim), std::nanf(""));
+  for (size_t s = 0; s < c.spans.size(); ++s) {
+    for (int64_t p = c.first_position; p < c.spans[s].begin; ++p) {
+      const int64_t slot = tables[s][static_cast<size_t>(p / c.block_size)] * c.block_size + p % c.block_size;
+      for (int64_t i = 0; i < latent_dim; ++i) {
+        cache[static_cast<size_t>(slot * latent_dim + i)] = float_of_bf16(bf16_of_float(random.normal()));
+      }
+    }
+  }
+  Floats q = random_floats(random, tokens * heads_qk, 1), kv = random_floats(random, tokens * latent_dim, 1);
+  round_to_bf16(q);
+  round_to_bf16(kv);
+  Floats angles(static_cast<size_t>(tokens * c.rope_dim));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < c.rope_dim / 2; ++i) {
+      const float angle = random.uniform() * 6;
+      angles[static_cast<size_t>(t * c.rope_dim + i)] = std::cos(angle);
+      angles[static_cast<size_t>(t * c.rope_dim + c.rope_dim / 2 + i)] = std::sin(angle);
+    }
+  }
+
+  const DeviceMatrix device_cache(*gpu, cache, num_slots, latent_dim, Dtype::kBF16);
+  const DeviceMatrix device_q(*gpu, q, tokens, heads_qk, Dtype::kBF16);
+  const DeviceMatrix device_kv(*gpu, kv, tokens, latent_dim, Dtype::kBF16);
+  const DeviceMatrix device_angles(*gpu, angles, tokens, c.rope_dim, Dtype::kF32);
+  const StepIndex index = gpu->begin_step(step.index, 0);
+  gpu->mla_rope_store(device_q, device_kv, placed, 1e-6f, device_angles, index, {device_cache});
+  const Tensor cache_tensor = host_tensor(cache, num_slots, latent_dim);
+  reference.mla_rope_store(host_tensor(q, tokens, heads_qk), host_tensor(kv, tokens, latent_dim), mla, 1e-6f,
+                           host_tensor(angles, tokens, c.rope_dim), step.index, {cache_tensor});
+  check_near(device_q.get(), q, kBf16Tolerance, "rotated queries");
+  Floats written, wanted_rows;
+  const Floats cache_after = device_cache.get();
+  for (const int32_t slot : step.slots) {
+    for (int64_t i = 0; i < latent_dim; ++i) {
+      written.push_back(cache_after[static_cast<size_t>(slot * latent_dim + i)]);
+      wanted_rows.push_back(cache[static_cast<size_t>(slot * latent_dim + i)]);
+    }
+  }
+  check_near(written, wanted_rows, kBf16Tolerance, "cache rows");
+
+  // The same inputs for both from here on.
+  cache = cache_after;
+  q = device_q.get();
+  Floats wanted(static_cast<size_t>(tokens * c.num_heads * c.v_dim));
+  reference.mla_attention(host_tensor(q, tokens, heads_qk), mla, step.index,
+                          {host_tensor(cache, num_slots, latent_dim)},
+                          host_tensor(wanted, tokens, c.num_heads * c.v_dim));
+  const DeviceMatrix out(*gpu, tokens, c.num_heads * c.v_dim, Dtype::kBF16);
+  gpu->mla_attention(device_q, placed, index, {device_cache}, out);
+  // q_latent, the weights of the softmax and the output latent are rounded to bf16 on the way.
+  check_near(out.get(), wanted, 2 * kBf16Tolerance, "attention");
+
+  // Each sequence alone, and its last rows one by one.
+  const std::vector<uint8_t> bits = out.raw();
+  const int64_t row_bytes = c.num_heads * c.v_dim * 2;
+  const auto check_part = [&](size_t s, Span part, const std::string& what) {
+    const HostStep own({part}, {tables[s]}, c.block_size, c.first_position);
+    const int64_t first = step.q_start[s] + part.begin - c.spans[s].begin, count = part.end - part.begin;
+    const DeviceMatrix own_out(*gpu, count, c.num_heads * c.v_dim, Dtype::kBF16);
+    const StepIndex own_index = gpu->begin_step(own.index, 1);
+    gpu->mla_attention(device_q.tensor().slice_rows(first, count), placed, own_index, {device_cache},
+                       own_out);
+    check_same_bits(own_out.raw(),
+                    {bits.begin() + first * row_bytes, bits.begin() + (first + count) * row_bytes},
+                    what + " of sequence " + std::to_string(s));
+  };
+  for (size_t s = 0; s < c.spans.size(); ++s) {
+    const Span& span = c.spans[s];
+    check_part(s, span, "all rows");
+    check_part(s, {span.end - 1, span.end}, "the last row");
+    if (span.end - span.begin > 2) check_part(s, {span.begin + 1, span.begin + 2}, "the second row");
+    if (span.end - span.begin > 20) check_part(s, {span.begin + 5, span.begin + 20}, "a chunk");
+  }
+}
+
+const bool attention_tests = [] {
+  const Dtype fp8 = Dtype::kF8E4M3, bf16 = Dtype::kBF16;
+  const std::vector<AttentionCase> cases = {
+      {"V3 heads", 128, 128, 64, 128, 512, fp8, {{290, 291}, {64, 65}, {0, 1}, {30, 33}}, 64},
+      {"Moonlight decode",
+       16,
+       128,
+       64,
+       128,
+       512,
+       fp8,
+       {{2500, 2501}, {1023, 1024}, {1024, 1025}, {63, 64}, {0, 1}},
+       64},
+      {"Moonlight prefill over split sizes",
+       16,
+       128,
+       64,
+       128,
+       512,
+       bf16,
+       {{1000, 1060}, {0, 130}, {700, 701}},
+       64},
+      {"20 heads of 192 and 256", 20, 192, 64, 256, 512, fp8, {{129, 130}, {5, 8}}, 16},
+      {"pocket-r1, MTP's first position", 4, 64, 64, 64, 512, fp8, {{1, 40}, {100, 101}, {200, 230}}, 16, 1},
+      {"odd sizes f16", 5, 24, 16, 40, 96, Dtype::kF16, {{0, 33}, {70, 71}, {16, 17}}, 16, 0, false},
+      {"odd sizes fp8", 3, 40, 24, 56, 144, fp8, {{0, 50}, {129, 130}}, 7},
+      {"odd sizes f32", 2, 32, 8, 24, 81, Dtype::kF32, {{3, 20}, {129, 130}}, 16},
+  };
+  for (const AttentionCase& c : cases) add_cuda_test("attention, " + c.name, [c] { check_attention(c); });
+  return true;
+}();
+
+}  // namespace
+}  // namespace rodin::test
