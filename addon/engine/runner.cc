@@ -9,7 +9,7 @@
 #include "model/tensor_table.h"
 #include "model/weights.h"
 #include "ops/check.h"
-#include "ops/cpu/sample.h"
+#include "ops/sample_args.h"
 
 namespace rodin {
 namespace {

@@ -161,7 +161,7 @@ class Ops {
                    const Tensor& expert_weights, const Tensor& out) = 0;
 
   // ---- sampling -----------------------------------------------------------------------------------------
-  // See SampleArgs. logits [R, V] float32 on the device.
+  // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.
   virtual void sample(const SampleArgs& args) = 0;
 };
 

@@ -1,5 +1,5 @@
 // CpuOps: the fast CPU path. Activations and sums are float32, weights stay as they are in memory, latents
-// are cached in bf16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
+// are cached in f16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
 // path); this class cuts the work into tasks, which never changes a result.
 #pragma once
 
@@ -21,7 +21,7 @@ class CpuOps final : public HostOps {
   ~CpuOps() override;
 
   std::string name() const override;
-  Dtype cache_dtype() const override { return Dtype::kBF16; }
+  Dtype cache_dtype() const override { return Dtype::kF16; }
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;

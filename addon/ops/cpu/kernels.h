@@ -53,7 +53,7 @@ struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
   int64_t num_rows = 0;             // 1 .. kQueryTile
   const uint16_t* const* keys =
-      nullptr;  // [kKeyTile] bf16 rows of [latent_dim]; only first .. end - 1 are read
+      nullptr;  // [kKeyTile] f16 rows of [latent_dim]; only first .. end - 1 are read
   int64_t first = 0;
   int64_t end = 0;
   int64_t latent_dim = 0;
@@ -81,7 +81,7 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weights, int64_t num, const float* shared,
                        int64_t n, float* out);
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
-  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  void (*to_f16)(const float* x, int64_t n, uint16_t* out);
 };
 
 const Kernels& kernels_portable();

@@ -9,7 +9,7 @@ namespace {
 
 constexpr Kernels kKernels = {
     kPathName, linear,   absorb,  attend,  combine,      rms_norm,  add_to,
-    scale_by,  silu_mul, sigmoid, softmax, weighted_sum, widen_row, to_bf16,
+    scale_by,  silu_mul, sigmoid, softmax, weighted_sum, widen_row, to_f16,
 };
 
 }  // namespace
