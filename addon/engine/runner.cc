@@ -81,6 +81,7 @@ OpsLimits ops_limits(const RunnerOptions& options) {
   limits.hidden_size = spec.hidden_size;
   limits.vocab_size = spec.vocab_size;
   limits.mla = mla_shape(spec);
+  limits.gqa = gqa_shape(spec);
   limits.intermediate_size = spec.intermediate_size;
   if (spec.num_routed_experts > 0) {
     limits.num_experts = spec.num_routed_experts;
@@ -88,10 +89,10 @@ OpsLimits ops_limits(const RunnerOptions& options) {
     limits.moe_intermediate_size = spec.moe_intermediate_size;
     limits.shared_intermediate_size = spec.moe_intermediate_size * spec.num_shared_experts;
   }
-  limits.max_linear_inputs =
-      std::max({spec.hidden_size * (options.load_mtp ? 2 : 1), spec.intermediate_size, spec.q_lora_rank,
-                spec.kv_lora_rank, spec.num_attention_heads * spec.v_head_dim, limits.moe_intermediate_size,
-                limits.shared_intermediate_size});
+  limits.max_linear_inputs = std::max(
+      {spec.hidden_size * (options.load_mtp ? 2 : 1), spec.intermediate_size, spec.q_lora_rank,
+       spec.kv_lora_rank, spec.num_attention_heads * (spec.is_gqa() ? spec.head_dim : spec.v_head_dim),
+       limits.moe_intermediate_size, limits.shared_intermediate_size});
   return limits;
 }
 
@@ -154,14 +155,15 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   const BackendOptions backend = {options_.device, options_.compute, options_.cpu_path,
                                   static_cast<int>(options_.num_threads)};
   state->ops = make_ops(backend);
+  check(!spec.is_gqa() || state->ops->has_gqa(), "a checkpoint of type ", spec.model_type,
+        " (grouped-query attention) is not supported on ", options_.device, "; use the device cpu");
   state->entries = needed_entries(spec, options_.tensors, options_.load_mtp);
   state->table =
       std::make_unique<TensorTable>(state->entries, spec.weight_block_rows, spec.weight_block_cols);
   state->weights = find_weights(spec, *state->table, options_.load_mtp);
   Ops& ops = *state->ops;
-  state->cache =
-      std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp), options_.num_blocks,
-                                    options_.block_size, mla_shape(spec).latent_dim());
+  state->cache = std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp),
+                                               options_.num_blocks, options_.block_size, cache_row_dim(spec));
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
   place_weights(state->weights, ops, spec);
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
@@ -264,8 +266,7 @@ void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>
 int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
                               bool load_mtp) {
   check_spec(spec);
-  return num_cache_layers(spec, load_mtp) * mla_shape(spec).latent_dim() *
-         dtype_bytes(cache_dtype(device, compute));
+  return num_cache_layers(spec, load_mtp) * cache_row_dim(spec) * dtype_bytes(cache_dtype(device, compute));
 }
 
 }  // namespace rodin

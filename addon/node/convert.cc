@@ -148,7 +148,10 @@ ModelSpec to_model_spec(const Napi::Value& value) {
   spec.qk_nope_head_dim = fields.count("qkNopeHeadDim");
   spec.qk_rope_head_dim = fields.count("qkRopeHeadDim");
   spec.v_head_dim = fields.count("vHeadDim");
+  spec.num_key_value_heads = fields.count("numKeyValueHeads");
+  spec.head_dim = fields.count("headDim");
   spec.attention_bias = fields.boolean("attentionBias");
+  spec.mlp_bias = fields.boolean("mlpBias");
   spec.max_position_embeddings = fields.count("maxPositionEmbeddings");
   spec.rms_norm_eps = fields.number("rmsNormEps");
   spec.rope_theta = fields.number("ropeTheta");
@@ -162,6 +165,15 @@ ModelSpec to_model_spec(const Napi::Value& value) {
                             .mscale_all_dim = yarn.number("mscaleAllDim"),
                             .original_max_position_embeddings = yarn.number("originalMaxPositionEmbeddings")};
   }
+  if (!fields.value("llama3").IsNull()) {
+    const Fields llama3(fields.value("llama3"), "options.spec.llama3");
+    spec.llama3 =
+        Llama3Scaling{.factor = llama3.number("factor"),
+                      .low_freq_factor = llama3.number("lowFreqFactor"),
+                      .high_freq_factor = llama3.number("highFreqFactor"),
+                      .original_max_position_embeddings = llama3.number("originalMaxPositionEmbeddings")};
+  }
+  spec.rope_linear_factor = fields.number("ropeLinearFactor");
   spec.tie_word_embeddings = fields.boolean("tieWordEmbeddings");
   spec.num_mtp_layers = fields.count("numMtpLayers");
   if (!fields.value("weightBlockSize").IsNull()) {

@@ -4,15 +4,15 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "ops/cpu/cpu_gqa.h"
 #include "ops/cpu/host_ops.h"
 #include "ops/cpu/kernels.h"
 
 namespace rodin {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class CpuOps final : public HostOps {
  public:
@@ -35,6 +35,11 @@ class CpuOps final : public HostOps {
   void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                       const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
+  bool has_gqa() const override { return true; }
+  void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache) override;
+  void gqa_attention(const Tensor& q, const GqaShape& shape, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
   void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
              const Tensor& expert_weights) override;
@@ -97,6 +102,7 @@ class CpuOps final : public HostOps {
                    Worker& worker);
 
   const Kernels& kernels_;
+  std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
   std::vector<void*> buffers_;   // everything from alloc() below
   std::vector<Worker> workers_;  // [num_threads]
 
