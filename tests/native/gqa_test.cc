@@ -6,11 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "ops/cpu/convert.h"
 #include "ops/cpu/cpu_ops.h"
 #include "ops/cpu/cpu_path.h"
 #include "ops/cpu/reference_ops.h"
-#include "tests/native/test.h"
+#include "tests/native/ops_support.h"
 
 namespace rodin::test {
 namespace {
@@ -18,16 +17,6 @@ namespace {
 constexpr int64_t kBlockSize = 16;
 
 using Floats = std::vector<float>;
-
-// Numbers between -1 and 1.
-Floats random_floats(uint32_t seed, int64_t count) {
-  Floats values(static_cast<size_t>(count));
-  for (float& value : values) {
-    seed = seed * 1664525u + 1013904223u;
-    value = static_cast<float>(seed >> 8) * 0x1p-23f - 1.0f;
-  }
-  return values;
-}
 
 Tensor matrix(Floats& values, int64_t cols) {
   return {values.data(), Dtype::kF32, static_cast<int64_t>(values.size()) / cols, cols, cols};
@@ -105,7 +94,7 @@ struct Data {
   const GqaShape shape;
   Step step;
   Floats inv_freq, angles, q, kv;
-  std::vector<uint16_t> cache;  // [num_slots, row_dim] bf16
+  std::vector<uint16_t> cache;  // [num_slots, row_dim] f16
 
   explicit Data(const GqaCase& c)
       : shape(c.shape), step(c.pieces, all_seqs(c), static_cast<int32_t>(c.pieces.size()), c.first_position) {
@@ -114,16 +103,18 @@ struct Data {
       inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
     }
     angles.resize(static_cast<size_t>(tokens * shape.head_dim));
-    q = random_floats(1, tokens * shape.num_heads * shape.head_dim);
-    kv = random_floats(2, tokens * shape.row_dim());
-    for (float& value : q) value *= 3;  // weights that are far from even
+    OpsRandom random;
+    q = random_vector(random, tokens * shape.num_heads * shape.head_dim, 3);  // weights far from even
+    kv = random_vector(random, tokens * shape.row_dim(), 1);
     const int64_t num_slots = (*std::max_element(step.table.begin(), step.table.end()) + 1) * kBlockSize;
-    for (float value : random_floats(3, num_slots * shape.row_dim())) cache.push_back(bf16_of_float(value));
+    for (float value : random_vector(random, num_slots * shape.row_dim(), 1)) {
+      cache.push_back(f16_of_float(value));
+    }
   }
 
   CacheLayer layer() {
     const int64_t cols = shape.row_dim();
-    return {{cache.data(), Dtype::kBF16, static_cast<int64_t>(cache.size()) / cols, cols, cols}};
+    return {{cache.data(), Dtype::kF16, static_cast<int64_t>(cache.size()) / cols, cols, cols}};
   }
 
   static std::vector<int32_t> all_seqs(const GqaCase& c) {
@@ -135,11 +126,11 @@ struct Data {
 
 Floats widen(const std::vector<uint16_t>& bits) {
   Floats values;
-  for (uint16_t value : bits) values.push_back(float_of_bf16(value));
+  for (uint16_t value : bits) values.push_back(float_of_f16(value));
   return values;
 }
 
-// The reference's rows, rounded to bf16, must be what the path stores; slots that are -1 stay as they are.
+// The reference's rows, rounded to f16, must be what the path stores; slots that are -1 stay as they are.
 void check_store(const GqaCase& c, CpuOps& ops) {
   Data data(c);
   ReferenceOps reference(1);
@@ -171,7 +162,7 @@ void check_store(const GqaCase& c, CpuOps& ops) {
   ops.gqa_rope_store(matrix(data.q, c.shape.num_heads * c.shape.head_dim), matrix(data.kv, c.shape.row_dim()),
                      c.shape, angles, data.step.index, data.layer());
   CHECK(data.q == wanted_q);
-  for (size_t i = 0; i < wanted.size(); ++i) CHECK_EQ(data.cache[i], bf16_of_float(wanted[i]));
+  for (size_t i = 0; i < wanted.size(); ++i) CHECK_EQ(data.cache[i], f16_of_float(wanted[i]));
 }
 
 Floats attend(Data& data, Ops& ops, const StepIndex& index, Floats q) {

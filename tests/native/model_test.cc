@@ -50,7 +50,7 @@ TEST("check_spec takes DeepSeek-V3 and names what is wrong") {
     change(spec);
     check_spec(spec);
   };
-  CHECK_THROWS(with([](ModelSpec& s) { s.model_type = "llama"; }), "model_type 'llama'");
+  CHECK_THROWS(with([](ModelSpec& s) { s.model_type = "qwen3"; }), "model_type 'qwen3'");
   CHECK_THROWS(with([](ModelSpec& s) { s.hidden_size = 0; }), "hidden_size is 0");
   CHECK_THROWS(with([](ModelSpec& s) { s.kv_lora_rank = -5; }), "kv_lora_rank is -5");
   CHECK_THROWS(with([](ModelSpec& s) { s.qk_rope_head_dim = 63; }), "odd");
