@@ -98,13 +98,13 @@ void check_tokens(const StepBatch& batch, const RunnerOptions& options) {
           end - first, " (the tokens of the sequence)");
     check_mtp(batch, options, s, mtp_written);
   }
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  check(twice == written.end(), "two tokens of the step write slot ", twice == written.end() ? -1 : *twice);
   std::sort(mtp_written.begin(), mtp_written.end());
   const auto mtp_twice = std::adjacent_find(mtp_written.begin(), mtp_written.end());
   check(mtp_twice == mtp_written.end(), "two tokens of the step write slot ",
         mtp_twice == mtp_written.end() ? -1 : *mtp_twice, " of the MTP module");
-  std::sort(written.begin(), written.end());
-  const auto twice = std::adjacent_find(written.begin(), written.end());
-  check(twice == written.end(), "two tokens of the step write slot ", twice == written.end() ? -1 : *twice);
 }
 
 void check_sampling(const StepBatch& batch, int64_t vocab_size) {
