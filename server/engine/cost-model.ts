@@ -19,7 +19,7 @@ export class CostModel {
   }
 
   observe({ numRows, mainMicros, numDrafting, numDrafts, draftMicros }: StepCost): void {
-    const before = this.#main.get(bucketOf(numRows)) ?? this.main(numRows);
+    const before = this.#main.get(bucketOf(numRows));
     const after = update(this.#main, numRows, mainMicros, before);
     if (before !== undefined) {
       for (const [rows, micros] of this.#main) {

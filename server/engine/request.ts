@@ -69,7 +69,7 @@ export interface EngineEvent {
   stopTokenId?: number;
   /** with finishReason 'error' */
   error?: { code: string; message: string };
-  /** with finishReason, where the engine speculates: drafts verified for this sequence, and how many were accepted */
+  /** where the engine speculates: drafts verified for this sequence so far, and how many were accepted */
   speculative?: { draftTokens: number; acceptedTokens: number };
 }
 

@@ -299,7 +299,8 @@ export class Scheduler {
           if (sequence.finishReason !== null) break;
         }
         this.#counters.generationTokens += tokens.length;
-        const numComputed = sequence.tokens.length - 1;
+        // Rows up to the one that gave the last token taken; whatever came after it is dropped.
+        const numComputed = start + count - draftIds.length + tokens.length - 1;
         sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
         sequence.draftIds = outcome.draftIds;
         this.#publish(sequence);
@@ -339,12 +340,12 @@ export class Scheduler {
     this.#release(sequence);
     sequence.status = 'finished';
     sequence.finishReason = finishReason;
-    const { numDraftTokens: draftTokens, numAcceptedTokens: acceptedTokens } = sequence;
-    const speculative = this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {};
-    return this.#event(sequence, { ...rest, ...speculative, finishReason });
+    return this.#event(sequence, { ...rest, finishReason });
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
-    return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
+    const { id, cachedTokens, numDraftTokens: draftTokens, numAcceptedTokens: acceptedTokens } = sequence;
+    const speculative = this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {};
+    return { requestId: id, tokens: [], cachedTokens: Math.max(0, cachedTokens), ...speculative, ...rest };
   }
 }
