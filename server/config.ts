@@ -25,6 +25,8 @@ export interface ServeConfig {
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
   readonly blockSize: number;
+  /** drafts of the MTP layer a step */
+  readonly speculativeTokens: number | 'auto';
   /** null: what the checkpoint says */
   readonly maxModelLen: number | null;
   readonly maxQueue: number;
@@ -97,6 +99,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxStepTokens: values['max-step-tokens'] as number,
     cacheMemory: values['cache-memory'] as number | null,
     blockSize: values['block-size'] as number,
+    speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
     maxQueue: values['max-queue'] as number,
     maxBodyBytes: values['max-body-size'] as number,

@@ -25,6 +25,8 @@ const BOTH = ['serve', 'logits'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
+/** what a step batch can carry for one sequence */
+const MAX_SPECULATIVE_TOKENS = 4;
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
 
 export const FLAGS: readonly Flag[] = [
@@ -126,6 +128,14 @@ export const FLAGS: readonly Flag[] = [
     default: 64,
     parse: integer(1, 1024),
     help: 'tokens in one cache block',
+  },
+  {
+    name: 'speculative-tokens',
+    commands: SERVE,
+    value: 'N',
+    default: 'auto',
+    parse: (text) => (text === 'auto' ? text : integer(0, MAX_SPECULATIVE_TOKENS, "'auto' or ")(text)),
+    help: 'tokens that the MTP layer drafts a step, 0 to 4, or auto: as many as pay; outputs stay the same',
   },
   {
     name: 'max-model-len',
@@ -252,10 +262,10 @@ function choice(choices: readonly string[]): (text: string) => string {
   };
 }
 
-function integer(min: number, max: number): (text: string) => number {
+function integer(min: number, max: number, orElse = ''): (text: string) => number {
   return (text) => {
     const value = /^\d+$/.test(text) ? Number(text) : NaN;
-    if (!(value >= min && value <= max)) throw new Error(`must be a whole number from ${min} to ${max}`);
+    if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
     return value;
   };
 }

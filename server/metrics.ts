@@ -133,6 +133,23 @@ export class Metrics {
     counter('vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', (stats) => stats.prefixCacheQueries);
     counter('vllm:prefix_cache_hits_total', 'Prompt tokens found.', (stats) => stats.prefixCacheHits);
     counter('vllm:num_preemptions_total', 'Sequences preempted.', (stats) => stats.numPreemptions);
+    counter(
+      'vllm:spec_decode_num_drafts_total',
+      'Times that drafts of a sequence were verified.',
+      (stats) => stats.specNumDrafts,
+    );
+    counter('vllm:spec_decode_num_draft_tokens_total', 'Drafts verified.', (stats) => stats.specNumDraftTokens);
+    counter('vllm:spec_decode_num_accepted_tokens_total', 'Drafts accepted.', (stats) => stats.specNumAcceptedTokens);
+    new Counter({
+      name: 'vllm:spec_decode_num_accepted_tokens_per_pos_total',
+      help: 'Drafts accepted at each depth.',
+      labelNames: ['position'],
+      registers,
+      collect() {
+        this.reset();
+        for (const [position, count] of engine.stats().specAcceptedPerPos.entries()) this.inc({ position }, count);
+      },
+    });
     counter('rodin:steps_total', 'Steps computed.', (stats) => stats.numSteps);
     new Gauge({
       name: 'rodin:blocks',

@@ -36,7 +36,7 @@ export async function serve(config: ServeConfig): Promise<number> {
       maxStepTokens: config.maxStepTokens,
       maxNumSeqs: config.maxNumSeqs,
       maxQueue: config.maxQueue,
-      loadMtp: false,
+      speculativeTokens: config.speculativeTokens,
     },
     log: (line) => log.line(line),
   });

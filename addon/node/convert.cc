@@ -68,6 +68,9 @@ class Fields {
   void copy(const char* name, std::vector<int32_t>& out) const {
     copy_array(name, napi_int32_array, "an Int32Array", out);
   }
+  void copy(const char* name, std::vector<uint8_t>& out) const {
+    copy_array(name, napi_uint8_array, "a Uint8Array", out);
+  }
   void copy(const char* name, std::vector<uint32_t>& out) const {
     copy_array(name, napi_uint32_array, "a Uint32Array", out);
   }
@@ -227,6 +230,8 @@ StepBatch to_step_batch(const Napi::Value& value) {
   fields.copy("blockTableStart", batch.block_table_start);
   fields.copy("blockTable", batch.block_table);
   fields.copy("numSampled", batch.num_sampled);
+  fields.copy("runMtp", batch.run_mtp);
+  fields.copy("numDrafts", batch.num_drafts);
   fields.copy("temperature", batch.temperature);
   fields.copy("topP", batch.top_p);
   fields.copy("topK", batch.top_k);
@@ -267,7 +272,10 @@ Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
   object.Set("nonFinite", to_typed_array<Napi::Uint8Array>(env, result.non_finite));
   object.Set("logits", to_typed_array<Napi::Float32Array>(env, result.logits));
   object.Set("draftLogits", to_typed_array<Napi::Float32Array>(env, result.draft_logits));
+  object.Set("draftStart", to_typed_array<Napi::Int32Array>(env, result.draft_start));
+  object.Set("draftIds", to_typed_array<Napi::Int32Array>(env, result.draft_ids));
   object.Set("stepMicros", result.step_micros);
+  object.Set("draftMicros", result.draft_micros);
   return object;
 }
 

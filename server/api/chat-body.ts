@@ -25,7 +25,7 @@ export class ChatBodies {
   }
 
   whole(output: ChatOutput, pieces: readonly Piece[]): string {
-    const { returnTokenIds, engineRequest } = this.#job;
+    const { returnTokenIds, returnMetrics, engineRequest } = this.#job;
     const reasoning = textOf(pieces, 'reasoning');
     const toolCalls = joinToolCalls(pieces);
     const body: Omit<Schemas['ChatCompletion'], 'seed'> = {
@@ -47,6 +47,7 @@ export class ChatBodies {
       ],
       usage: output.usage,
       ...(returnTokenIds ? { prompt_token_ids: engineRequest.promptIds } : {}),
+      ...(returnMetrics ? { metrics: output.metrics } : {}),
     };
     return this.#withSeed(JSON.stringify(body));
   }
@@ -56,15 +57,21 @@ export class ChatBodies {
   }
 
   /** the chunk that ends the choice; `rest` are pieces without text */
-  finish(reason: FinishReason, rest: readonly Piece[]): string {
-    return this.#chunk(this.#isFirst ? { content: '' } : {}, rest, reason);
+  finish(output: ChatOutput, rest: readonly Piece[]): string {
+    const metrics = this.#job.returnMetrics ? { metrics: output.metrics } : {};
+    return this.#chunk(this.#isFirst ? { content: '' } : {}, rest, output.finishReason, metrics);
   }
 
   usage(usage: Usage): string {
     return JSON.stringify({ ...this.#head('chat.completion.chunk'), choices: [], usage });
   }
 
-  #chunk(delta: Schemas['Delta'], pieces: readonly Piece[], reason: FinishReason | null): string {
+  #chunk(
+    delta: Schemas['Delta'],
+    pieces: readonly Piece[],
+    reason: FinishReason | null,
+    more: Pick<Schemas['ChatCompletionChunk'], 'metrics'> = {},
+  ): string {
     const isFirst = this.#isFirst;
     const { returnTokenIds, includeUsage, engineRequest } = this.#job;
     const chunk: Schemas['ChatCompletionChunk'] = {
@@ -80,6 +87,7 @@ export class ChatBodies {
       ],
       ...(includeUsage ? { usage: null } : {}),
       ...(returnTokenIds && isFirst ? { prompt_token_ids: engineRequest.promptIds } : {}),
+      ...more,
     };
     this.#isFirst = false;
     const text = JSON.stringify(chunk);

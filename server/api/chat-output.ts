@@ -40,6 +40,7 @@ export class ChatOutput {
   #numReasoning = 0;
   #numAnswer = 0;
   #cachedTokens = 0;
+  #speculative: EngineEvent['speculative'];
   #finishReason: FinishReason | null = null;
 
   constructor(job: ChatJob, prompts: PromptEncoder) {
@@ -82,11 +83,18 @@ export class ChatOutput {
     };
   }
 
+  get metrics(): components['schemas']['CompletionMetrics'] {
+    if (this.#speculative === undefined) return { speculative: null };
+    const { draftTokens, acceptedTokens } = this.#speculative;
+    return { speculative: { draft_tokens: draftTokens, accepted_tokens: acceptedTokens } };
+  }
+
   /** Takes in one event. Throws ApiError where the engine gave up on the sequence. */
   accept(event: EngineEvent): void {
     if (event.finishReason === 'error') throw toApiError(event.error);
     if (event.finishReason === 'abort') throw new ApiError('engine_failed', 'The request was aborted by the server.');
     this.#cachedTokens = event.cachedTokens;
+    this.#speculative = event.speculative ?? this.#speculative;
     for (const token of event.tokens) {
       this.#push(token);
       if (this.#parser.matchedStop !== null) return this.#finish('stop');

@@ -16,6 +16,7 @@ export interface ChatJob {
   isStream: boolean;
   includeUsage: boolean;
   returnTokenIds: boolean;
+  returnMetrics: boolean;
   /** Unix seconds */
   created: number;
 }
@@ -51,6 +52,7 @@ export async function readChatRequest(body: ChatBody, tenant: string, context: A
     isStream: body.stream === true,
     includeUsage: body.stream_options?.include_usage === true,
     returnTokenIds: body.return_token_ids === true,
+    returnMetrics: body.metrics === true,
     created: Math.floor(Date.now() / 1000),
   };
 }

@@ -72,7 +72,7 @@ async function streamCompletion(
     const rest = output.take();
     const tail = rest.length > 0 && isEmpty(rest.at(-1)!) ? rest.splice(-1) : [];
     for (const piece of rest) sse.event(bodies.piece(piece));
-    sse.event(bodies.finish(output.finishReason, tail));
+    sse.event(bodies.finish(output, tail));
     if (job.includeUsage) sse.event(bodies.usage(output.usage));
     sse.event('[DONE]');
     sse.end();

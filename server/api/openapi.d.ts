@@ -208,6 +208,8 @@ export interface components {
             chat_template_kwargs?: components["schemas"]["ChatTemplateKwargs"] | null;
             /** @description Also returns the token ids of prompt and completion. */
             return_token_ids?: boolean | null;
+            /** @description Also returns numbers about how the completion was made. */
+            metrics?: boolean | null;
             /** @description Requests share cached prefixes only with requests of the same salt. */
             cache_salt?: string | null;
             /** @description Accepted; has no effect. */
@@ -375,6 +377,17 @@ export interface components {
             usage: components["schemas"]["Usage"];
             /** @description With `return_token_ids`, the prompt's tokens. */
             prompt_token_ids?: number[];
+            metrics?: components["schemas"]["CompletionMetrics"];
+        };
+        /** @description With `metrics`; in a stream, in the chunk that has the finish reason. */
+        CompletionMetrics: {
+            /** @description Drafts of the MTP layer; null where the server does not speculate. */
+            speculative: {
+                /** @description Drafts that were verified for this completion. */
+                draft_tokens: number;
+                /** @description Those of them that equalled what the model sampled. */
+                accepted_tokens: number;
+            } | null;
         };
         ChatCompletionChoice: {
             /** @description Always 0. */
@@ -430,6 +443,7 @@ export interface components {
             usage?: components["schemas"]["Usage"] | null;
             /** @description With `return_token_ids`, in the first chunk. */
             prompt_token_ids?: number[];
+            metrics?: components["schemas"]["CompletionMetrics"];
         };
         ChunkChoice: {
             /** @description Always 0. */

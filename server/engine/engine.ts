@@ -147,6 +147,7 @@ export class Engine implements EngineHandle {
 
   async #runStep(plan: StepPlan): Promise<SequenceOutcome[]> {
     const result = await this.#runner.step(packStep(plan, this.#options.blockSize));
+    this.#scheduler.observe(plan, result);
     return unpackStep(plan, result, this.#options.limits.vocabSize);
   }
 

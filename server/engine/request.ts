@@ -69,6 +69,8 @@ export interface EngineEvent {
   stopTokenId?: number;
   /** with finishReason 'error' */
   error?: { code: string; message: string };
+  /** where the engine speculates: drafts verified for this sequence so far, and how many were accepted */
+  speculative?: { draftTokens: number; acceptedTokens: number };
 }
 
 /** Counters and gauges for /metrics and /health; a snapshot. */
@@ -86,6 +88,11 @@ export interface EngineStats {
   generationTokens: number;
   prefixCacheQueries: number;
   prefixCacheHits: number;
+  /** verify rounds: times that drafts of a sequence were verified */
+  specNumDrafts: number;
+  specNumDraftTokens: number;
+  specNumAcceptedTokens: number;
+  specAcceptedPerPos: number[]; // [MAX_DRAFTS] of the drafts at each depth
 }
 
 export type EngineState =

@@ -1,8 +1,12 @@
 import { BlockPool } from './block-pool.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
-import { PrefixCache } from './prefix-cache.js';
-import type { EngineEvent, EngineRequest, EngineStats, FinishReason } from './request.js';
+import { DraftPlanner } from './draft-planner.js';
+import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
+import { PlanBuilder } from './plan-builder.js';
+import { PrefixCache, type CachedBlock } from './prefix-cache.js';
+import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason } from './request.js';
 import { Sequence } from './sequence.js';
+import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface SchedulerOptions {
@@ -14,6 +18,8 @@ export interface SchedulerOptions {
   limits: RequestLimits;
   /** names the weights in the prefix cache's hashes */
   fingerprint: string;
+  /** who drafts how much; nobody where it is left out */
+  drafts?: DraftPolicy;
 }
 
 /**
@@ -24,6 +30,8 @@ export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #pool: BlockPool;
   readonly #cache: PrefixCache;
+  readonly #drafts: DraftPolicy;
+  readonly #speculation: DraftPlanner;
   readonly #open = new Map<string, Sequence>();
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
@@ -47,6 +55,8 @@ export class Scheduler {
     this.#options = options;
     this.#pool = new BlockPool(options.numBlocks);
     this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+    this.#drafts = options.drafts ?? new FixedDrafts(0);
+    this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
   }
 
   get isIdle(): boolean {
@@ -74,21 +84,33 @@ export class Scheduler {
     return [...this.#open.keys()];
   }
 
-  /** The next step: decodes first, then running prefills, then waiting sequences; null where nothing is open. */
+  /**
+   * The next step: decodes first, with their drafts as far as every other sequence still gets its rows, then
+   * running prefills, then waiting sequences; null where nothing is open.
+   */
   schedule(): StepPlan | null {
-    const plan = new Map<Sequence, PlannedSequence>();
+    const { maxStepTokens, maxNumSeqs } = this.#options;
+    const plan = new PlanBuilder(maxStepTokens);
     const numPreemptions = this.#counters.numPreemptions;
     const decodes = this.#running.filter((sequence) => sequence.numPending === 1);
     const prefills = this.#running.filter((sequence) => sequence.numPending > 1);
-    for (const sequence of [...decodes, ...prefills]) {
-      if (sequence.status === 'running') this.#plan(sequence, plan);
-    }
+    for (const sequence of decodes) if (sequence.status === 'running') this.#plan(sequence, plan);
+    // Two rows, because a prefill that runs the MTP module computes one again.
+    const numOthers = Math.min(prefills.length + this.#waiting.length, maxNumSeqs - decodes.length);
+    this.#speculation.addDrafts(plan, plan.budget - 2 * numOthers, this.#running.length);
+    for (const sequence of prefills) if (sequence.status === 'running') this.#plan(sequence, plan);
     if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
-    if (plan.size === 0) {
+    this.#speculation.planMtp(plan.parts(), this.#running.length);
+    if (plan.parts().length === 0) {
       if (this.#open.size > 0) throw new Error('no open sequence can make progress');
       return null;
     }
-    return { sequences: [...plan.values()] };
+    return { sequences: plan.parts() };
+  }
+
+  /** Takes over how long a step took. */
+  observe(plan: StepPlan, result: StepResult): void {
+    this.#speculation.observe(plan, result);
   }
 
   /** Takes over what a step computed: one event per sequence that has something to say. */
@@ -113,7 +135,13 @@ export class Scheduler {
       numCachedBlocks: this.#cache.numIdle,
       blockSize: this.#options.blockSize,
       ...this.#counters,
+      ...this.#speculation.counters(),
     };
+  }
+
+  /** What the prefix cache holds: for checks. */
+  published(): readonly Readonly<CachedBlock>[] {
+    return this.#cache.published();
   }
 
   /** The counts alone: cheap enough for every idle moment. */
@@ -154,26 +182,31 @@ export class Scheduler {
     }
   }
 
-  #budget(plan: Map<Sequence, PlannedSequence>): number {
-    let budget = this.#options.maxStepTokens;
-    for (const { count } of plan.values()) budget -= count;
-    return budget;
-  }
-
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
-  #plan(sequence: Sequence, plan: Map<Sequence, PlannedSequence>): void {
-    const wanted = Math.min(sequence.numPending, this.#budget(plan));
+  #plan(sequence: Sequence, plan: PlanBuilder): void {
+    const { numPending, numComputed } = sequence;
+    // A row that is computed again for the MTP module must leave room for one that is not.
+    if (sequence.nextStart < numComputed && plan.budget < 2) sequence.runsMtp = false;
+    const numAgain = numComputed - sequence.nextStart;
+    const wanted = Math.min(numPending, plan.budget - numAgain);
     const count = wanted > 0 ? this.#reserve(sequence, wanted, plan) : 0;
     if (count === 0) return;
-    const numSampled = count === sequence.numPending ? 1 : 0;
-    plan.set(sequence, { sequence, start: sequence.numComputed, count, numSampled });
+    plan.add({
+      sequence,
+      start: sequence.nextStart,
+      count: numAgain + count,
+      numSampled: count === numPending ? 1 : 0,
+      draftIds: [],
+      runMtp: sequence.runsMtp,
+      numDrafts: 0,
+    });
   }
 
   /**
    * Gives a sequence the blocks for its next tokens, preempting younger ones where none is left. Returns how many
    * tokens have room; fewer than wanted only where this sequence is itself the youngest.
    */
-  #reserve(sequence: Sequence, wanted: number, plan: Map<Sequence, PlannedSequence>): number {
+  #reserve(sequence: Sequence, wanted: number, plan: PlanBuilder): number {
     const { blockSize } = this.#options;
     const { blockTable, numComputed } = sequence;
     let numNeeded = Math.ceil((numComputed + wanted) / blockSize) - blockTable.length;
@@ -183,7 +216,7 @@ export class Scheduler {
         numNeeded = this.#cache.numAvailable;
         break;
       }
-      plan.delete(youngest);
+      plan.remove(youngest);
       this.#preempt(youngest);
     }
     for (let taken = 0; taken < numNeeded; taken++) blockTable.push(this.#cache.take()!);
@@ -201,8 +234,8 @@ export class Scheduler {
   }
 
   /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
-  #admit(plan: Map<Sequence, PlannedSequence>): void {
-    while (this.#running.length < this.#options.maxNumSeqs && this.#budget(plan) > 0) {
+  #admit(plan: PlanBuilder): void {
+    while (this.#running.length < this.#options.maxNumSeqs && plan.budget > 0) {
       const sequence = this.#waiting[0];
       if (sequence === undefined || !this.#takePrefix(sequence)) return;
       this.#waiting.shift();
@@ -220,7 +253,10 @@ export class Scheduler {
     const { blockSize } = this.#options;
     const { tokens, rootHash, blockHashes } = sequence;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
-    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens);
+    const runsMtp = this.#drafts.wantsMtp(
+      Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
+    );
+    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens, runsMtp);
     const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
     // One block more for each running sequence, or it would be preempted as soon as they grow.
     if (numNeeded + this.#running.length > this.#cache.numAvailable) {
@@ -231,6 +267,9 @@ export class Scheduler {
     sequence.numShared = blockTable.length * blockSize;
     sequence.numComputed = Math.min(sequence.numShared, tokens.length - 1);
     sequence.numPublished = blockTable.length;
+    sequence.runsMtp = runsMtp;
+    if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
+    this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
       sequence.cachedTokens = sequence.numShared;
       this.#counters.prefixCacheQueries += sequence.promptLength;
@@ -239,7 +278,8 @@ export class Scheduler {
     return true;
   }
 
-  #commitSequence({ sequence, start, count }: PlannedSequence, outcome: SequenceOutcome): EngineEvent | null {
+  #commitSequence(part: PlannedSequence, outcome: SequenceOutcome): EngineEvent | null {
+    const { sequence, start, count, draftIds } = part;
     switch (outcome.kind) {
       case 'failed':
         return this.#finish(sequence, 'error', { error: { code: 'engine_failed', message: outcome.message } });
@@ -248,17 +288,25 @@ export class Scheduler {
           error: { code: 'non_finite_logits', message: 'The model computed a value that is no finite number.' },
         });
       case 'computed':
-        sequence.numComputed = start + count;
+        sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
         return null;
       case 'sampled': {
-        sequence.numComputed = start + count;
-        this.#publish(sequence);
+        this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
-        this.#counters.generationTokens++;
-        const token = sequence.append(outcome.tokenId, outcome.logprobs);
-        if (sequence.finishReason === null) return this.#event(sequence, { tokens: [token] });
-        const stopTokenId = sequence.finishReason === 'stop' ? token.id : undefined;
-        return this.#finish(sequence, sequence.finishReason, { tokens: [token], stopTokenId });
+        const tokens: EmittedToken[] = [];
+        for (const { id, logprobs } of outcome.tokens) {
+          tokens.push(sequence.append(id, logprobs));
+          if (sequence.finishReason !== null) break;
+        }
+        this.#counters.generationTokens += tokens.length;
+        // Rows up to the one that gave the last token taken; whatever came after it is dropped.
+        const numComputed = start + count - draftIds.length + tokens.length - 1;
+        sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
+        sequence.draftIds = outcome.draftIds;
+        this.#publish(sequence);
+        if (sequence.finishReason === null) return this.#event(sequence, { tokens });
+        const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
+        return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
       }
     }
   }
@@ -268,22 +316,21 @@ export class Scheduler {
    * every latent it attended to; so the blocks of a prefill are published at its end, not chunk by chunk.
    */
   #publish(sequence: Sequence): void {
-    const { tokens, rootHash, blockHashes, blockTable, numComputed } = sequence;
-    const numFull = Math.floor(numComputed / this.#options.blockSize);
+    const { blockSize } = this.#options;
+    const { tokens, rootHash, blockHashes, blockTable, numComputed, numMtp } = sequence;
+    const numFull = Math.floor(numComputed / blockSize);
     if (sequence.numPublished >= numFull) return;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
     while (sequence.numPublished < numFull) {
       const index = sequence.numPublished++;
-      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens);
+      const hasMtp = numMtp >= (index + 1) * blockSize;
+      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens, hasMtp);
     }
   }
 
   #release(sequence: Sequence): void {
     this.#cache.release(sequence.blockTable);
-    sequence.blockTable = [];
-    sequence.numComputed = 0;
-    sequence.numShared = 0;
-    sequence.numPublished = 0;
+    sequence.reset();
   }
 
   #finish(sequence: Sequence, finishReason: FinishReason, rest: Partial<EngineEvent>): EngineEvent {
@@ -297,6 +344,8 @@ export class Scheduler {
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
-    return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
+    const { id, cachedTokens, numDraftTokens: draftTokens, numAcceptedTokens: acceptedTokens } = sequence;
+    const speculative = this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {};
+    return { requestId: id, tokens: [], cachedTokens: Math.max(0, cachedTokens), ...speculative, ...rest };
   }
 }

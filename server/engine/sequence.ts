@@ -27,6 +27,14 @@ export class Sequence {
   /** blocks of this sequence's table that have been offered to the prefix cache, from the start */
   numPublished = 0;
   blockTable: number[] = []; // [num_blocks]
+  /** whether this sequence runs the MTP module; false from the first hole in its entries on */
+  runsMtp = false;
+  /** entries 1 .. numMtp-1 of the MTP module lie in the blocks; slot 0 holds nothing */
+  numMtp = 1;
+  /** drafts that the next step may verify */
+  draftIds: number[] = []; // [num_drafts]
+  numDraftTokens = 0;
+  numAcceptedTokens = 0;
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
@@ -64,6 +72,21 @@ export class Sequence {
     return this.tokens.length - this.numComputed;
   }
 
+  /**
+   * Where the next step starts: at the first token that is not computed, or at the one before where the MTP module
+   * needs its hidden state again for the entry that comes next.
+   */
+  get nextStart(): number {
+    return this.runsMtp ? Math.min(this.numComputed, this.numMtp - 1) : this.numComputed;
+  }
+
+  /** Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. */
+  get maxDrafts(): number {
+    const room = this.maxTokens - 1 - this.tokens.length;
+    const untilAllowed = this.request.sampling.minTokens - 1 - this.numCompletion;
+    return Math.max(0, this.bannedIds.size > 0 ? Math.min(room, untilAllowed) : room);
+  }
+
   /** [distinct id, times in the completion]; empty where no penalty is set. */
   get history(): ReadonlyMap<number, number> {
     return this.#history ?? NO_HISTORY;
@@ -72,6 +95,26 @@ export class Sequence {
   /** Ids that the next token may not be: the stop tokens, until minTokens are reached. */
   get bannedIds(): ReadonlySet<number> {
     return this.numCompletion < this.request.sampling.minTokens ? this.#stopIds : NO_IDS;
+  }
+
+  /** A step has computed latents up to numComputed and entries of the MTP module up to numMtp. */
+  advance(numComputed: number, numMtp: number): void {
+    this.numComputed = numComputed;
+    this.numMtp = numMtp;
+    this.draftIds = [];
+    // One missing entry is made when the row before it is computed again; a longer hole stays.
+    if (numComputed >= numMtp + 1) this.runsMtp = false;
+  }
+
+  /** Forgets what was computed, to be computed again from the first token on. */
+  reset(): void {
+    this.blockTable = [];
+    this.numComputed = 0;
+    this.numShared = 0;
+    this.numPublished = 0;
+    this.runsMtp = false;
+    this.numMtp = 1;
+    this.draftIds = [];
   }
 
   /** Appends a sampled token; the sequence may have finished with it. */

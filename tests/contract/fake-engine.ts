@@ -82,6 +82,10 @@ export class FakeEngine implements EngineHandle {
       promptTokens: 11,
       generationTokens: 12,
       prefixCacheQueries: 13,
+      specNumDrafts: 0,
+      specNumDraftTokens: 0,
+      specNumAcceptedTokens: 0,
+      specAcceptedPerPos: [0, 0, 0, 0],
       prefixCacheHits: 4,
     };
   }

@@ -24,7 +24,7 @@ function makeClient(model: string, options: Partial<EngineClientOptions> = {}): 
     maxStepTokens: 32,
     maxNumSeqs: 16,
     maxQueue: 100,
-    loadMtp: false,
+    speculativeTokens: 0,
   };
   return new EngineClient({ config, entry: ENTRY, ...options });
 }
