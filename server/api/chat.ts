@@ -17,22 +17,6 @@ export async function createChatCompletion(
   checkReady(context);
   const job = await readChatRequest(request.body, request.tenant, context);
   checkReady(context);
-  const completion = beginCompletion(job, context, request, reply, startedAt);
-  const bodies = new ChatBodies(job, context);
-  if (job.isStream) return streamCompletion(context, job, completion, bodies, reply);
-  while (await completion.advance());
-  if (completion.output.finishReason === null) return reply.hijack();
-  return reply.type('application/json; charset=utf-8').send(bodies.whole(completion.output, completion.output.take()));
-}
-
-/** Submits a job; the client's leaving aborts it, and a shutdown waits for its response. */
-export function beginCompletion(
-  job: ChatJob,
-  context: ApiContext,
-  request: FastifyRequest,
-  reply: FastifyReply,
-  startedAt: number,
-): Completion {
   const completion = new Completion(job, context, request.log, startedAt);
   const leave = context.drain.enter(() => context.engine.abort(job.engineRequest.requestId));
   // 'close' comes after every response; before the response is written the client has left.
@@ -44,7 +28,11 @@ export function beginCompletion(
     leave();
     completion.abort();
   }
-  return completion;
+  const bodies = new ChatBodies(job, context);
+  if (job.isStream) return streamCompletion(context, job, completion, bodies, reply);
+  while (await completion.advance());
+  if (completion.output.finishReason === null) return reply.hijack();
+  return reply.type('application/json; charset=utf-8').send(bodies.whole(completion.output, completion.output.take()));
 }
 
 /** The response begins with the first event, so that an early error still has a status; or when that takes too long. */

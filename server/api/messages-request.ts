@@ -27,17 +27,15 @@ export async function readMessagesRequest(
   const chatBody: ChatBody = {
     ...conversationOf(body, context),
     ...thinkingBudgetOf(body),
+    max_tokens: body.max_tokens,
     temperature: body.temperature ?? null,
     top_p: body.top_p ?? null,
     top_k: body.top_k ?? null,
     stop: body.stop_sequences ?? null,
     stream: body.stream ?? null,
   };
-  // Without a limit the chat job has the context's rest.
-  const chat = await readChatRequest(chatBody, tenant, context);
-  const { sampling } = chat.engineRequest;
-  const fillsContext = body.max_tokens > sampling.maxTokens;
-  sampling.maxTokens = Math.min(sampling.maxTokens, body.max_tokens);
+  const chat = await readChatRequest(chatBody, tenant, context, true);
+  const fillsContext = body.max_tokens > chat.engineRequest.sampling.maxTokens;
   chat.engineRequest.requestId = `msg_${randomUUID().replaceAll('-', '')}`;
   return { chat, fillsContext, omitsThinking: body.thinking?.display === 'omitted' };
 }

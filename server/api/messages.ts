@@ -1,7 +1,7 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { beginCompletion, checkReady } from './chat.js';
+import { checkReady } from './chat.js';
 import type { ChatOutput } from './chat-output.js';
-import type { Completion } from './completion.js';
+import { Completion } from './completion.js';
 import type { ApiContext } from './context.js';
 import { toApiError } from './error-handler.js';
 import { ContentBlocks, joinBlocks } from './messages-blocks.js';
@@ -29,7 +29,7 @@ export async function createMessage(
   checkReady(context);
   const job = await readMessagesRequest(request.body, request.tenant, context);
   checkReady(context);
-  const completion = beginCompletion(job.chat, context, request, reply, startedAt);
+  const completion = beginCompletion(job, context, request, reply, startedAt);
   if (job.chat.isStream) return streamMessage(context, job, completion, reply);
   while (await completion.advance());
   const { output } = completion;
@@ -43,6 +43,28 @@ export async function createMessage(
     usage: usageOf(output),
   };
   return reply.type('application/json; charset=utf-8').send(JSON.stringify(message));
+}
+
+/** Submits the job; the client's leaving aborts it, and a shutdown waits for its response. */
+function beginCompletion(
+  { chat }: MessagesJob,
+  context: ApiContext,
+  request: FastifyRequest,
+  reply: FastifyReply,
+  startedAt: number,
+): Completion {
+  const completion = new Completion(chat, context, request.log, startedAt);
+  const leave = context.drain.enter(() => context.engine.abort(chat.engineRequest.requestId));
+  // 'close' comes after every response; before the response is written the client has left.
+  reply.raw.once('close', () => {
+    leave();
+    if (!reply.raw.writableFinished) completion.abort();
+  });
+  if (request.raw.socket.destroyed) {
+    leave();
+    completion.abort();
+  }
+  return completion;
 }
 
 export async function countMessageTokens(
