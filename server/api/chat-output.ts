@@ -53,6 +53,11 @@ export class ChatOutput {
     return this.#finishReason;
   }
 
+  /** the stop string that ended the answer */
+  get matchedStop(): string | null {
+    return this.#parser.matchedStop;
+  }
+
   get numTokens(): number {
     return this.#numTokens;
   }

@@ -21,8 +21,16 @@ export interface ChatJob {
   created: number;
 }
 
-/** Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. */
-export async function readChatRequest(body: ChatBody, tenant: string, context: ApiContext): Promise<ChatJob> {
+/**
+ * Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. With
+ * `mayFillContext`, a limit beyond the context is the context's rest, and the caller says so to its client.
+ */
+export async function readChatRequest(
+  body: ChatBody,
+  tenant: string,
+  context: ApiContext,
+  mayFillContext = false,
+): Promise<ChatJob> {
   checkModel(body.model, context);
   if (body.stream_options && !body.stream) {
     throw new ApiError('invalid_value', "'stream_options' is only allowed with 'stream': true.", 'stream_options');
@@ -31,7 +39,7 @@ export async function readChatRequest(body: ChatBody, tenant: string, context: A
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
   const { ids: promptIds, startPhase } = await readConversation(body, context);
-  sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen);
+  sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, mayFillContext);
   if (sampling.minTokens > sampling.maxTokens) {
     throw new ApiError(
       'invalid_value',
@@ -133,7 +141,7 @@ function readSeed(body: ChatBody): bigint {
   return BigInt.asUintN(64, seed);
 }
 
-function readMaxTokens(body: ChatBody, numPromptTokens: number, maxModelLen: number): number {
+function readMaxTokens(body: ChatBody, numPromptTokens: number, maxModelLen: number, mayFillContext: boolean): number {
   const { max_tokens: older, max_completion_tokens: newer } = body;
   if (older && newer && older !== newer) {
     throw new ApiError(
@@ -147,12 +155,12 @@ function readMaxTokens(body: ChatBody, numPromptTokens: number, maxModelLen: num
   }
   const wanted = newer ?? older;
   const rest = maxModelLen - numPromptTokens;
-  if (wanted && wanted > rest) {
+  if (wanted && wanted > rest && !mayFillContext) {
     throw new ApiError(
       'context_length_exceeded',
       `The context has ${maxModelLen} tokens and the prompt ${numPromptTokens}; ask for at most ${rest}, or leave it out.`,
       newer ? 'max_completion_tokens' : 'max_tokens',
     );
   }
-  return wanted ?? rest;
+  return Math.min(wanted ?? rest, rest);
 }

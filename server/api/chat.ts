@@ -87,6 +87,6 @@ async function streamCompletion(
   return reply;
 }
 
-function checkReady({ drain }: ApiContext): void {
+export function checkReady({ drain }: ApiContext): void {
   if (drain.isDraining) throw new ApiError('shutting_down', 'The server is shutting down; send the request elsewhere.');
 }

@@ -9,7 +9,7 @@ type Message = components['schemas']['ChatMessage'];
 type Content = Message['content'];
 
 /** Deeper tools than this are refused: they are walked by recursion. */
-const MAX_TOOL_DEPTH = 64;
+export const MAX_TOOL_DEPTH = 64;
 
 /** Messages, tools and switches of a request -> prompt ids. */
 export async function readConversation(body: ChatBody, context: ApiContext): Promise<EncodedPrompt> {
@@ -119,7 +119,7 @@ function checkThinking(thinking: boolean | undefined, { prompts }: ApiContext): 
 }
 
 /** Levels of nesting, counted up to `limit`. */
-function depthOf(value: unknown, limit: number): number {
+export function depthOf(value: unknown, limit: number): number {
   if (typeof value !== 'object' || value === null || limit === 0) return 0;
   let deepest = 0;
   for (const item of Object.values(value)) deepest = Math.max(deepest, depthOf(item, limit - 1));

@@ -140,6 +140,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/messages": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Completes a conversation in the form of the Anthropic Messages API, streamed or whole. */
+        post: operations["createMessage"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/messages/count_tokens": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Tokens that the prompt of such a request has, without completing it. */
+        post: operations["countMessageTokens"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
 }
 export type webhooks = Record<string, never>;
 export interface components {
@@ -585,6 +619,426 @@ export interface components {
                 code: string;
             };
         };
+        MessagesRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            messages: components["schemas"]["MessagesTurn"][];
+            /** @description Instructions; blocks are joined by line breaks. */
+            system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description Most tokens of the completion, reasoning included. Where the context has less room, the completion that fills it stops with model_context_window_exceeded. */
+            max_tokens: number;
+            /** @description Sends the message as server-sent events while it is made. */
+            stream?: boolean | null;
+            /** @description Strings that end the answer and are not part of it. Reasoning is not searched. */
+            stop_sequences?: string[] | null;
+            /** @description As in ChatCompletionRequest. */
+            temperature?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            top_p?: number | null;
+            /** @description As in ChatCompletionRequest; 0 switches it off. */
+            top_k?: number | null;
+            /** @description Whether the model reasons first. Without it, the chat template's default. */
+            thinking?: components["schemas"]["MessagesThinking"] | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["MessagesTool"][] | null;
+            /** @description Without it, auto. */
+            tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
+            /** @description Only the default effort is supported, and no format. */
+            output_config?: {
+                /** @description Only high, which is the default. */
+                effort?: string | null;
+            } | null;
+            /** @description Accepted; has no effect. */
+            metadata?: {
+                /** @description Accepted; has no effect. */
+                user_id?: string | null;
+            } | null;
+            /**
+             * @description Accepted; there is one tier.
+             * @enum {string|null}
+             */
+            service_tier?: "auto" | "standard_only" | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        /** @description A request without what concerns the completion alone. */
+        MessagesCountRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            messages: components["schemas"]["MessagesTurn"][];
+            /** @description Instructions; blocks are joined by line breaks. */
+            system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description Whether the model reasons first. Without it, the chat template's default. */
+            thinking?: components["schemas"]["MessagesThinking"] | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["MessagesTool"][] | null;
+            /** @description Without it, auto. */
+            tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
+            /** @description Only the default effort is supported, and no format. */
+            output_config?: {
+                /** @description Only high, which is the default. */
+                effort?: string | null;
+            } | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesCount: {
+            /** @description Tokens of the rendered conversation, tools and system text included. */
+            input_tokens: number;
+        };
+        MessagesTurn: components["schemas"]["MessagesUserTurn"] | components["schemas"]["MessagesAssistantTurn"] | components["schemas"]["MessagesSystemTurn"];
+        MessagesUserTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "user";
+            /** @description Text and results of tools. Results are put before the text, in the order of the calls. */
+            content: string | components["schemas"]["MessagesUserBlock"][];
+        };
+        MessagesAssistantTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "assistant";
+            /** @description What the model said, as it came; tool calls are rendered after the text. */
+            content: string | components["schemas"]["MessagesAssistantBlock"][];
+        };
+        MessagesSystemTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "system";
+            /** @description Instructions; blocks are joined by line breaks. */
+            content: string | components["schemas"]["MessagesPlainBlock"][];
+        };
+        MessagesUserBlock: components["schemas"]["MessagesTextBlock"] | components["schemas"]["MessagesToolResultBlock"];
+        MessagesAssistantBlock: components["schemas"]["MessagesTextBlock"] | components["schemas"]["MessagesThinkingBlock"] | components["schemas"]["MessagesRedactedThinkingBlock"] | components["schemas"]["MessagesToolUseBlock"];
+        MessagesPlainBlock: components["schemas"]["MessagesTextBlock"];
+        MessagesTextBlock: {
+            /**
+             * @description The kind of block; the model reads text only.
+             * @enum {string}
+             */
+            type: "text";
+            /** @description The text. */
+            text: string;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesToolResultBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_result";
+            /** @description Id of the call; it must be one of the turn before. */
+            tool_use_id: string;
+            /** @description The result; blocks are joined by line breaks. */
+            content?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description The model is shown an error by the word `Error:` before the content. */
+            is_error?: boolean | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesThinkingBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "thinking";
+            /** @description Reasoning of this turn; whether the model sees it is the chat template's choice. */
+            thinking: string;
+            /** @description Accepted; not checked. */
+            signature?: string | null;
+        };
+        MessagesRedactedThinkingBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "redacted_thinking";
+            /** @description Accepted and left out; only the service that sealed it can read it. */
+            data: string;
+        };
+        MessagesToolUseBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_use";
+            /** @description Names the call; its result refers to it. */
+            id: string;
+            /** @description Name of the tool. */
+            name: string;
+            /** @description Arguments of the call. */
+            input: {
+                [key: string]: unknown;
+            };
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesThinking: {
+            /**
+             * @description adaptive reasons as long as the model likes, enabled within a budget.
+             * @enum {string}
+             */
+            type: "enabled" | "disabled" | "adaptive";
+            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. Budgets are refused so far. */
+            budget_tokens?: number | null;
+            /**
+             * @description omitted leaves the text of the reasoning out; else it comes whole, it is not summarized.
+             * @enum {string|null}
+             */
+            display?: "summarized" | "omitted" | null;
+        };
+        MessagesTool: {
+            /** @description Name to call it by. */
+            name: string;
+            /** @description What it does. */
+            description?: string | null;
+            /** @description JSON Schema of its arguments. */
+            input_schema: {
+                [key: string]: unknown;
+            };
+            /**
+             * @description Only tools that the client runs.
+             * @enum {string|null}
+             */
+            type?: "custom" | null;
+            /** @description Accepted as null or false; arguments are not held to the schema. */
+            strict?: boolean | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesToolChoice: {
+            /**
+             * @description auto or none; any and tool are refused. none hides the tools and bans calls.
+             * @enum {string}
+             */
+            type: "auto" | "any" | "tool" | "none";
+            /** @description With tool, which. */
+            name?: string | null;
+            /** @description Only false is supported. */
+            disable_parallel_tool_use?: boolean | null;
+        };
+        Message: {
+            /** @description Names this message. */
+            id: string;
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            type: "message";
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "assistant";
+            /** @description The model's first served name. */
+            model: string;
+            /** @description Reasoning, then text, then calls of tools, as far as there are any. */
+            content: components["schemas"]["MessagesOutputBlock"][];
+            /** @description Why it ended; null in message_start. */
+            stop_reason: components["schemas"]["MessagesStopReason"] | null;
+            /** @description The stop sequence that ended it. */
+            stop_sequence: string | null;
+            usage: components["schemas"]["MessagesUsage"];
+        };
+        /**
+         * @description max_tokens is the limit that the request gave, model_context_window_exceeded the end of the context before that.
+         * @enum {string}
+         */
+        MessagesStopReason: "end_turn" | "max_tokens" | "stop_sequence" | "tool_use" | "model_context_window_exceeded";
+        MessagesOutputBlock: components["schemas"]["MessagesOutputThinking"] | components["schemas"]["MessagesOutputText"] | components["schemas"]["MessagesOutputToolUse"];
+        MessagesOutputThinking: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "thinking";
+            /** @description The reasoning. */
+            thinking: string;
+            /** @description Always empty; nothing here needs one. */
+            signature: string;
+        };
+        MessagesOutputText: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "text";
+            /** @description The answer. */
+            text: string;
+        };
+        MessagesOutputToolUse: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_use";
+            /** @description Names the call; its result refers to it. */
+            id: string;
+            /** @description Name of the tool. */
+            name: string;
+            /** @description Arguments of the call. What is no JSON object, because it was cut or badly written, comes as it is under the one key INVALID_JSON. */
+            input: {
+                [key: string]: unknown;
+            };
+        };
+        MessagesUsage: {
+            /** @description Prompt tokens that had to be computed. */
+            input_tokens: number;
+            /** @description Prompt tokens that came from the prefix cache. */
+            cache_read_input_tokens: number;
+            /** @description Always 0; what is computed is cached at no cost. */
+            cache_creation_input_tokens: number;
+            /** @description Tokens that were generated, reasoning and control tokens included. */
+            output_tokens: number;
+            /** @description More about the output. */
+            output_tokens_details: {
+                /** @description Tokens of the reasoning. */
+                thinking_tokens: number;
+            };
+        };
+        MessagesEvent: components["schemas"]["MessageStartEvent"] | components["schemas"]["ContentBlockStartEvent"] | components["schemas"]["ContentBlockDeltaEvent"] | components["schemas"]["ContentBlockStopEvent"] | components["schemas"]["MessageDeltaEvent"] | components["schemas"]["MessageStopEvent"] | components["schemas"]["PingEvent"] | components["schemas"]["MessagesError"];
+        MessageStartEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_start";
+            message: components["schemas"]["Message"];
+        };
+        ContentBlockStartEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_start";
+            /** @description Position of the block in the content. */
+            index: number;
+            content_block: components["schemas"]["MessagesOutputBlock"];
+        };
+        ContentBlockDeltaEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_delta";
+            /** @description Position of the block in the content. */
+            index: number;
+            delta: components["schemas"]["ContentBlockDelta"];
+        };
+        ContentBlockStopEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_stop";
+            /** @description Position of the block in the content. */
+            index: number;
+        };
+        MessageDeltaEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_delta";
+            /** @description How the message ended. */
+            delta: {
+                stop_reason: components["schemas"]["MessagesStopReason"];
+                /** @description The stop sequence that ended it. */
+                stop_sequence: string | null;
+            };
+            usage: components["schemas"]["MessagesUsage"];
+        };
+        MessageStopEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_stop";
+        };
+        PingEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "ping";
+        };
+        ContentBlockDelta: components["schemas"]["ThinkingDelta"] | components["schemas"]["SignatureDelta"] | components["schemas"]["TextDelta"] | components["schemas"]["InputJsonDelta"];
+        ThinkingDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "thinking_delta";
+            /** @description The next piece of the reasoning. */
+            thinking: string;
+        };
+        SignatureDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "signature_delta";
+            /** @description Always empty. */
+            signature: string;
+        };
+        TextDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "text_delta";
+            /** @description The next piece of the answer. */
+            text: string;
+        };
+        InputJsonDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "input_json_delta";
+            /** @description The next piece of the arguments, as the model wrote them. */
+            partial_json: string;
+        };
+        MessagesError: {
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            type: "error";
+            /** @description The error. */
+            error: {
+                /**
+                 * @description Class of the error.
+                 * @enum {string}
+                 */
+                type: "invalid_request_error" | "authentication_error" | "not_found_error" | "request_too_large" | "rate_limit_error" | "api_error" | "overloaded_error";
+                /** @description What is wrong and what to do. */
+                message: string;
+            };
+            /** @description Names the request, as the header request-id does. */
+            request_id: string;
+        };
     };
     responses: {
         /** @description What went wrong and what to do. */
@@ -594,6 +1048,15 @@ export interface components {
             };
             content: {
                 "application/json": components["schemas"]["Error"];
+            };
+        };
+        /** @description What went wrong and what to do. */
+        MessagesError: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/json": components["schemas"]["MessagesError"];
             };
         };
     };
@@ -792,6 +1255,57 @@ export interface operations {
                 };
             };
             default: components["responses"]["Error"];
+        };
+    };
+    createMessage: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["MessagesRequest"];
+            };
+        };
+        responses: {
+            /** @description The message; with `stream` server-sent events, each `data:` line a MessagesEvent under its type's name: message_start, then for each block content_block_start, content_block_delta and content_block_stop, then message_delta and message_stop. A ping keeps the connection alive. An error in mid-stream is an error event, after which the stream ends. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Message"];
+                    "text/event-stream": components["schemas"]["MessagesEvent"];
+                };
+            };
+            default: components["responses"]["MessagesError"];
+        };
+    };
+    countMessageTokens: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["MessagesCountRequest"];
+            };
+        };
+        responses: {
+            /** @description The count. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["MessagesCount"];
+                };
+            };
+            default: components["responses"]["MessagesError"];
         };
     };
 }

@@ -1,6 +1,6 @@
 import { ApiError } from '../errors.js';
 
-interface Refusal {
+export interface Refusal {
   /** values that mean what this server does anyway */
   accepts?: readonly unknown[];
   advice: string;
@@ -58,20 +58,26 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
   web_search_options: { advice: REMOVE },
 };
 
-type Json = Record<string, unknown>;
+export type Json = Record<string, unknown>;
+
+/** Throws ApiError for the first field with a value that is not accepted; `prefix` is where the fields are. */
+export function refuseFields(fields: Json, refused: Readonly<Record<string, Refusal>>, prefix = ''): void {
+  for (const [name, value] of Object.entries(fields)) {
+    const refusal = Object.hasOwn(refused, name) ? refused[name] : undefined;
+    if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
+    const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
+    const param = prefix + name;
+    throw new ApiError(
+      code,
+      `'${param}'${refusal.accepts ? ' with this value' : ''} is not supported: ${refusal.advice}.`,
+      param,
+    );
+  }
+}
 
 /** Throws ApiError for the first thing in a chat request that is known and not supported. */
 export function refuseUnsupported(body: Json): void {
-  for (const [name, value] of Object.entries(body)) {
-    const refusal = Object.hasOwn(REFUSED, name) ? REFUSED[name] : undefined;
-    if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
-    const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
-    throw new ApiError(
-      code,
-      `'${name}'${refusal.accepts ? ' with this value' : ''} is not supported: ${refusal.advice}.`,
-      name,
-    );
-  }
+  refuseFields(body, REFUSED);
   const { n, modalities, response_format: format, tool_choice: choice } = body;
   if (typeof n === 'number' && n > 1) {
     throw new ApiError(
@@ -164,6 +170,6 @@ function refuseTool(tool: unknown, index: number): void {
   }
 }
 
-function isObject(value: unknown): value is Json {
+export function isObject(value: unknown): value is Json {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
