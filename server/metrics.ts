@@ -133,6 +133,11 @@ export class Metrics {
     counter('vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', (stats) => stats.prefixCacheQueries);
     counter('vllm:prefix_cache_hits_total', 'Prompt tokens found.', (stats) => stats.prefixCacheHits);
     counter('vllm:num_preemptions_total', 'Sequences preempted.', (stats) => stats.numPreemptions);
+    counter(
+      'rodin:engine_restarts_total',
+      'Engine processes started after one had died.',
+      (stats) => stats.numRestarts,
+    );
     counter('rodin:steps_total', 'Steps computed.', (stats) => stats.numSteps);
     new Gauge({
       name: 'rodin:blocks',

@@ -54,5 +54,6 @@ function noStats(): EngineStats {
     generationTokens: 0,
     prefixCacheQueries: 0,
     prefixCacheHits: 0,
+    numRestarts: 0,
   };
 }

@@ -17,8 +17,8 @@ export interface SchedulerOptions {
 }
 
 /**
- * Decides what each step computes. Waiting and running sequences are both in order of arrival, and every running
- * one is older than every waiting one: the youngest running sequence is preempted first and comes back first.
+ * Decides what each step computes. Waiting and running sequences are both in order of priority and arrival: the last
+ * running sequence is preempted first, and the first waiting one is admitted first.
  */
 export class Scheduler {
   readonly #options: SchedulerOptions;
@@ -60,7 +60,7 @@ export class Scheduler {
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     this.#open.set(request.requestId, sequence);
-    this.#waiting.push(sequence);
+    insert(this.#waiting, sequence);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -113,6 +113,7 @@ export class Scheduler {
       numCachedBlocks: this.#cache.numIdle,
       blockSize: this.#options.blockSize,
       ...this.#counters,
+      numRestarts: 0,
     };
   }
 
@@ -126,13 +127,14 @@ export class Scheduler {
 
   /**
    * free + referenced + cached-only == total, each block is referenced as often as it stands in block tables, and
-   * running and waiting sequences are in order of arrival.
+   * running and waiting sequences are in order.
    */
   checkInvariant(): void {
     this.checkCounts();
-    const arrivals = [...this.#running, ...this.#waiting].map(({ arrival }) => arrival);
-    if (arrivals.some((arrival, index) => index > 0 && arrival < arrivals[index - 1]!)) {
-      throw new Error(`order of arrival broken: ${arrivals.join(', ')}`);
+    for (const queue of [this.#running, this.#waiting]) {
+      if (queue.some((sequence, index) => index > 0 && !queue[index - 1]!.precedes(sequence))) {
+        throw new Error(`order of sequences broken: ${queue.map(({ id }) => id).join(', ')}`);
+      }
     }
     this.#cache.checkInvariant();
     const references = new Int32Array(this.#pool.numBlocks); // [num_blocks]
@@ -190,14 +192,14 @@ export class Scheduler {
     return Math.min(wanted, blockTable.length * blockSize - numComputed);
   }
 
-  /** Back to the head of the queue, to be recomputed with what it has generated as part of its prefill. */
+  /** Back into the queue, to be recomputed with what it has generated as part of its prefill. */
   #preempt(sequence: Sequence): void {
     this.#running.pop();
     this.#release(sequence);
     sequence.status = 'waiting';
     sequence.numPreemptions++;
     this.#counters.numPreemptions++;
-    this.#waiting.unshift(sequence);
+    insert(this.#waiting, sequence);
   }
 
   /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
@@ -206,7 +208,7 @@ export class Scheduler {
       const sequence = this.#waiting[0];
       if (sequence === undefined || !this.#takePrefix(sequence)) return;
       this.#waiting.shift();
-      this.#running.push(sequence);
+      insert(this.#running, sequence);
       sequence.status = 'running';
       this.#plan(sequence, plan);
     }
@@ -254,11 +256,12 @@ export class Scheduler {
         sequence.numComputed = start + count;
         this.#publish(sequence);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
-        this.#counters.generationTokens++;
-        const token = sequence.append(outcome.tokenId, outcome.logprobs);
-        if (sequence.finishReason === null) return this.#event(sequence, { tokens: [token] });
-        const stopTokenId = sequence.finishReason === 'stop' ? token.id : undefined;
-        return this.#finish(sequence, sequence.finishReason, { tokens: [token], stopTokenId });
+        const tokens = [sequence.append(outcome.tokenId, outcome.logprobs)];
+        tokens.push(...sequence.appendForced());
+        this.#counters.generationTokens += tokens.length;
+        if (sequence.finishReason === null) return this.#event(sequence, { tokens });
+        const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
+        return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
       }
     }
   }
@@ -293,10 +296,18 @@ export class Scheduler {
     this.#release(sequence);
     sequence.status = 'finished';
     sequence.finishReason = finishReason;
-    return this.#event(sequence, { ...rest, finishReason });
+    const { reasoningEnded } = sequence;
+    return this.#event(sequence, { ...rest, ...(reasoningEnded && { reasoningEnded }), finishReason });
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
     return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
   }
+}
+
+/** Keeps a queue in order; most sequences belong to its end. */
+function insert(queue: Sequence[], sequence: Sequence): void {
+  let index = queue.length;
+  while (index > 0 && sequence.precedes(queue[index - 1]!)) index--;
+  queue.splice(index, 0, sequence);
 }
