@@ -85,7 +85,7 @@ export interface EngineEvent {
   finishReason?: FinishReason;
   /** with finishReason 'stop': the token that ended it (-1 where the caller ended it) */
   stopTokenId?: number;
-  /** with finishReason: what ended the reasoning; absent where it ended by itself */
+  /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */
   reasoningEnded?: ReasoningEnd;
   /** with finishReason 'error' */
   error?: { code: string; message: string };

@@ -296,12 +296,13 @@ export class Scheduler {
     this.#release(sequence);
     sequence.status = 'finished';
     sequence.finishReason = finishReason;
-    const { reasoningEnded } = sequence;
-    return this.#event(sequence, { ...rest, ...(reasoningEnded && { reasoningEnded }), finishReason });
+    return this.#event(sequence, { ...rest, finishReason });
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
-    return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
+    const { id: requestId, reasoningEnded } = sequence;
+    const ended = reasoningEnded === null ? {} : { reasoningEnded };
+    return { requestId, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...ended, ...rest };
   }
 }
 

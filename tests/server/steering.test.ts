@@ -47,7 +47,10 @@ function run(
     for (const event of scheduler.commit(plan, unpackStep(plan, result, VOCAB_SIZE))) {
       const tokens = [...(outcomes.get(event.requestId)?.tokens ?? []), ...event.tokens];
       outcomes.set(event.requestId, { tokens, last: event });
-      assert.equal(event.reasoningEnded === undefined || event.finishReason !== undefined, true);
+      assert.equal(
+        event.reasoningEnded !== undefined,
+        tokens.some((token) => token.forced),
+      );
     }
     scheduler.checkInvariant();
   }
