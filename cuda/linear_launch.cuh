@@ -75,8 +75,7 @@ class LinearLauncher {
       const int64_t num_blocks = ceil_div(p.max_cols, kBlockK);
       int team = 1;
       const int most = W::kParts == 1 && !kGated && NT < 4 ? 16 : 8;
-      while (team < most && team < num_blocks && num_tiles * team < kEnoughWarps / (NT == 4 ? 2 : 1))
-        team *= 2;
+      while (team < most && team < num_blocks && num_tiles * team < kEnoughWarps) team *= 2;
       if (W::kParts > 1 && team > 1) team = 8;
       if (team == 16) {
         launch_narrow<NT, MT, 16, kGated>(p, stream);

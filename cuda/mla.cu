@@ -93,6 +93,11 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
 #pragma unroll
   for (int i = 0; i < 2; ++i) key_word[i] = ((4 * i + matrix) ^ matrix_row) * 16;
   const uint32_t key_row = (8 * key_warp * R + matrix_row) * row_bytes;
+  // The same for a warp that has one chain only: steps 0 and 2 of 64 columns, or 1 and 3.
+  const uint32_t chain_query[2] = {is_odd_warp ? query_word[1] : query_word[0],
+                                   is_odd_warp ? query_word[3] : query_word[2]};
+  const uint32_t chain_key =
+      key_row + ((matrix / 2 * 4 + (is_odd_warp ? 2 : 0) + matrix % 2) ^ matrix_row) * 16;
   const uint32_t value_row = (matrix_row + matrix % 2 * 8) * row_bytes;
 
   for (int first = split_begin, buffer = 0; first < split_end; first += kKeys, buffer ^= 1) {
@@ -103,29 +108,40 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
 
     // Scores of 16 rows and R tiles of 8 keys; even and odd steps apart.
     float score[R][2][4] = {};  // [R, 2, 4]
-#pragma unroll 3
-    for (int group = 0; group < words / 8; ++group) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t a[2][4];  // [2, 4]
-        if (!kHasOddWarps || !is_odd_warp) load_matrix_x4(a[0], query_word[2 * pair] + group * 128);
-        if (!kHasOddWarps || is_odd_warp) load_matrix_x4(a[1], query_word[2 * pair + 1] + group * 128);
-#pragma unroll
-        for (int n = 0; n < R; ++n) {
-          uint32_t b[4];  // matrices: the even step's two halves, then the odd step's
-          load_matrix_x4(b, keys + key_row + 8 * n * row_bytes + key_word[pair] + group * 128);
-          if (!kHasOddWarps || !is_odd_warp) mma(score[n][0], a[0], b[0], b[1]);
-          if (!kHasOddWarps || is_odd_warp) mma(score[n][1], a[1], b[2], b[3]);
-        }
-      }
-    }
     if constexpr (kHasOddWarps) {
       static_assert(R == 1);
+      // One chain a warp: its two steps of each 64 columns.
+#pragma unroll 3
+      for (int group = 0; group < words / 8; ++group) {
+        uint32_t a[2][4], b[4];  // b: matrices of the first step, then of the second
+        load_matrix_x4(a[0], chain_query[0] + group * 128);
+        load_matrix_x4(a[1], chain_query[1] + group * 128);
+        load_matrix_x4(b, keys + chain_key + group * 128);
+        mma(score[0][0], a[0], b[0], b[1]);
+        mma(score[0][0], a[1], b[2], b[3]);
+      }
       float4* odd = reinterpret_cast<float4*>(s.odd_scores) + key_warp * 32 + lane;
-      if (is_odd_warp) *odd = make_float4(score[0][1][0], score[0][1][1], score[0][1][2], score[0][1][3]);
+      if (is_odd_warp) *odd = make_float4(score[0][0][0], score[0][0][1], score[0][0][2], score[0][0][3]);
       __syncthreads();
       const float4 other = *odd;
       score[0][1][0] = other.x, score[0][1][1] = other.y, score[0][1][2] = other.z, score[0][1][3] = other.w;
+    } else {
+#pragma unroll 3
+      for (int group = 0; group < words / 8; ++group) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t a[2][4];  // [2, 4]
+          load_matrix_x4(a[0], query_word[2 * pair] + group * 128);
+          load_matrix_x4(a[1], query_word[2 * pair + 1] + group * 128);
+#pragma unroll
+          for (int n = 0; n < R; ++n) {
+            uint32_t b[4];  // matrices: the even step's two halves, then the odd step's
+            load_matrix_x4(b, keys + key_row + 8 * n * row_bytes + key_word[pair] + group * 128);
+            mma(score[n][0], a[0], b[0], b[1]);
+            mma(score[n][1], a[1], b[2], b[3]);
+          }
+        }
+      }
     }
 
     float block_max[2] = {-INFINITY, -INFINITY};

@@ -32,6 +32,9 @@ export interface ServeConfig {
   readonly maxQueue: number;
   readonly maxBodyBytes: number;
   readonly reasoningField: ReasoningField;
+  readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
+  readonly thinkingEndPhrase: string;
+  readonly thinkingLoopTokens: number;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
@@ -104,6 +107,9 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxQueue: values['max-queue'] as number,
     maxBodyBytes: values['max-body-size'] as number,
     reasoningField: values['reasoning-field'] as ReasoningField,
+    reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
+    thinkingEndPhrase: values['thinking-end-phrase'] as string,
+    thinkingLoopTokens: values['thinking-loop-tokens'] as number,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     shutdownTimeout: values['shutdown-timeout'] as number,

@@ -5,6 +5,7 @@ import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
 import { toChatMessages } from './messages-conversation.js';
 import type { components } from './openapi.js';
+import { readThinking } from './thinking.js';
 
 export type MessagesBody = components['schemas']['MessagesRequest'];
 export type CountBody = components['schemas']['MessagesCountRequest'];
@@ -44,7 +45,8 @@ export async function readMessagesRequest(
 export async function countPromptTokens(body: CountBody, context: ApiContext): Promise<number> {
   checkModel(body.model, context);
   const unlimited = { ...context, maxModelLen: Number.MAX_SAFE_INTEGER };
-  const { ids } = await readConversation(conversationOf(body, context), unlimited);
+  const conversation = conversationOf(body, context);
+  const { ids } = await readConversation(conversation, readThinking(conversation), unlimited);
   return ids.length;
 }
 
@@ -78,8 +80,7 @@ function thinkingBudgetOf({ thinking, max_tokens: maxTokens }: MessagesBody): Pa
     const message = `'${param}' must be less than max_tokens, ${maxTokens}, which it is part of; it is ${budget}.`;
     throw new ApiError('invalid_value', message, param);
   }
-  const message = `'${param}' is not supported yet: use thinking.type 'adaptive', and max_tokens as the limit.`;
-  throw new ApiError('unsupported_parameter', message, param);
+  return { thinking: { type: 'enabled', budget_tokens: budget } };
 }
 
 function toChatTool({

@@ -213,8 +213,13 @@ export interface components {
             } | null;
             /** @description Any 64-bit integer. The same request with the same seed gives the same completion. Without it one is drawn; the response says which. */
             seed?: number | null;
-            /** @description Strings that end the answer and are not part of it. Reasoning is not searched. */
+            /** @description Strings that end the answer and are not part of it. Reasoning is searched with `stop_scope` all. */
             stop?: string | string[] | null;
+            /**
+             * @description Where `stop` is looked for; all is reasoning too. Default answer.
+             * @enum {string|null}
+             */
+            stop_scope?: "answer" | "all" | null;
             /** @description Token ids that end the completion, in reasoning too. */
             stop_token_ids?: number[] | null;
             /** @description Goes on after the model's own end token, up to the token limit. */
@@ -223,13 +228,13 @@ export interface components {
             logprobs?: boolean | null;
             /** @description Also that many most likely tokens at each position; needs `logprobs`. */
             top_logprobs?: number | null;
-            /** @description Number of choices; only 1 is supported. */
+            /** @description Number of choices. They share the prompt's prefill; choice i has the seed plus i. */
             n?: number | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto or none; none hides the tools and bans calls. */
             tool_choice?: string | Record<string, never> | null;
-            /** @description Only true is supported. */
+            /** @description false ends the completion after its first call. */
             parallel_tool_calls?: boolean | null;
             /** @description Only text is supported. */
             response_format?: {
@@ -238,6 +243,56 @@ export interface components {
             } | null;
             /** @description Switches reasoning on or off, as on the hosted DeepSeek API. */
             thinking?: components["schemas"]["Thinking"] | null;
+            /** @description none (off), minimal, low, medium, high, xhigh or max (no limit), or a number from 0 to 1: the share of the completion's tokens that reasoning may take, 1/32, 1/8, 1/4, 1/2 and 3/4 for the words in between. */
+            reasoning_effort?: string | number | null;
+            /** @description The same switches as other servers group them. */
+            reasoning?: {
+                /** @description As `reasoning_effort`. */
+                effort?: string | number | null;
+                /** @description Whether the model reasons before it answers. */
+                enabled?: boolean | null;
+                /** @description As `thinking_budget`. */
+                max_tokens?: number | null;
+                /** @description The opposite of `include_reasoning`. */
+                exclude?: boolean | null;
+            } | null;
+            /** @description The same switch as other servers group it. */
+            output_config?: {
+                /** @description As `reasoning_effort`. */
+                effort?: string | number | null;
+            } | null;
+            /** @description Whether the model reasons before it answers, or an effort as in `reasoning_effort`. */
+            think?: boolean | string | null;
+            /** @description Whether the model reasons before it answers. */
+            enable_thinking?: boolean | null;
+            /** @description Most reasoning tokens, a closing phrase included; when they are used up reasoning is ended and the answer begins. 0 switches reasoning off, -1 is no limit. */
+            thinking_budget?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            thinking_token_budget?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            max_thinking_tokens?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            thinking_budget_tokens?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            reasoning_budget_tokens?: number | null;
+            /** @description Another place for `thinking_budget`. */
+            custom_params?: components["schemas"]["CustomParams"] | null;
+            /** @description Tokens kept for the answer: reasoning is ended before it takes them. Default an eighth of the completion's tokens, at most 1024; 0 for completions below 512 tokens. */
+            min_answer_tokens?: number | null;
+            /** @description Reasoning is ended where it repeats up to 64 tokens over and over for so many tokens; 0 switches this off. Default `--thinking-loop-tokens`. */
+            thinking_loop_tokens?: number | null;
+            /** @description false generates the reasoning and does not send it. */
+            include_reasoning?: boolean | null;
+            /** @description false sends the reasoning as part of the content, between think tags. */
+            separate_reasoning?: boolean | null;
+            /** @description false sends the reasoning of a stream in one piece, when it has ended. */
+            stream_reasoning?: boolean | null;
+            /** @description true goes on with the last message, which is the assistant's; `add_generation_prompt` must be false then. An assistant's last message without tool calls is gone on with in any case. */
+            continue_final_message?: boolean | null;
+            /** @description false only with `continue_final_message`. */
+            add_generation_prompt?: boolean | null;
+            /** @description Requests with lower numbers leave the queue first. Default 0. */
+            priority?: number | null;
             /** @description Switches of the chat template. */
             chat_template_kwargs?: components["schemas"]["ChatTemplateKwargs"] | null;
             /** @description Also returns the token ids of prompt and completion. */
@@ -258,6 +313,8 @@ export interface components {
         StreamOptions: {
             /** @description Sends a last chunk without choices that holds the usage. */
             include_usage?: boolean | null;
+            /** @description Every chunk holds the usage so far. */
+            continuous_usage_stats?: boolean | null;
         };
         Thinking: {
             /**
@@ -265,12 +322,22 @@ export interface components {
              * @enum {string}
              */
             type: "enabled" | "disabled";
+            /** @description As `thinking_budget`. */
+            budget_tokens?: number | null;
+        };
+        CustomParams: {
+            /** @description As in the request itself. */
+            thinking_budget?: number | null;
         };
         ChatTemplateKwargs: {
             /** @description Whether the model reasons before it answers. */
             thinking?: boolean;
             /** @description Another spelling of `thinking`. */
             enable_thinking?: boolean;
+            /** @description As in the request itself. */
+            thinking_budget?: number | null;
+            /** @description As in the request itself. */
+            reasoning_effort?: string | number | null;
         };
         ChatMessage: components["schemas"]["SystemMessage"] | components["schemas"]["UserMessage"] | components["schemas"]["AssistantMessage"] | components["schemas"]["ToolMessage"];
         SystemMessage: {
@@ -313,6 +380,8 @@ export interface components {
             name?: string;
             /** @description Accepted as other servers return it; only null or an empty text. */
             refusal?: string | null;
+            /** @description In the last message; the completion goes on with its content, or with its reasoning. */
+            prefix?: boolean | null;
         };
         ToolMessage: {
             /**
@@ -406,7 +475,7 @@ export interface components {
             system_fingerprint: string;
             /** @description The seed that was used, given or drawn. */
             seed: number;
-            /** @description The one choice. */
+            /** @description The choices, as many as `n`. */
             choices: components["schemas"]["ChatCompletionChoice"][];
             usage: components["schemas"]["Usage"];
             /** @description With `return_token_ids`, the prompt's tokens. */
@@ -424,7 +493,7 @@ export interface components {
             } | null;
         };
         ChatCompletionChoice: {
-            /** @description Always 0. */
+            /** @description Which of the choices this is. */
             index: number;
             message: components["schemas"]["ResponseMessage"];
             finish_reason: components["schemas"]["FinishReason"];
@@ -432,7 +501,13 @@ export interface components {
             logprobs: components["schemas"]["ChoiceLogprobs"] | null;
             /** @description With `return_token_ids`, the completion's tokens, control tokens included. */
             token_ids?: number[];
+            reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
+        /**
+         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, or it went round in circles. Absent where it ended by itself.
+         * @enum {string}
+         */
+        ReasoningEnded: "budget" | "answer_reserve" | "loop";
         /**
          * @description stop is an end token or a stop string, length the token limit, tool_calls a call of a tool.
          * @enum {string}
@@ -471,7 +546,7 @@ export interface components {
             system_fingerprint: string;
             /** @description In the first chunk, the seed that is used. */
             seed?: number;
-            /** @description One choice; none in the usage chunk. */
+            /** @description One choice; none in the usage chunk. Chunks of several choices alternate. */
             choices: components["schemas"]["ChunkChoice"][];
             /** @description With `include_usage`, null in every chunk but the last. */
             usage?: components["schemas"]["Usage"] | null;
@@ -480,7 +555,7 @@ export interface components {
             metrics?: components["schemas"]["CompletionMetrics"];
         };
         ChunkChoice: {
-            /** @description Always 0. */
+            /** @description Which of the choices this is. */
             index: number;
             delta: components["schemas"]["Delta"];
             /** @description Set in the chunk that ends the choice. */
@@ -489,6 +564,7 @@ export interface components {
             logprobs: components["schemas"]["ChoiceLogprobs"] | null;
             /** @description With `return_token_ids`, the tokens that this chunk brings. */
             token_ids?: number[];
+            reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
         /** @description Reasoning or content, never both. */
         Delta: {

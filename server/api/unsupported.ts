@@ -8,18 +8,14 @@ export interface Refusal {
 
 const REMOVE = 'remove it';
 const NO_GRAMMAR = 'constrained output is not supported; remove it and ask for the format in a message';
-const THINKING = "to switch reasoning on or off use 'thinking' or 'chat_template_kwargs.thinking'";
 
 /** Fields that change results on other servers and are not supported here: refused, never ignored. */
-const REFUSED: Readonly<Record<string, Refusal>> = {
-  add_generation_prompt: { accepts: [true], advice: 'a generation prompt is always added; remove it' },
+export const REFUSED: Readonly<Record<string, Refusal>> = {
   allowed_token_ids: { advice: "use 'logit_bias' for a few tokens" },
   audio: { advice: 'only text is generated; remove it' },
   bad_words: { advice: "use 'logit_bias' with -100" },
   best_of: { accepts: [1], advice: REMOVE },
   chat_template: { advice: "the checkpoint's own template is used; remove it" },
-  continue_final_message: { accepts: [false], advice: REMOVE },
-  custom_params: { advice: REMOVE },
   documents: { advice: 'put the documents into a message' },
   ebnf: { advice: NO_GRAMMAR },
   echo: { accepts: [false], advice: REMOVE },
@@ -30,27 +26,18 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
   guided_grammar: { advice: NO_GRAMMAR },
   guided_json: { advice: NO_GRAMMAR },
   guided_regex: { advice: NO_GRAMMAR },
-  include_reasoning: { accepts: [true], advice: 'reasoning is always returned in its own field; remove it' },
   include_stop_str_in_output: { accepts: [false], advice: REMOVE },
   json_schema: { advice: NO_GRAMMAR },
   length_penalty: { accepts: [1], advice: REMOVE },
   logits_processors: { advice: REMOVE },
-  parallel_tool_calls: { accepts: [true], advice: 'the model may always make several calls; remove it' },
   prediction: { advice: REMOVE },
-  priority: { accepts: [0], advice: REMOVE },
   prompt_logprobs: { accepts: [false], advice: REMOVE },
-  reasoning: { advice: THINKING },
-  reasoning_effort: { advice: THINKING },
   regex: { advice: NO_GRAMMAR },
   repetition_detection: { advice: REMOVE },
-  separate_reasoning: { accepts: [true], advice: 'reasoning always comes in its own field; remove it' },
   service_tier: { accepts: ['auto', 'default'], advice: REMOVE },
   skip_special_tokens: { accepts: [true], advice: REMOVE },
   stop_regex: { advice: "use 'stop'" },
-  stream_reasoning: { accepts: [true], advice: REMOVE },
   structured_outputs: { advice: NO_GRAMMAR },
-  thinking_budget_tokens: { advice: "use 'max_completion_tokens'" },
-  thinking_token_budget: { accepts: [-1], advice: "use 'max_completion_tokens'" },
   truncate_prompt_tokens: { advice: 'shorten the conversation' },
   typical_p: { accepts: [1], advice: "use 'top_p' or 'min_p'" },
   use_beam_search: { accepts: [false], advice: REMOVE },
@@ -78,14 +65,7 @@ export function refuseFields(fields: Json, refused: Readonly<Record<string, Refu
 /** Throws ApiError for the first thing in a chat request that is known and not supported. */
 export function refuseUnsupported(body: Json): void {
   refuseFields(body, REFUSED);
-  const { n, modalities, response_format: format, tool_choice: choice } = body;
-  if (typeof n === 'number' && n > 1) {
-    throw new ApiError(
-      'unsupported_value',
-      `'n' must be 1: send the request ${n} times with different seeds instead.`,
-      'n',
-    );
-  }
+  const { modalities, response_format: format, tool_choice: choice } = body;
   if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
     throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');
   }
@@ -104,10 +84,6 @@ export function refuseUnsupported(body: Json): void {
       'tool_choice',
     );
   }
-  if (isObject(body['stream_options']) && body['stream_options']['continuous_usage_stats'] === true) {
-    const param = 'stream_options.continuous_usage_stats';
-    throw new ApiError('unsupported_value', `'${param}' is not supported: use 'stream_options.include_usage'.`, param);
-  }
   if (Array.isArray(body['messages'])) body['messages'].forEach(refuseMessage);
   if (Array.isArray(body['tools'])) body['tools'].forEach(refuseTool);
 }
@@ -121,9 +97,6 @@ function refuseMessage(message: unknown, index: number): void {
       `'${param}.role' must be tool: functions are called tools here.`,
       `${param}.role`,
     );
-  }
-  if (message['prefix'] === true) {
-    throw new ApiError('unsupported_value', `'${param}.prefix' is not supported: remove it.`, `${param}.prefix`);
   }
   if (message['function_call'] !== undefined && message['function_call'] !== null) {
     throw new ApiError(

@@ -59,5 +59,6 @@ function noStats(): EngineStats {
     specNumDraftTokens: 0,
     specNumAcceptedTokens: 0,
     specAcceptedPerPos: new Array<number>(MAX_DRAFTS).fill(0),
+    numRestarts: 0,
   };
 }

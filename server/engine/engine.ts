@@ -37,7 +37,7 @@ export class Engine implements EngineHandle {
     this.#runner = runner;
     this.#options = options;
     this.#scheduler = new Scheduler(options);
-    this.#state = { status: 'ready', ...options.info };
+    this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
     this.#loop = this.#run();
   }
 

@@ -23,8 +23,8 @@ export interface SchedulerOptions {
 }
 
 /**
- * Decides what each step computes. Waiting and running sequences are both in order of arrival, and every running
- * one is older than every waiting one: the youngest running sequence is preempted first and comes back first.
+ * Decides what each step computes. Waiting and running sequences are both in order of priority and arrival: the last
+ * running sequence is preempted first, and the first waiting one is admitted first.
  */
 export class Scheduler {
   readonly #options: SchedulerOptions;
@@ -70,7 +70,7 @@ export class Scheduler {
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     this.#open.set(request.requestId, sequence);
-    this.#waiting.push(sequence);
+    insert(this.#waiting, sequence);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -136,6 +136,7 @@ export class Scheduler {
       blockSize: this.#options.blockSize,
       ...this.#counters,
       ...this.#speculation.counters(),
+      numRestarts: 0,
     };
   }
 
@@ -154,13 +155,14 @@ export class Scheduler {
 
   /**
    * free + referenced + cached-only == total, each block is referenced as often as it stands in block tables, and
-   * running and waiting sequences are in order of arrival.
+   * running and waiting sequences are in order.
    */
   checkInvariant(): void {
     this.checkCounts();
-    const arrivals = [...this.#running, ...this.#waiting].map(({ arrival }) => arrival);
-    if (arrivals.some((arrival, index) => index > 0 && arrival < arrivals[index - 1]!)) {
-      throw new Error(`order of arrival broken: ${arrivals.join(', ')}`);
+    for (const queue of [this.#running, this.#waiting]) {
+      if (queue.some((sequence, index) => index > 0 && !queue[index - 1]!.precedes(sequence))) {
+        throw new Error(`order of sequences broken: ${queue.map(({ id }) => id).join(', ')}`);
+      }
     }
     this.#cache.checkInvariant();
     const references = new Int32Array(this.#pool.numBlocks); // [num_blocks]
@@ -223,14 +225,14 @@ export class Scheduler {
     return Math.min(wanted, blockTable.length * blockSize - numComputed);
   }
 
-  /** Back to the head of the queue, to be recomputed with what it has generated as part of its prefill. */
+  /** Back into the queue, to be recomputed with what it has generated as part of its prefill. */
   #preempt(sequence: Sequence): void {
     this.#running.pop();
     this.#release(sequence);
     sequence.status = 'waiting';
     sequence.numPreemptions++;
     this.#counters.numPreemptions++;
-    this.#waiting.unshift(sequence);
+    insert(this.#waiting, sequence);
   }
 
   /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
@@ -239,7 +241,7 @@ export class Scheduler {
       const sequence = this.#waiting[0];
       if (sequence === undefined || !this.#takePrefix(sequence)) return;
       this.#waiting.shift();
-      this.#running.push(sequence);
+      insert(this.#running, sequence);
       sequence.status = 'running';
       this.#plan(sequence, plan);
     }
@@ -294,15 +296,20 @@ export class Scheduler {
         this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
         const tokens: EmittedToken[] = [];
+        let numTaken = 0;
         for (const { id, logprobs } of outcome.tokens) {
           tokens.push(sequence.append(id, logprobs));
-          if (sequence.finishReason !== null) break;
+          numTaken++;
+          const forced = sequence.appendForced();
+          tokens.push(...forced);
+          if (forced.length > 0 || sequence.finishReason !== null) break;
         }
         this.#counters.generationTokens += tokens.length;
-        // Rows up to the one that gave the last token taken; whatever came after it is dropped.
-        const numComputed = start + count - draftIds.length + tokens.length - 1;
+        // Rows up to the one that gave the last token taken; whatever was sampled after it is dropped.
+        const numComputed = start + count - draftIds.length + numTaken - 1;
         sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
-        sequence.draftIds = outcome.draftIds;
+        // Drafts follow the last token sampled; forced tokens take their place.
+        if (numTaken === tokens.length) sequence.draftIds = outcome.draftIds;
         this.#publish(sequence);
         if (sequence.finishReason === null) return this.#event(sequence, { tokens });
         const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
@@ -344,8 +351,27 @@ export class Scheduler {
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
-    const { id, cachedTokens, numDraftTokens: draftTokens, numAcceptedTokens: acceptedTokens } = sequence;
-    const speculative = this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {};
-    return { requestId: id, tokens: [], cachedTokens: Math.max(0, cachedTokens), ...speculative, ...rest };
+    const {
+      id,
+      cachedTokens,
+      reasoningEnded,
+      numDraftTokens: draftTokens,
+      numAcceptedTokens: acceptedTokens,
+    } = sequence;
+    return {
+      requestId: id,
+      tokens: [],
+      cachedTokens: Math.max(0, cachedTokens),
+      ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
+      ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...rest,
+    };
   }
+}
+
+/** Keeps a queue in order; most sequences belong to its end. */
+function insert(queue: Sequence[], sequence: Sequence): void {
+  let index = queue.length;
+  while (index > 0 && sequence.precedes(queue[index - 1]!)) index--;
+  queue.splice(index, 0, sequence);
 }

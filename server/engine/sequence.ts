@@ -1,5 +1,6 @@
 import { PhaseTracker } from './phase-tracker.js';
 import type { EmittedToken, EngineRequest, FinishReason, TokenLogprobs } from './request.js';
+import { Steering, type ReasoningEnd } from './steering.js';
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
 
@@ -40,6 +41,7 @@ export class Sequence {
   numPreemptions = 0;
 
   readonly #phases: PhaseTracker;
+  readonly #steering: Steering | null;
   readonly #stopIds: Set<number>;
   /** id -> times in the completion; kept only where a penalty needs it */
   readonly #history: Map<number, number> | null;
@@ -53,10 +55,17 @@ export class Sequence {
     this.maxTokens = Math.min(promptIds.length + sampling.maxTokens, maxContext);
     this.rootHash = rootHash;
     this.#phases = new PhaseTracker(request.markers, request.startPhase);
+    this.#steering = request.thinking === undefined ? null : new Steering(request.thinking);
     this.#stopIds = new Set(sampling.stopTokenIds);
     const hasPenalty =
       sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0 || sampling.repetitionPenalty !== 1;
     this.#history = hasPenalty ? new Map(promptIds.map((id) => [id, 0])) : null;
+  }
+
+  /** who runs first: lower priority, then earlier arrival */
+  precedes(other: Sequence): boolean {
+    const [own, its] = [this.request.priority ?? 0, other.request.priority ?? 0];
+    return own === its ? this.arrival < other.arrival : own < its;
   }
 
   get id(): string {
@@ -125,7 +134,23 @@ export class Sequence {
     if (isStop) this.finishReason = 'stop';
     else if (this.tokens.length >= this.maxTokens) this.finishReason = 'length';
     const phase = this.#phases.label(tokenId, isStop);
+    this.#steering?.observe(tokenId, phase);
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
+  }
+
+  /** Appends what is forced after the tokens so far. Whatever was sampled for the positions after them is void. */
+  appendForced(): EmittedToken[] {
+    if (this.#steering === null || this.finishReason !== null || this.#phases.phase !== 'reasoning') return [];
+    const forced: EmittedToken[] = [];
+    for (const id of this.#steering.forcedIds(this.maxTokens - this.tokens.length)) {
+      forced.push({ ...this.append(id, undefined), forced: true });
+      if (this.finishReason !== null) break;
+    }
+    return forced;
+  }
+
+  get reasoningEnded(): ReasoningEnd | null {
+    return this.#steering?.ended ?? null;
   }
 }
 
