@@ -26,6 +26,8 @@ export interface ChatJob {
   /** usage so far in every chunk */
   hasContinuousUsage: boolean;
   returnTokenIds: boolean;
+  /** no conversation: everything is text */
+  isPlain: boolean;
   reasoningView: ReasoningView;
   /** false: in one piece, when it has ended */
   streamsReasoning: boolean;
@@ -70,6 +72,7 @@ export async function readChatRequest(body: ChatBody, tenant: string, context: A
     includeUsage: body.stream_options?.include_usage === true,
     hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,
     returnTokenIds: body.return_token_ids === true,
+    isPlain: false,
     reasoningView: readReasoningView(body, context),
     streamsReasoning: body.stream_reasoning !== false,
     hasOneCall: body.parallel_tool_calls === false,

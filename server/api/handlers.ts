@@ -5,6 +5,8 @@ import { getHealth, getLiveness } from './health.js';
 import { indexPage } from './index-page.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
+import { createCompletion } from './text-completion.js';
+import { detokenize, tokenize } from './tokens.js';
 
 /** What a handler finds in the request, by the contract. */
 interface RouteOf<Operation> {
@@ -21,6 +23,9 @@ export type Handlers = {
 export function makeHandlers(context: ApiContext) {
   return {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
+    createCompletion: (request, reply) => createCompletion(context, request, reply),
+    tokenize: (request) => tokenize(context, request),
+    detokenize: (request) => detokenize(context, request),
     listModels: () => listModels(context),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),

@@ -40,11 +40,11 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   app.setNotFoundHandler((request, reply) => refusePath(request, reply, context));
 
   const handlers = makeHandlers(context) as unknown as Record<string, RouteHandlerMethod>;
-  const knownFields = new Set(contract.propertiesOf('ChatCompletionRequest'));
   for (const { operationId, method, url, bodyRef, isPublic } of contract.operations) {
     const handler = handlers[operationId];
     if (!handler) throw new Error(`operation ${operationId} has no handler`);
     const routeConfig = { isPublic, operationId };
+    const knownFields = new Set(contract.propertiesOf(bodyRef?.split('/').at(-1) ?? ''));
     app.route({
       method,
       url,
@@ -52,7 +52,10 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
       config: routeConfig,
       ...(bodyRef === null
         ? {}
-        : { schema: { body: { $ref: bodyRef } }, preValidation: async (request) => checkFields(request, knownFields) }),
+        : {
+            schema: { body: { $ref: bodyRef } },
+            preValidation: async (request) => checkFields(request, knownFields, operationId),
+          }),
     });
     // Ids with slashes, as they are on the hub.
     if (url === '/v1/models/:model') app.get('/v1/models/*', { config: routeConfig }, handler);
@@ -80,10 +83,10 @@ function invalidJson(error: Error): ApiError {
 }
 
 /** What the schema cannot say: fields that change results elsewhere. Others are none of ours, and logged. */
-function checkFields(request: FastifyRequest, knownFields: ReadonlySet<string>): void {
+function checkFields(request: FastifyRequest, knownFields: ReadonlySet<string>, operationId: string): void {
   const { body } = request;
   if (typeof body !== 'object' || body === null || Array.isArray(body)) return;
-  refuseUnsupported(body as Record<string, unknown>);
+  refuseUnsupported(body as Record<string, unknown>, knownFields, operationId === 'createCompletion');
   const unknown = Object.keys(body).filter((name) => !knownFields.has(name));
   if (unknown.length)
     request.log.debug({ fields: unknown.map((name) => name.slice(0, 60)).slice(0, 20) }, 'fields without effect');

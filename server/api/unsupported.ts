@@ -45,12 +45,19 @@ export const REFUSED: Readonly<Record<string, Refusal>> = {
   web_search_options: { advice: REMOVE },
 };
 
+/** The same for /v1/completions, beside what is refused everywhere. */
+export const REFUSED_TEXT: Readonly<Record<string, Refusal>> = {
+  suffix: { accepts: [''], advice: 'these models complete at the end alone; put everything into the prompt' },
+  prompt_embeds: { advice: "send 'prompt'" },
+};
+
 type Json = Record<string, unknown>;
 
-/** Throws ApiError for the first thing in a chat request that is known and not supported. */
-export function refuseUnsupported(body: Json): void {
+/** Throws ApiError for the first thing in a request that is known and not supported by its operation. */
+export function refuseUnsupported(body: Json, knownFields: ReadonlySet<string>, isText = false): void {
+  const refused: Readonly<Record<string, Refusal>> = isText ? { ...REFUSED, ...REFUSED_TEXT } : REFUSED;
   for (const [name, value] of Object.entries(body)) {
-    const refusal = Object.hasOwn(REFUSED, name) ? REFUSED[name] : undefined;
+    const refusal = Object.hasOwn(refused, name) && !knownFields.has(name) ? refused[name] : undefined;
     if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
     const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
     throw new ApiError(
