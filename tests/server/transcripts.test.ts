@@ -35,6 +35,11 @@ class AnyTokenizer {
   }
 }
 
+/** RODIN_ALL_CUTS=1 tries all pairs of cuts, which takes minutes; else near ones, and some of those further apart. */
+const hasAllCuts = process.env['RODIN_ALL_CUTS'] === '1';
+const NEAR = 3;
+const SPARSE = 101;
+
 type Part = string | number;
 type Format = 'v3.1' | 'v3' | 'kimi-k2' | 'v3.2' | 'r1-zero';
 
@@ -125,7 +130,7 @@ function play({ format, startPhase, parts, stops }: Transcript, cuts: readonly n
   return result;
 }
 
-const REASONING = ['', 'so é', 'a </answer> b', '苹果 = 2', '\n\nhm <｜', '😀'];
+const REASONING = ['', 'k', 'so é', 'a </answer> b', '苹果 = 2', '\n\nhm <｜', '😀'];
 const CONTENT = ['4', 'It is **é**\n', '{"a": "</think>"}', '  <b>`x`</b> ', '👩‍👩‍👧 STO P', 'a STOP b'];
 const ARGS = ['{}', '{"q": "苹</think>"}', '{"a": [1, "```"], "b": "\\n"}', '{"t": "<｜tool▁call▁end｜>"}'];
 
@@ -260,6 +265,7 @@ test('stream equals non-stream: every transcript at every one- and two-cut posit
     );
     for (let i = 0; i <= length; i++) {
       for (let j = i; j <= length; j++) {
+        if (!hasAllCuts && j - i > NEAR && (i + j) % SPARSE !== 0) continue;
         const result = play(transcript, [i, j], 1 + ((i + j + index) % 3));
         numRuns++;
         if (JSON.stringify(result) === JSON.stringify(whole)) continue;
