@@ -27,6 +27,8 @@ export interface ChatJob {
   hasContinuousUsage: boolean;
   returnTokenIds: boolean;
   returnMetrics: boolean;
+  /** no conversation: everything is text */
+  isPlain: boolean;
   reasoningView: ReasoningView;
   /** false: in one piece, when it has ended */
   streamsReasoning: boolean;
@@ -80,6 +82,7 @@ export async function readChatRequest(
     hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,
     returnTokenIds: body.return_token_ids === true,
     returnMetrics: body.metrics === true,
+    isPlain: false,
     reasoningView: readReasoningView(body, context),
     streamsReasoning: body.stream_reasoning !== false,
     hasOneCall: body.parallel_tool_calls === false,
