@@ -79,7 +79,7 @@ export class DraftPlanner {
   }
 
   /** Tells the policy what a step without prefill has cost. */
-  observe({ sequences }: StepPlan, { stepMicros, draftMicros }: StepResult): void {
+  observe({ sequences }: StepPlan, { stepMicros, draftMicros }: StepResult, totalMicros: number): void {
     const drafting = sequences.filter(({ numDrafts }) => numDrafts > 0);
     const numDrafts = drafting[0]?.numDrafts ?? 0;
     const isDecode = sequences.every(({ count, numSampled }) => count === numSampled);
@@ -87,6 +87,7 @@ export class DraftPlanner {
     this.#policy.observeStep({
       numRows: sequences.reduce((sum, { count }) => sum + count, 0),
       mainMicros: stepMicros - draftMicros,
+      otherMicros: Math.max(0, totalMicros - stepMicros),
       numDrafting: drafting.length,
       numDrafts,
       draftMicros,

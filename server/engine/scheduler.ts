@@ -108,9 +108,9 @@ export class Scheduler {
     return { sequences: plan.parts() };
   }
 
-  /** Takes over how long a step took. */
-  observe(plan: StepPlan, result: StepResult): void {
-    this.#speculation.observe(plan, result);
+  /** Takes over how long a step took, from the end of the one before to its own end. */
+  observe(plan: StepPlan, result: StepResult, totalMicros: number): void {
+    this.#speculation.observe(plan, result, totalMicros);
   }
 
   /** Takes over what a step computed: one event per sequence that has something to say. */
