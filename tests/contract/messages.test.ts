@@ -328,7 +328,7 @@ test('parameters reach the engine', async () => {
   const { sampling, promptIds } = harness.engine.requests[0]!;
   assert.deepEqual([sampling.temperature, sampling.topP, sampling.topK], [0.5, 0.9, 7]);
   assert.deepEqual(sampling.logitBias, [[7, -Infinity]]);
-  await whole(harness, { ...ASK, system: null, tools: null, tool_choice: null, stop_sequences: null, top_k: null });
+  await whole(harness, { ...ASK, system: [], tools: null, tool_choice: null, stop_sequences: null, top_k: null });
   assert.deepEqual(harness.engine.requests[1]!.promptIds, promptIds);
   await harness.close();
 });
