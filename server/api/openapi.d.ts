@@ -1077,7 +1077,7 @@ export interface components {
              * @enum {string}
              */
             type: "enabled" | "disabled" | "adaptive";
-            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. Budgets are refused so far. */
+            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. */
             budget_tokens?: number | null;
             /**
              * @description omitted leaves the text of the reasoning out; else it comes whole, it is not summarized.
@@ -1114,7 +1114,7 @@ export interface components {
             type: "auto" | "any" | "tool" | "none";
             /** @description With tool, which. */
             name?: string | null;
-            /** @description Only false is supported. */
+            /** @description The first call ends the message. */
             disable_parallel_tool_use?: boolean | null;
         };
         Message: {
