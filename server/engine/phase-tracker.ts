@@ -13,6 +13,11 @@ export class PhaseTracker {
     this.#phase = startPhase;
   }
 
+  /** what the next token is part of, unless it is a marker */
+  get phase(): Exclude<TokenPhase, 'control'> {
+    return this.#phase;
+  }
+
   label(tokenId: number, isStop: boolean): TokenPhase {
     if (isStop) return 'control';
     const { thinkStart, thinkEnd, toolCallsBegin, toolCallsEnd } = this.#markers;

@@ -1,3 +1,5 @@
+import type { GrammarNode } from '../grammar/grammar.js';
+
 /** What goes into an engine and what comes out: plain values that can cross a process boundary. */
 
 export interface SamplingParams {
@@ -34,6 +36,16 @@ export interface PhaseMarkers {
   toolCallsEnd: number;
 }
 
+/** A grammar that the answer follows: everything behind the reasoning, calls of tools included. */
+export interface RequestGrammar {
+  /** the same for the same rules: they are compiled once */
+  key: string;
+  /** rule 0 is the root */
+  rules: GrammarNode[]; // [num_rules]
+  /** tokens that end a sequence where the grammar may end, and never inside reasoning */
+  endIds: number[];
+}
+
 export interface EngineRequest {
   requestId: string;
   promptIds: number[];
@@ -43,6 +55,7 @@ export interface EngineRequest {
   startPhase: 'reasoning' | 'answer';
   /** isolates the prefix cache; '' shares it */
   cacheSalt: string;
+  grammar?: RequestGrammar;
 }
 
 export type FinishReason = 'stop' | 'length' | 'abort' | 'error';

@@ -1,7 +1,9 @@
+import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
+import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PrefixCache } from './prefix-cache.js';
-import type { EngineEvent, EngineRequest, EngineStats, FinishReason } from './request.js';
+import type { EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
 import { Sequence } from './sequence.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
 
@@ -14,6 +16,8 @@ export interface SchedulerOptions {
   limits: RequestLimits;
   /** names the weights in the prefix cache's hashes */
   fingerprint: string;
+  /** follows the grammars of sequences; without it requests with a grammar are refused */
+  grammars?: GrammarFollower;
 }
 
 /**
@@ -28,6 +32,8 @@ export class Scheduler {
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
   #numArrived = 0;
+  /** Called when a mask has come: the event of a sequence that has ended with it, or null. */
+  onGrammar: (event: EngineEvent | null) => void = () => {};
   readonly #counters = {
     numSteps: 0,
     numPreemptions: 0,
@@ -56,11 +62,15 @@ export class Scheduler {
   /** Queues a request; throws ApiError where it can never be served or the queue is full. */
   add(request: EngineRequest): void {
     checkRequest(request, this.#open.size, this.#options.limits);
+    if (request.grammar && this.#options.grammars === undefined) {
+      throw new ApiError('unsupported_parameter', 'This engine cannot hold output to a format.', 'response_format');
+    }
     if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     this.#open.set(request.requestId, sequence);
     this.#waiting.push(sequence);
+    if (request.grammar) this.#follow(sequence, request.grammar);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -85,6 +95,7 @@ export class Scheduler {
     }
     if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
     if (plan.size === 0) {
+      if (this.#running.some(({ awaitsMask }) => awaitsMask)) return null; // onGrammar tells when to go on
       if (this.#open.size > 0) throw new Error('no open sequence can make progress');
       return null;
     }
@@ -160,8 +171,21 @@ export class Scheduler {
     return budget;
   }
 
+  /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
+  #follow(sequence: Sequence, grammar: RequestGrammar): void {
+    const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
+    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, {
+      onReady: () => {
+        const isOver = sequence.isGrammarComplete && sequence.status !== 'finished';
+        this.onGrammar(isOver ? this.#finish(sequence, 'stop', { stopTokenId: -1 }) : null);
+      },
+      onFailed: (error) => this.onGrammar(this.end(sequence.id, 'error', error)),
+    });
+  }
+
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
   #plan(sequence: Sequence, plan: Map<Sequence, PlannedSequence>): void {
+    if (sequence.awaitsMask) return;
     const wanted = Math.min(sequence.numPending, this.#budget(plan));
     const count = wanted > 0 ? this.#reserve(sequence, wanted, plan) : 0;
     if (count === 0) return;
@@ -256,6 +280,7 @@ export class Scheduler {
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
         this.#counters.generationTokens++;
         const token = sequence.append(outcome.tokenId, outcome.logprobs);
+        if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
         if (sequence.finishReason === null) return this.#event(sequence, { tokens: [token] });
         const stopTokenId = sequence.finishReason === 'stop' ? token.id : undefined;
         return this.#finish(sequence, sequence.finishReason, { tokens: [token], stopTokenId });
@@ -290,6 +315,7 @@ export class Scheduler {
     const queue = sequence.status === 'running' ? this.#running : this.#waiting;
     queue.splice(queue.indexOf(sequence), 1);
     this.#open.delete(sequence.id);
+    sequence.grammar?.close();
     this.#release(sequence);
     sequence.status = 'finished';
     sequence.finishReason = finishReason;

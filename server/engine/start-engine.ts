@@ -1,5 +1,7 @@
 import { freemem } from 'node:os';
+import { join } from 'node:path';
 import { StartupError } from '../errors.js';
+import { GrammarThread } from '../grammar/thread.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { Checkpoint } from '../model/spec.js';
 import type { ComputeMode, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
@@ -84,6 +86,10 @@ export async function startEngine(
     maxStepTokens,
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
+    grammars: new GrammarThread({
+      tokenizer: join(checkpoint.folder, 'tokenizer.json'),
+      vocabSize: spec.vocabSize,
+    }),
     info,
     limits: {
       vocabSize: spec.vocabSize,
