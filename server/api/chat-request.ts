@@ -3,6 +3,8 @@ import type { EngineRequest, SamplingParams } from '../engine/request.js';
 import { ApiError } from '../errors.js';
 import type { ApiContext } from './context.js';
 import { readConversation, tooLong } from './conversation.js';
+import { toRequestGrammar } from './output-format.js';
+import { answerFormat } from './tool-grammar.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
 import type { components } from './openapi.js';
 import { paramOf } from './validation-error.js';
@@ -13,6 +15,8 @@ export type ChatBody = components['schemas']['ChatCompletionRequest'];
 export interface ChatJob {
   engineRequest: EngineRequest;
   stops: readonly string[];
+  /** the field that said the answer's format; null where the answer is free */
+  formatParam: string | null;
   isStream: boolean;
   includeUsage: boolean;
   returnTokenIds: boolean;
@@ -29,6 +33,11 @@ export async function readChatRequest(body: ChatBody, tenant: string, context: A
   const stops = readStops(body.stop);
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
+  const format = answerFormat(body, context.formats.read(body), context.formats, context.prompts);
+  if (format && body.ignore_eos) {
+    const message = `'ignore_eos' would go on behind the end of what '${format.param}' asks for; remove it.`;
+    throw new ApiError('invalid_value', message, 'ignore_eos');
+  }
   const { ids: promptIds, startPhase } = await readConversation(body, context);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen);
   if (sampling.minTokens > sampling.maxTokens) {
@@ -46,8 +55,10 @@ export async function readChatRequest(body: ChatBody, tenant: string, context: A
       markers: context.prompts.markers,
       startPhase,
       cacheSalt: tenant || body.cache_salt ? JSON.stringify([tenant, body.cache_salt ?? '']) : '',
+      ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
     stops,
+    formatParam: format?.param ?? null,
     isStream: body.stream === true,
     includeUsage: body.stream_options?.include_usage === true,
     returnTokenIds: body.return_token_ids === true,

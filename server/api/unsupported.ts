@@ -7,7 +7,6 @@ interface Refusal {
 }
 
 const REMOVE = 'remove it';
-const NO_GRAMMAR = 'constrained output is not supported; remove it and ask for the format in a message';
 const THINKING = "to switch reasoning on or off use 'thinking' or 'chat_template_kwargs.thinking'";
 
 /** Fields that change results on other servers and are not supported here: refused, never ignored. */
@@ -21,34 +20,24 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
   continue_final_message: { accepts: [false], advice: REMOVE },
   custom_params: { advice: REMOVE },
   documents: { advice: 'put the documents into a message' },
-  ebnf: { advice: NO_GRAMMAR },
   echo: { accepts: [false], advice: REMOVE },
   function_call: { accepts: ['auto', 'none'], advice: "use 'tools' and 'tool_choice'" },
   functions: { advice: "use 'tools'" },
-  grammar: { advice: NO_GRAMMAR },
-  guided_choice: { advice: NO_GRAMMAR },
-  guided_grammar: { advice: NO_GRAMMAR },
-  guided_json: { advice: NO_GRAMMAR },
-  guided_regex: { advice: NO_GRAMMAR },
   include_reasoning: { accepts: [true], advice: 'reasoning is always returned in its own field; remove it' },
   include_stop_str_in_output: { accepts: [false], advice: REMOVE },
-  json_schema: { advice: NO_GRAMMAR },
   length_penalty: { accepts: [1], advice: REMOVE },
   logits_processors: { advice: REMOVE },
-  parallel_tool_calls: { accepts: [true], advice: 'the model may always make several calls; remove it' },
   prediction: { advice: REMOVE },
   priority: { accepts: [0], advice: REMOVE },
   prompt_logprobs: { accepts: [false], advice: REMOVE },
   reasoning: { advice: THINKING },
   reasoning_effort: { advice: THINKING },
-  regex: { advice: NO_GRAMMAR },
   repetition_detection: { advice: REMOVE },
   separate_reasoning: { accepts: [true], advice: 'reasoning always comes in its own field; remove it' },
   service_tier: { accepts: ['auto', 'default'], advice: REMOVE },
   skip_special_tokens: { accepts: [true], advice: REMOVE },
   stop_regex: { advice: "use 'stop'" },
   stream_reasoning: { accepts: [true], advice: REMOVE },
-  structured_outputs: { advice: NO_GRAMMAR },
   thinking_budget_tokens: { advice: "use 'max_completion_tokens'" },
   thinking_token_budget: { accepts: [-1], advice: "use 'max_completion_tokens'" },
   truncate_prompt_tokens: { advice: 'shorten the conversation' },
@@ -72,7 +61,7 @@ export function refuseUnsupported(body: Json): void {
       name,
     );
   }
-  const { n, modalities, response_format: format, tool_choice: choice } = body;
+  const { n, modalities } = body;
   if (typeof n === 'number' && n > 1) {
     throw new ApiError(
       'unsupported_value',
@@ -82,21 +71,6 @@ export function refuseUnsupported(body: Json): void {
   }
   if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
     throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');
-  }
-  const formatType = isObject(format) ? format['type'] : undefined;
-  if (typeof formatType === 'string' && formatType !== 'text') {
-    throw new ApiError(
-      'unsupported_value',
-      `'response_format.type' must be text: ${NO_GRAMMAR}.`,
-      'response_format.type',
-    );
-  }
-  if (choice !== undefined && choice !== null && choice !== 'auto' && choice !== 'none') {
-    throw new ApiError(
-      'unsupported_value',
-      "'tool_choice' must be auto or none: calls cannot be forced.",
-      'tool_choice',
-    );
   }
   if (isObject(body['stream_options']) && body['stream_options']['continuous_usage_stats'] === true) {
     const param = 'stream_options.continuous_usage_stats';
@@ -153,14 +127,6 @@ function refuseTool(tool: unknown, index: number): void {
   if (typeof type === 'string' && type !== 'function') {
     const param = `tools[${index}].type`;
     throw new ApiError('unsupported_value', `'${param}' must be function.`, param);
-  }
-  if (isObject(tool['function']) && tool['function']['strict'] === true) {
-    const param = `tools[${index}].function.strict`;
-    throw new ApiError(
-      'unsupported_value',
-      `'${param}' is not supported: arguments are not held to the schema.`,
-      param,
-    );
   }
 }
 

@@ -82,7 +82,7 @@ export class CompiledGrammar {
       isEmpty = false;
     };
     path[0] = state;
-    for (let node = 0; node < tree.numNodes; ) {
+    for (let node = 0; node < tree.numNodes;) {
       const depth = tree.depthOf[node]!;
       const reached = automaton.step(path[depth - 1]!, network.classOf(tree.byteOf[node]!));
       if (reached === null) {

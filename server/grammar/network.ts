@@ -194,7 +194,7 @@ export class Network {
     const nullable = new Set<number>();
     const starts = new Set<number>([...this.#ruleStarts, ...this.#counters.keys()]);
     for (const { item } of this.#counters.values()) starts.add(item);
-    for (let before = -1; before !== nullable.size; ) {
+    for (let before = -1; before !== nullable.size;) {
       before = nullable.size;
       for (const start of starts) if (this.#reachesEnd(start, nullable)) nullable.add(start);
     }

@@ -16,7 +16,8 @@ export function readTokenTable(file: TokenizerFile, vocabSize: number): TokenTab
   const bytes = new Array<Uint8Array | undefined>(vocabSize).fill(undefined); // [vocab_size]
   for (const [content, id] of Object.entries(file.model.vocab)) {
     const values = Array.from(content, (character) => BYTE_OF_CHARACTER.get(character));
-    if (id < vocabSize && values.length > 0 && !values.includes(undefined)) bytes[id] = Uint8Array.from(values as number[]);
+    if (id < vocabSize && values.length > 0 && !values.includes(undefined))
+      bytes[id] = Uint8Array.from(values as number[]);
   }
   const controls = new Set<number>();
   for (const { id } of file.added_tokens ?? []) {
@@ -42,7 +43,9 @@ export class TokenTree {
     this.table = table;
     this.vocabSize = table.bytes.length;
     const sorted = table.bytes
-      .flatMap((bytes, id) => (bytes && bytes.length <= 0xffff ? [{ id, key: Buffer.from(bytes).toString('latin1') }] : []))
+      .flatMap((bytes, id) =>
+        bytes && bytes.length <= 0xffff ? [{ id, key: Buffer.from(bytes).toString('latin1') }] : [],
+      )
       .sort((a, b) => (a.key < b.key ? -1 : a.key > b.key ? 1 : a.id - b.id));
     const byteOf: number[] = [];
     const depthOf: number[] = [];

@@ -26,6 +26,8 @@ export class PromptEncoder {
   readonly hasThinkingSwitch: boolean;
   /** whether the chat template shows tools to the model */
   readonly rendersTools: boolean;
+  /** whether the template writes a call's arguments in a fence, as V3's and R1's do */
+  readonly fencesToolCalls: boolean;
   readonly #encoder: ConversationEncoder;
   readonly #thread: EncodeThread;
   readonly #assistantMarker: number;
@@ -34,6 +36,7 @@ export class PromptEncoder {
     this.tokenizer = tokenizer;
     this.hasThinkingSwitch = template.hasThinkingSwitch;
     this.rendersTools = template.rendersTools;
+    this.fencesToolCalls = template.source.includes('```json');
     this.#assistantMarker = tokenizer.addedId('<｜Assistant｜>');
     const tools = [
       tokenizer.addedId('<｜tool▁calls▁begin｜>'),
