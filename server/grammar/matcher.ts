@@ -6,6 +6,7 @@ import type { TokenTree } from './vocabulary.js';
 
 /** New automaton states that one mask may need; a grammar that needs more cannot be followed in time. */
 const MAX_NEW_STATES = 50_000;
+const MAX_MASKS = 2048;
 const MAX_MASK_BYTES = 16 * 2 ** 20;
 
 export interface NextTokens {
@@ -30,7 +31,8 @@ export class CompiledGrammar {
     this.#tree = tree;
     this.#automaton = new Automaton(this.#network);
     const numBytes = 4 * Math.ceil(tree.vocabSize / 32);
-    this.#masks = new LRUCache({ max: Math.max(16, Math.floor(MAX_MASK_BYTES / numBytes)) });
+    const most = Math.floor(MAX_MASK_BYTES / numBytes);
+    this.#masks = new LRUCache({ max: Math.min(Math.max(most, 16), MAX_MASKS) });
     this.#path = new Array<AutomatonState | null>(tree.maxDepth + 1).fill(null); // [max_depth + 1]
   }
 
@@ -59,6 +61,13 @@ export class CompiledGrammar {
       at = this.#automaton.step(at, this.#network.classOf(byte));
     }
     return at;
+  }
+
+  /** The state behind tokens from the start on; null where the grammar does not allow them. */
+  read(tokens: readonly number[]): AutomatonState | null {
+    let state: AutomatonState | null = this.start;
+    for (const token of tokens) state = state && this.accept(state, token);
+    return state;
   }
 
   nextTokens(state: AutomatonState): NextTokens {
@@ -150,7 +159,6 @@ export class Matcher {
     this.#compiled.trim();
     if (this.#generation === this.#compiled.generation) return;
     this.#generation = this.#compiled.generation;
-    this.#state = this.#compiled.start;
-    for (const token of this.#tokens) this.#state = this.#compiled.accept(this.#state, token)!;
+    this.#state = this.#compiled.read(this.#tokens)!;
   }
 }
