@@ -56,6 +56,8 @@ void CudaOps::sample(const SampleArgs& args) {
     row.bias_end = batch.bias_start[s + 1];
     row.history_begin = batch.history_start[s];
     row.history_end = batch.history_start[s + 1];
+    row.mask_begin = batch.mask_start[s];
+    row.mask_end = batch.mask_start[s + 1];
     row.repetition = batch.repetition_penalty[s];
     row.frequency = batch.frequency_penalty[s];
     row.presence = batch.presence_penalty[s];
@@ -71,7 +73,7 @@ void CudaOps::sample(const SampleArgs& args) {
 
   const auto bytes_of = [](const auto& vector) { return vector.size() * sizeof(vector[0]) + 16; };
   sample_arrays_.begin(bytes_of(rows) + bytes_of(batch.bias_ids) + bytes_of(batch.bias_values) +
-                       bytes_of(batch.history_ids) + bytes_of(batch.history_counts));
+                       bytes_of(batch.history_ids) + bytes_of(batch.history_counts) + bytes_of(batch.masks));
   const auto add = [this](const auto& vector) {
     return sample_arrays_.add(vector.data(), static_cast<int64_t>(vector.size()));
   };
@@ -83,6 +85,7 @@ void CudaOps::sample(const SampleArgs& args) {
   params.bias_values = add(batch.bias_values);
   params.history_ids = add(batch.history_ids);
   params.history_counts = add(batch.history_counts);
+  params.masks = add(batch.masks);
   params.chunks = sample_chunks_;
   params.noise_chunks = noise_chunks_;
   params.results = outcomes_;

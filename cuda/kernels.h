@@ -319,10 +319,11 @@ struct SampleRow {
   int32_t top_start;
   int32_t bias_begin, bias_end;
   int32_t history_begin, history_end;
+  int32_t mask_begin, mask_end;  // words of masks: ceil(V / 32), or none
   float repetition, frequency, presence;
 
   __host__ __device__ bool is_adjusted() const {
-    return bias_begin != bias_end || history_begin != history_end;
+    return bias_begin != bias_end || history_begin != history_end || mask_begin != mask_end;
   }
   __host__ __device__ bool is_filtered() const {
     return lowest_score > -3.4028234663852886e38f || top_k != 0 || top_p < 1;
@@ -349,13 +350,14 @@ struct SampleNoiseChunk {
 };
 
 struct SampleParams {
-  const float* logits = nullptr;    // [R, V]
-  float* adjusted = nullptr;        // [R, V] rows with bias or history
+  const float* logits = nullptr;   // [R, V]
+  float* adjusted = nullptr;       // [R, V] rows with bias, history or mask
   const SampleRow* rows = nullptr;  // [R]
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   const int32_t* history_ids = nullptr;
   const int32_t* history_counts = nullptr;
+  const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
   SampleOutcome* results = nullptr;          // [R]

@@ -1,9 +1,7 @@
-// Sampling, the parts that every row needs, over chunks of the vocabulary so that one row keeps many blocks
-// busy:
-//   adjust_copy, adjust   z = logits + bias, penalties; only rows that have any, into their own copy
-//   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are
-//   finite noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp
-//   (rows with
+// Sampling, the parts that every row needs, over chunks of the vocabulary so that one row keeps many blocks busy:
+//   adjust_copy, adjust   z = logits + bias, penalties, mask; only rows that have any, into their own copy
+//   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are finite
+//   noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp (rows with
 //                         log-probabilities)
 // sample_finish.cu joins the chunks. Grid: (chunks, rows); adjust: (rows). Bound by bytes: the logits once or
 // twice.
@@ -43,6 +41,12 @@ __global__ void __launch_bounds__(kThreads) adjust_kernel(const __grid_constant_
     logit = __fsub_rn(logit, __fmul_rn(spec.frequency, static_cast<float>(count)));
     if (count > 0) logit = __fsub_rn(logit, spec.presence);
     *at = logit;
+  }
+  if (spec.mask_begin == spec.mask_end) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.vocab_size; i += kThreads) {
+    const uint32_t word = static_cast<uint32_t>(p.masks[spec.mask_begin + i / 32]);
+    if (((word >> (i % 32)) & 1) == 0) z[i] = -INFINITY;
   }
 }
 

@@ -3,6 +3,7 @@ import fastify, { LogController, type FastifyInstance } from 'fastify';
 import { Contract } from './api/contract.js';
 import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
+import { OutputFormats } from './api/output-format.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -86,6 +87,7 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
     contract: Contract.read(),
     metrics: new Metrics(engine, modelNames[0]!),
     drain: drain ?? new Drain(),
+    formats: new OutputFormats(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

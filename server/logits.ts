@@ -141,6 +141,8 @@ function makeBatch(
     biasStart: Int32Array.of(0, 0), // [2]
     biasIds: new Int32Array(0), // [0]
     biasValues: new Float32Array(0), // [0]
+    maskStart: Int32Array.of(0, 0), // [2]
+    masks: new Int32Array(0), // [0]
     logitRows: Int32Array.from(logitRows), // [L]
     draftLogitRows: Int32Array.from(draftLogitRows), // [D]
   };

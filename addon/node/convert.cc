@@ -248,6 +248,8 @@ StepBatch to_step_batch(const Napi::Value& value) {
   fields.copy("biasStart", batch.bias_start);
   fields.copy("biasIds", batch.bias_ids);
   fields.copy("biasValues", batch.bias_values);
+  fields.copy("maskStart", batch.mask_start);
+  fields.copy("masks", batch.masks);
   fields.copy("logitRows", batch.logit_rows);
   fields.copy("draftLogitRows", batch.draft_logit_rows);
   return batch;

@@ -105,7 +105,7 @@ export class ChatOutput {
 
   /** Takes in one event. Throws ApiError where the engine gave up on the sequence. */
   accept(event: EngineEvent): void {
-    if (event.finishReason === 'error') throw toApiError(event.error);
+    if (event.finishReason === 'error') throw toApiError(event.error, this.#job.formatParam);
     if (event.finishReason === 'abort') throw new ApiError('engine_failed', 'The request was aborted by the server.');
     this.#cachedTokens = event.cachedTokens;
     this.#speculative = event.speculative ?? this.#speculative;
@@ -203,7 +203,12 @@ export function isEmpty(piece: Piece): boolean {
   return piece.text === '' && piece.toolCall === undefined;
 }
 
-function toApiError(error: EngineEvent['error']): ApiError {
+/** What is invalid once the engine has begun is the format: all else was checked before. */
+function toApiError(error: EngineEvent['error'], formatParam: string | null): ApiError {
   const code = error && Object.hasOwn(ERROR_CODES, error.code) ? (error.code as ErrorCode) : 'engine_failed';
-  return new ApiError(code, error?.message ?? 'The engine stopped while it was serving this request.');
+  return new ApiError(
+    code,
+    error?.message ?? 'The engine stopped while it was serving this request.',
+    code === 'invalid_value' ? formatParam : null,
+  );
 }

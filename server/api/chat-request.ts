@@ -4,6 +4,8 @@ import { ApiError } from '../errors.js';
 import type { StopScope } from '../text/output-parser.js';
 import type { ApiContext } from './context.js';
 import { readConversation, tooLong } from './conversation.js';
+import { toRequestGrammar } from './output-format.js';
+import { answerFormat } from './tool-grammar.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
 import type { components } from './openapi.js';
 import { checkThinking, readThinking, thinkingLimits } from './thinking.js';
@@ -21,6 +23,8 @@ export interface ChatJob {
   engineRequest: EngineRequest;
   stops: readonly string[];
   stopScope: StopScope;
+  /** the field that said the answer's format; null where the answer is free */
+  formatParam: string | null;
   isStream: boolean;
   includeUsage: boolean;
   /** usage so far in every chunk */
@@ -55,6 +59,11 @@ export async function readChatRequest(
   const stops = readStops(body.stop);
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
+  const format = answerFormat(body, context.formats.read(body), context.formats, context.prompts);
+  if (format && body.ignore_eos) {
+    const message = `'ignore_eos' would go on behind the end of what '${format.param}' asks for; remove it.`;
+    throw new ApiError('invalid_value', message, 'ignore_eos');
+  }
   const wish = readThinking(body);
   checkThinking(wish, body, context);
   checkTurn(body);
@@ -74,9 +83,11 @@ export async function readChatRequest(
       cacheSalt: cacheSaltOf(tenant, body.cache_salt),
       priority: body.priority ?? 0,
       ...(thinking ? { thinking } : {}),
+      ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
     stops,
     stopScope: body.stop_scope ?? 'answer',
+    formatParam: format?.param ?? null,
     isStream: body.stream === true,
     includeUsage: body.stream_options?.include_usage === true,
     hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,

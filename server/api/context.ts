@@ -5,6 +5,7 @@ import type { Checkpoint } from '../model/spec.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
+import type { OutputFormats } from './output-format.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -24,5 +25,6 @@ export interface ApiContext {
   contract: Contract;
   metrics: Metrics;
   drain: Drain;
+  formats: OutputFormats;
   sse: SseOptions;
 }

@@ -283,15 +283,58 @@ export interface components {
             n?: number | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
-            /** @description auto or none; none hides the tools and bans calls. */
+            /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
             tool_choice?: string | Record<string, never> | null;
-            /** @description false ends the completion after its first call. */
+            /** @description With false the answer has at most one call. */
             parallel_tool_calls?: boolean | null;
-            /** @description Only text is supported. */
+            /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. An answer cut by the token limit is incomplete. */
             response_format?: {
-                /** @description The format. */
-                type: string;
+                /**
+                 * @description The format.
+                 * @enum {string}
+                 */
+                type: "text" | "json_object" | "json_schema";
+                /** @description With json_schema. */
+                json_schema?: {
+                    /** @description Accepted; has no effect. */
+                    name?: string;
+                    /** @description Accepted; has no effect. */
+                    description?: string;
+                    /** @description JSON Schema of the answer, draft 2020-12 or, where `$schema` says so, draft-07. */
+                    schema?: Record<string, never>;
+                    /** @description Accepted; a schema is always followed. */
+                    strict?: boolean | null;
+                };
             } | null;
+            /** @description What the answer is held to, as vLLM spells it; one of these. */
+            structured_outputs?: {
+                /** @description JSON Schema, or one as JSON text. */
+                json?: Record<string, never> | string | null;
+                /** @description Regular expression that the whole answer matches. */
+                regex?: string | null;
+                /** @description The answer is one of these. */
+                choice?: string[] | null;
+                /** @description Grammar in GBNF or EBNF; the rule `root` begins. */
+                grammar?: string | null;
+                /** @description The answer is any JSON object. */
+                json_object?: boolean | null;
+            } | null;
+            /** @description Older name of `structured_outputs.json`. */
+            guided_json?: Record<string, never> | string | null;
+            /** @description Older name of `structured_outputs.regex`. */
+            guided_regex?: string | null;
+            /** @description Older name of `structured_outputs.choice`. */
+            guided_choice?: string[] | null;
+            /** @description Older name of `structured_outputs.grammar`. */
+            guided_grammar?: string | null;
+            /** @description SGLang's name of `structured_outputs.json`. */
+            json_schema?: Record<string, never> | string | null;
+            /** @description SGLang's name of `structured_outputs.regex`. */
+            regex?: string | null;
+            /** @description SGLang's name of `structured_outputs.grammar`. */
+            ebnf?: string | null;
+            /** @description llama.cpp's name of `structured_outputs.grammar`. */
+            grammar?: string | null;
             /** @description Switches reasoning on or off, as on the hosted DeepSeek API. */
             thinking?: components["schemas"]["Thinking"] | null;
             /** @description none (off), minimal, low, medium, high, xhigh or max (no limit), or a number from 0 to 1: the share of the completion's tokens that reasoning may take, 1/32, 1/8, 1/4, 1/2 and 3/4 for the words in between. */
@@ -624,7 +667,7 @@ export interface components {
                 parameters?: {
                     [key: string]: unknown;
                 };
-                /** @description Accepted as null or false; arguments are not held to the schema. */
+                /** @description With true the arguments are held to the schema, token by token. */
                 strict?: boolean | null;
             };
         };

@@ -66,6 +66,7 @@ export function readTextRequest(body: TextBody, tenant: string, context: ApiCont
       },
       stops,
       stopScope: 'answer',
+      formatParam: null,
       isStream: body.stream === true,
       includeUsage: body.stream_options?.include_usage === true,
       hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,

@@ -7,7 +7,6 @@ export interface Refusal {
 }
 
 const REMOVE = 'remove it';
-const NO_GRAMMAR = 'constrained output is not supported; remove it and ask for the format in a message';
 
 /** Fields that change results on other servers and are not supported here: refused, never ignored. */
 export const REFUSED: Readonly<Record<string, Refusal>> = {
@@ -17,27 +16,18 @@ export const REFUSED: Readonly<Record<string, Refusal>> = {
   best_of: { accepts: [1], advice: REMOVE },
   chat_template: { advice: "the checkpoint's own template is used; remove it" },
   documents: { advice: 'put the documents into a message' },
-  ebnf: { advice: NO_GRAMMAR },
   echo: { accepts: [false], advice: REMOVE },
   function_call: { accepts: ['auto', 'none'], advice: "use 'tools' and 'tool_choice'" },
   functions: { advice: "use 'tools'" },
-  grammar: { advice: NO_GRAMMAR },
-  guided_choice: { advice: NO_GRAMMAR },
-  guided_grammar: { advice: NO_GRAMMAR },
-  guided_json: { advice: NO_GRAMMAR },
-  guided_regex: { advice: NO_GRAMMAR },
   include_stop_str_in_output: { accepts: [false], advice: REMOVE },
-  json_schema: { advice: NO_GRAMMAR },
   length_penalty: { accepts: [1], advice: REMOVE },
   logits_processors: { advice: REMOVE },
   prediction: { advice: REMOVE },
   prompt_logprobs: { accepts: [false], advice: REMOVE },
-  regex: { advice: NO_GRAMMAR },
   repetition_detection: { advice: REMOVE },
   service_tier: { accepts: ['auto', 'default'], advice: REMOVE },
   skip_special_tokens: { accepts: [true], advice: REMOVE },
   stop_regex: { advice: "use 'stop'" },
-  structured_outputs: { advice: NO_GRAMMAR },
   truncate_prompt_tokens: { advice: 'shorten the conversation' },
   typical_p: { accepts: [1], advice: "use 'top_p' or 'min_p'" },
   use_beam_search: { accepts: [false], advice: REMOVE },
@@ -49,6 +39,13 @@ export const REFUSED: Readonly<Record<string, Refusal>> = {
 export const REFUSED_TEXT: Readonly<Record<string, Refusal>> = {
   suffix: { accepts: [''], advice: 'these models complete at the end alone; put everything into the prompt' },
   prompt_embeds: { advice: "send 'prompt'" },
+  ...Object.fromEntries(
+    [
+      ...['structured_outputs', 'response_format', 'guided_json', 'guided_regex', 'guided_choice', 'guided_grammar'],
+      ...['json_schema', 'regex', 'ebnf', 'grammar', 'tools', 'tool_choice', 'reasoning_effort', 'reasoning'],
+      ...['thinking', 'thinking_token_budget', 'chat_template_kwargs', 'messages'],
+    ].map((name) => [name, { advice: 'it belongs to conversations; use /v1/chat/completions' }]),
+  ),
 };
 
 export type Json = Record<string, unknown>;
@@ -72,24 +69,9 @@ export function refuseFields(fields: Json, refused: Readonly<Record<string, Refu
 export function refuseUnsupported(body: Json, knownFields: ReadonlySet<string>, isText = false): void {
   const refused: Readonly<Record<string, Refusal>> = isText ? { ...REFUSED, ...REFUSED_TEXT } : REFUSED;
   refuseFields(Object.fromEntries(Object.entries(body).filter(([name]) => !knownFields.has(name))), refused);
-  const { modalities, response_format: format, tool_choice: choice } = body;
+  const { modalities } = body;
   if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
     throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');
-  }
-  const formatType = isObject(format) ? format['type'] : undefined;
-  if (typeof formatType === 'string' && formatType !== 'text') {
-    throw new ApiError(
-      'unsupported_value',
-      `'response_format.type' must be text: ${NO_GRAMMAR}.`,
-      'response_format.type',
-    );
-  }
-  if (choice !== undefined && choice !== null && choice !== 'auto' && choice !== 'none') {
-    throw new ApiError(
-      'unsupported_value',
-      "'tool_choice' must be auto or none: calls cannot be forced.",
-      'tool_choice',
-    );
   }
   if (Array.isArray(body['messages'])) body['messages'].forEach(refuseMessage);
   if (Array.isArray(body['tools'])) body['tools'].forEach(refuseTool);
@@ -139,14 +121,6 @@ function refuseTool(tool: unknown, index: number): void {
   if (typeof type === 'string' && type !== 'function') {
     const param = `tools[${index}].type`;
     throw new ApiError('unsupported_value', `'${param}' must be function.`, param);
-  }
-  if (isObject(tool['function']) && tool['function']['strict'] === true) {
-    const param = `tools[${index}].function.strict`;
-    throw new ApiError(
-      'unsupported_value',
-      `'${param}' is not supported: arguments are not held to the schema.`,
-      param,
-    );
   }
 }
 

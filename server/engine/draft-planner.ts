@@ -61,7 +61,8 @@ export class DraftPlanner {
         part.runMtp = false;
         continue;
       }
-      const wanted = Math.max(0, Math.min(numDrafts, sequence.maxTokens - 2 - end));
+      const room = sequence.grammar === null ? sequence.maxTokens - 2 - end : 0;
+      const wanted = Math.max(0, Math.min(numDrafts, room));
       part.numDrafts = Math.min(wanted, this.#cover(sequence, end + wanted, numRunning) - end);
     }
   }

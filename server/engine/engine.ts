@@ -39,6 +39,10 @@ export class Engine implements EngineHandle {
     this.#runner = runner;
     this.#options = options;
     this.#scheduler = new Scheduler(options);
+    this.#scheduler.onGrammar = (event) => {
+      if (event !== null) this.onEvents([event]);
+      this.#wake();
+    };
     this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
     this.#loop = this.#run();
   }
@@ -90,6 +94,7 @@ export class Engine implements EngineHandle {
     }
     await this.#loop;
     this.#endAll({ code: 'shutting_down', message: 'The server is shutting down.' });
+    await this.#options.grammars?.end();
     await this.#runner.close();
   }
 

@@ -43,6 +43,7 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
     biasStart: startsOf(bias.map((entries) => entries.length)), // [S + 1]
     biasIds: Int32Array.from(bias.flat(), ([id]) => id), // [biasStart[S]]
     biasValues: Float32Array.from(bias.flat(), ([, value]) => value), // [biasStart[S]]
+    ...packMasks(planned),
     logitRows: new Int32Array(0), // [0]
     draftLogitRows: new Int32Array(0), // [0]
   };
@@ -109,6 +110,15 @@ function biasOf(sequence: Sequence): [number, number][] {
   const banned = sequence.bannedIds;
   const biases = sequence.request.sampling.logitBias.filter(([id]) => !banned.has(id));
   return [...biases, ...Array.from(banned, (id): [number, number] => [id, -Infinity])];
+}
+
+/** The masks of sequences that follow a grammar now and are sampled in this step. */
+function packMasks(planned: PlannedSequence[]): Pick<StepBatch, 'maskStart' | 'masks'> {
+  const words = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? null : sequence.mask));
+  const maskStart = startsOf(words.map((mask) => mask?.length ?? 0)); // [S + 1]
+  const masks = new Int32Array(maskStart.at(-1)!); // [maskStart[S]]
+  for (const [index, mask] of words.entries()) if (mask) masks.set(mask, maskStart[index]);
+  return { maskStart, masks };
 }
 
 /** Running sums with a leading 0. */

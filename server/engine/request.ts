@@ -1,4 +1,5 @@
 /** What goes into an engine and what comes out: plain values that can cross a process boundary. */
+import type { GrammarNode } from '../grammar/grammar.js';
 import type { ReasoningEnd } from './steering.js';
 
 export interface SamplingParams {
@@ -35,6 +36,16 @@ export interface PhaseMarkers {
   toolCallsEnd: number;
 }
 
+/** A grammar that the answer follows: everything behind the reasoning, calls of tools included. */
+export interface RequestGrammar {
+  /** the same for the same rules: they are compiled once */
+  key: string;
+  /** rule 0 is the root */
+  rules: GrammarNode[]; // [num_rules]
+  /** tokens that end a sequence where the grammar may end, and never inside reasoning */
+  endIds: number[];
+}
+
 export interface EngineRequest {
   requestId: string;
   promptIds: number[];
@@ -48,6 +59,7 @@ export interface EngineRequest {
   priority?: number;
   /** what ends reasoning before the model does; nothing where it is left out */
   thinking?: ThinkingLimits;
+  grammar?: RequestGrammar;
 }
 
 export interface ThinkingLimits {

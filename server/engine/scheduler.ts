@@ -1,10 +1,12 @@
+import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { DraftPlanner } from './draft-planner.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
+import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PlanBuilder } from './plan-builder.js';
 import { PrefixCache, type CachedBlock } from './prefix-cache.js';
-import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason } from './request.js';
+import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
@@ -20,6 +22,8 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** follows the grammars of sequences; without it requests with a grammar are refused */
+  grammars?: GrammarFollower;
 }
 
 /**
@@ -36,6 +40,8 @@ export class Scheduler {
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
   #numArrived = 0;
+  /** Called when a mask has come: the event of a sequence that has ended with it, or null. */
+  onGrammar: (event: EngineEvent | null) => void = () => {};
   readonly #counters = {
     numSteps: 0,
     numPreemptions: 0,
@@ -66,11 +72,15 @@ export class Scheduler {
   /** Queues a request; throws ApiError where it can never be served or the queue is full. */
   add(request: EngineRequest): void {
     checkRequest(request, this.#open.size, this.#options.limits);
+    if (request.grammar && this.#options.grammars === undefined) {
+      throw new ApiError('unsupported_parameter', 'This engine cannot hold output to a format.', 'response_format');
+    }
     if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
+    if (request.grammar) this.#follow(sequence, request.grammar);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -102,6 +112,7 @@ export class Scheduler {
     if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
     this.#speculation.planMtp(plan.parts(), this.#running.length);
     if (plan.parts().length === 0) {
+      if (this.#running.some(({ awaitsMask }) => awaitsMask)) return null; // onGrammar tells when to go on
       if (this.#open.size > 0) throw new Error('no open sequence can make progress');
       return null;
     }
@@ -184,8 +195,21 @@ export class Scheduler {
     }
   }
 
+  /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
+  #follow(sequence: Sequence, grammar: RequestGrammar): void {
+    const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
+    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, {
+      onReady: () => {
+        const isOver = sequence.isGrammarComplete && sequence.status !== 'finished';
+        this.onGrammar(isOver ? this.#finish(sequence, 'stop', { stopTokenId: -1 }) : null);
+      },
+      onFailed: (error) => this.onGrammar(this.end(sequence.id, 'error', error)),
+    });
+  }
+
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
   #plan(sequence: Sequence, plan: PlanBuilder): void {
+    if (sequence.awaitsMask) return;
     const { numPending, numComputed } = sequence;
     // A row that is computed again for the MTP module must leave room for one that is not.
     if (sequence.nextStart < numComputed && plan.budget < 2) sequence.runsMtp = false;
@@ -311,6 +335,7 @@ export class Scheduler {
         // Drafts follow the last token sampled; forced tokens take their place.
         if (numTaken === tokens.length) sequence.draftIds = outcome.draftIds;
         this.#publish(sequence);
+        if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
         if (sequence.finishReason === null) return this.#event(sequence, { tokens });
         const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
         return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
@@ -344,6 +369,7 @@ export class Scheduler {
     const queue = sequence.status === 'running' ? this.#running : this.#waiting;
     queue.splice(queue.indexOf(sequence), 1);
     this.#open.delete(sequence.id);
+    sequence.grammar?.close();
     this.#release(sequence);
     sequence.status = 'finished';
     sequence.finishReason = finishReason;

@@ -1,3 +1,4 @@
+import type { GrammarCursor } from './grammar-cursor.js';
 import { PhaseTracker } from './phase-tracker.js';
 import type { EmittedToken, EngineRequest, FinishReason, TokenLogprobs } from './request.js';
 import { Steering, type ReasoningEnd } from './steering.js';
@@ -39,6 +40,8 @@ export class Sequence {
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
+  /** set once, before the sequence first runs; null where the answer is free */
+  grammar: GrammarCursor | null = null;
 
   readonly #phases: PhaseTracker;
   readonly #steering: Steering | null;
@@ -89,8 +92,12 @@ export class Sequence {
     return this.runsMtp ? Math.min(this.numComputed, this.numMtp - 1) : this.numComputed;
   }
 
-  /** Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. */
+  /**
+   * Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. None
+   * before or in an answer with a grammar, where each position has a mask of its own.
+   */
   get maxDrafts(): number {
+    if (this.grammar !== null) return 0;
     const room = this.maxTokens - 1 - this.tokens.length;
     const untilAllowed = this.request.sampling.minTokens - 1 - this.numCompletion;
     return Math.max(0, this.bannedIds.size > 0 ? Math.min(room, untilAllowed) : room);
@@ -101,9 +108,37 @@ export class Sequence {
     return this.#history ?? NO_HISTORY;
   }
 
-  /** Ids that the next token may not be: the stop tokens, until minTokens are reached. */
+  /**
+   * Ids that the next token may not be: the stop tokens, until minTokens are reached; and in reasoning before an
+   * answer with a grammar, whatever leads past that answer.
+   */
   get bannedIds(): ReadonlySet<number> {
-    return this.numCompletion < this.request.sampling.minTokens ? this.#stopIds : NO_IDS;
+    const isTooShort = this.numCompletion < this.request.sampling.minTokens;
+    const { grammar, markers } = this.request;
+    if (grammar === undefined || this.followsGrammar) return isTooShort ? this.#stopIds : NO_IDS;
+    const banned = new Set([...grammar.endIds, ...(isTooShort ? this.#stopIds : [])]);
+    if (markers.toolCallsBegin >= 0) banned.add(markers.toolCallsBegin);
+    return banned;
+  }
+
+  /** Whether the next token is held to the grammar. */
+  get followsGrammar(): boolean {
+    return this.grammar !== null && this.#phases.phase !== 'reasoning';
+  }
+
+  /** Whether the next token cannot be sampled yet. */
+  get awaitsMask(): boolean {
+    return this.followsGrammar && !this.grammar!.isReady;
+  }
+
+  /** Whether the grammar leaves nothing but the end. */
+  get isGrammarComplete(): boolean {
+    return this.followsGrammar && this.grammar!.isReady && this.grammar!.isComplete;
+  }
+
+  /** Which tokens may come next; null: all of them. */
+  get mask(): Int32Array | null {
+    return this.followsGrammar ? this.grammar!.mask : null;
   }
 
   /** A step has computed latents up to numComputed and entries of the MTP module up to numMtp. */
@@ -133,6 +168,7 @@ export class Sequence {
     this.#history?.set(tokenId, (this.#history.get(tokenId) ?? 0) + 1);
     if (isStop) this.finishReason = 'stop';
     else if (this.tokens.length >= this.maxTokens) this.finishReason = 'length';
+    if (this.finishReason === null && this.followsGrammar) this.grammar!.accept([tokenId]);
     const phase = this.#phases.label(tokenId, isStop);
     this.#steering?.observe(tokenId, phase);
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };

@@ -1,5 +1,7 @@
 import { freemem } from 'node:os';
+import { join } from 'node:path';
 import { StartupError } from '../errors.js';
+import { GrammarThread } from '../grammar/thread.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
@@ -88,6 +90,10 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    grammars: new GrammarThread({
+      tokenizer: join(checkpoint.folder, 'tokenizer.json'),
+      vocabSize: spec.vocabSize,
+    }),
     info,
     limits: {
       vocabSize: spec.vocabSize,

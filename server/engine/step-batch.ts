@@ -50,6 +50,11 @@ export interface StepBatch {
   biasIds: Int32Array; // [biasStart[S]]
   biasValues: Float32Array; // [biasStart[S]]
 
+  // which tokens a sequence's grammar leaves, applied after bias and penalties; empty range: all of them
+  maskStart: Int32Array; // [S + 1]
+  /** ceil(vocab_size / 32) words per masked sequence; bit id % 32 of word id / 32, 1 is allowed */
+  masks: Int32Array; // [maskStart[S]]
+
   /** token indices in 0..T-1 whose raw logits come back (the tool `rodin logits`) */
   logitRows: Int32Array; // [L]
   /**

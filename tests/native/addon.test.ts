@@ -58,6 +58,8 @@ function batchOf(ids: number[]): StepBatch {
     historyIds: new Int32Array(),
     historyCounts: new Int32Array(),
     biasStart: Int32Array.of(0, 0),
+    maskStart: Int32Array.of(0, 0),
+    masks: new Int32Array(0),
     biasIds: new Int32Array(),
     biasValues: new Float32Array(),
     logitRows: Int32Array.of(ids.length - 1),

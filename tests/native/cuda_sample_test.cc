@@ -13,6 +13,7 @@ SampleBatch random_batch(CudaRandom& random, int64_t num_rows, int64_t vocab_siz
   SampleBatch batch;
   batch.history_start.push_back(0);
   batch.bias_start.push_back(0);
+  batch.mask_start.push_back(0);
   for (int64_t r = 0; r < num_rows; ++r) {
     const auto on = [&](int bit) { return (r >> bit & 1) != 0; };
     const float temperatures[4] = {0.0f, 0.3f, 1.0f, 2.5f};  // [4]
@@ -41,6 +42,12 @@ SampleBatch random_batch(CudaRandom& random, int64_t num_rows, int64_t vocab_siz
       }
     }
     batch.bias_start.push_back(static_cast<int32_t>(batch.bias_ids.size()));
+    if (random.below(3) == 0) {
+      for (int64_t word = 0; word < (vocab_size + 31) / 32; ++word) {
+        batch.masks.push_back(static_cast<int32_t>(random.next() & random.next()) | 1);
+      }
+    }
+    batch.mask_start.push_back(static_cast<int32_t>(batch.masks.size()));
     const int32_t asked[5] = {-1, 0, 1, 5, 20};  // [5]
     batch.num_logprobs.push_back(asked[random.below(5)]);
   }

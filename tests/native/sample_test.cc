@@ -44,6 +44,7 @@ SampleBatch make_batch(size_t num_seqs) {
   batch.num_logprobs.assign(num_seqs, -1);
   batch.history_start.assign(num_seqs + 1, 0);
   batch.bias_start.assign(num_seqs + 1, 0);
+  batch.mask_start.assign(num_seqs + 1, 0);
   return batch;
 }
 
@@ -332,6 +333,40 @@ TEST("sample: rows without a finite largest logit are marked and disturb nobody"
   CHECK_EQ(result.sampled_ids[4], 2);
   CHECK_EQ(int{result.non_finite[4]}, 0);
   CHECK_EQ(result.top_ids[8], 2);
+}
+
+TEST("sample: only what the mask allows is sampled, whatever bias, penalty and filter say") {
+  Random random{13};
+  for (const int64_t vocab_size : {1, 31, 32, 33, 1000}) {
+    for (int round = 0; round < 40; ++round) {
+      SampleBatch batch = make_batch(2);
+      const auto num_words = static_cast<size_t>((vocab_size + 31) / 32);
+      const auto only = static_cast<int32_t>(random.next() % static_cast<uint32_t>(vocab_size));
+      batch.masks.assign(num_words, 0);
+      for (int64_t id = 0; id < vocab_size; ++id) {
+        const bool is_allowed = round % 2 == 0 ? id == only : random.next() % 4 == 0 || id == only;
+        if (is_allowed) batch.masks[static_cast<size_t>(id / 32)] |= static_cast<int32_t>(1u << (id % 32));
+      }
+      batch.mask_start = {0, 0, static_cast<int32_t>(num_words)};
+      batch.temperature.assign(2, round % 3 == 0 ? 0.0f : 1.5f);
+      batch.top_k[1] = round % 5;
+      batch.num_logprobs.assign(2, 0);
+      batch.seed_low.assign(2, random.next());
+      std::vector<float> logits(static_cast<size_t>(2 * vocab_size));  // [R, V]
+      for (float& x : logits) x = 9 * random.normal();
+      std::copy_n(logits.begin(), vocab_size, logits.begin() + vocab_size);
+      const SampleResult masked = sample(batch, logits, {3, 3});
+      const int32_t id = masked.sampled_ids[1];
+      CHECK(id >= 0 && id < vocab_size);
+      CHECK((static_cast<uint32_t>(batch.masks[static_cast<size_t>(id / 32)]) >> (id % 32)) & 1);
+      if (round % 2 == 0) CHECK_EQ(id, only);
+      if (id == masked.sampled_ids[0]) CHECK_EQ(masked.sampled_logprobs[0], masked.sampled_logprobs[1]);
+    }
+  }
+  SampleBatch batch = make_batch(1);
+  batch.mask_start = {0, 1};
+  batch.masks = {0};
+  CHECK_EQ(int{sample(batch, {1, 2, 3}, {5}).non_finite[0]}, 1);
 }
 
 TEST("sample: extreme temperatures and penalties stay defined") {

@@ -51,6 +51,8 @@ StepBatch make_batch() {
   batch.bias_start = {0, 1, 2};
   batch.bias_ids = {99, 0};
   batch.bias_values = {-std::numeric_limits<float>::infinity(), 2};
+  batch.mask_start = {0, 0, 4};
+  batch.masks = {-1, 0, 7, -1};
   batch.logit_rows = {0, 4};
   batch.draft_logit_rows = {1, 3};
   return batch;
@@ -136,6 +138,12 @@ const std::vector<BadBatch> kBadBatches = {
     {"history_counts has 1", [](StepBatch& b, RunnerOptions&) { b.history_counts.pop_back(); }},
     {"history_counts[1]", [](StepBatch& b, RunnerOptions&) { b.history_counts[1] = -1; }},
     {"history_ids[1] is 100", [](StepBatch& b, RunnerOptions&) { b.history_ids[1] = 100; }},
+    {"mask_start has 2", [](StepBatch& b, RunnerOptions&) { b.mask_start.pop_back(); }},
+    {"mask_start ends at 4", [](StepBatch& b, RunnerOptions&) { b.masks.pop_back(); }},
+    {"mask of sequence 1 has 3 words", [](StepBatch& b, RunnerOptions&) {
+       b.masks.pop_back();
+       b.mask_start[2] = 3;
+     }},
     {"bias_start ends at 2", [](StepBatch& b, RunnerOptions&) { b.bias_ids.push_back(0); }},
     {"bias_values has 1", [](StepBatch& b, RunnerOptions&) { b.bias_values.pop_back(); }},
     {"bias_ids[0] is 2147483647", [](StepBatch& b, RunnerOptions&) { b.bias_ids[0] = kMax; }},

@@ -78,6 +78,15 @@ void apply_bias_and_penalties(const SampleBatch& batch, int32_t seq, float* z) {
   }
 }
 
+// Bans what the sequence's mask does not allow.
+void apply_mask(const SampleBatch& batch, size_t seq, int64_t vocab_size, float* z) {
+  const int32_t* words = batch.masks.data() + batch.mask_start[seq];
+  for (int64_t id = 0; id < vocab_size; ++id) {
+    const auto word = static_cast<uint32_t>(words[id / 32]);
+    z[id] = (word >> (id % 32)) & 1 ? z[id] : -kInfinity;
+  }
+}
+
 // Noise of the tokens first_id .. first_id + 4 * kBlocksPerChunk - 1; first_id is a multiple of 4. The same
 // words as philox4x32, block by block in each round, so that the compiler makes vectors of them.
 void fill_noise(uint32_t seed_low, uint32_t seed_high, int32_t position, int64_t first_id, float* out) {
@@ -136,10 +145,12 @@ class RowSampler {
     const SampleBatch& batch = *args_.batch;
     const int64_t n = args_.vocab_size;
     const float* z = logits_;
-    if (batch.bias_start[seq_] != batch.bias_start[seq_ + 1] ||
+    const bool is_masked = batch.mask_start[seq_] != batch.mask_start[seq_ + 1];
+    if (is_masked || batch.bias_start[seq_] != batch.bias_start[seq_ + 1] ||
         batch.history_start[seq_] != batch.history_start[seq_ + 1]) {
       std::copy_n(logits_, n, scores_);
       apply_bias_and_penalties(batch, static_cast<int32_t>(seq_), scores_);
+      if (is_masked) apply_mask(batch, seq_, n, scores_);
       z = scores_;
     }
     const float max = largest(z, n);
