@@ -1,5 +1,6 @@
 // CUDA: the bandwidth and rates that the kernels must not fall below, at real shapes and with inputs that are
 // not in the cache. Prints what it measures; the floors are about two thirds of what an H100 gave.
+#include <array>
 #include <chrono>
 #include <cstdio>
 
@@ -69,21 +70,25 @@ void time_linear(const SpeedCase& c) {
 
 const bool linear_speed = [] {
   const Dtype fp8 = Dtype::kF8E4M3, bf16 = Dtype::kBF16;
-  const auto add = [](int64_t rows, int64_t cols, Dtype dtype, const std::vector<int64_t>& tokens) {
-    for (const int64_t count : tokens) {
+  struct Floor {
+    int64_t tokens;
+    double gb_per_s, tflops;
+  };
+  const auto add = [](int64_t rows, int64_t cols, Dtype dtype, const std::vector<Floor>& floors) {
+    for (const Floor& floor : floors) {
       add_cuda_test("speed of linear " + std::to_string(rows) + "x" + std::to_string(cols) + ", " +
-                        std::to_string(count),
+                        std::to_string(floor.tokens),
                     [=] {
-                      time_linear({rows, cols, dtype, count, 0, 0});
+                      time_linear({rows, cols, dtype, floor.tokens, floor.gb_per_s, floor.tflops});
                     });
     }
   };
-  add(24576, 1536, fp8, {1, 8, 16, 32, 64, 128});
-  add(2112, 7168, fp8, {1, 8, 32});
-  add(7168, 16384, fp8, {1, 8, 16, 32, 128});
-  add(3648, 2048, fp8, {1, 8, 32, 128});
-  add(65536, 2048, bf16, {1, 8, 32, 64});
-  add(4096, 7168, fp8, {512, 4096});
+  add(24576, 1536, fp8, {{1, 1450, 0}, {8, 1400, 0}, {16, 1250, 0}, {32, 600, 0}, {64, 0, 65}, {128, 0, 70}});
+  add(2112, 7168, fp8, {{1, 700, 0}, {8, 700, 0}, {32, 430, 0}});
+  add(7168, 16384, fp8, {{1, 1600, 0}, {8, 1500, 0}, {16, 950, 0}, {32, 850, 0}, {128, 0, 65}});
+  add(3648, 2048, fp8, {{1, 450, 0}, {8, 450, 0}, {32, 400, 0}, {128, 0, 25}});
+  add(65536, 2048, bf16, {{1, 1900, 0}, {8, 1900, 0}, {32, 1600, 0}, {64, 1300, 0}});
+  add(4096, 7168, fp8, {{512, 0, 115}, {4096, 0, 120}});
   return true;
 }();
 
@@ -114,7 +119,10 @@ const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
   gpu->reserve(limits);
   const DeviceMatrix ids(*gpu, most, k, Dtype::kI32);
   const DeviceMatrix weights(*gpu, most, k, Dtype::kF32);
-  for (const int64_t tokens : {1, 8, 32, 128, 512, 2048}) {
+  const std::vector<std::array<double, 3>> floors = {  // tokens, GB/s, TFLOP/s
+      {1, 600, 0}, {8, 1200, 0}, {32, 1400, 0}, {128, 900, 0}, {512, 0, 60}, {2048, 0, 85}};
+  for (const auto& [token_count, min_gb_per_s, min_tflops] : floors) {
+    const auto tokens = static_cast<int64_t>(token_count);
     // Eight sets of inputs, so that a few tokens' experts do not stay in the cache.
     std::vector<std::unique_ptr<DeviceMatrix>> xs;
     for (int i = 0; i < 8; ++i) {
@@ -130,7 +138,7 @@ const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
     const double hit = 64.0 * (1 - std::pow(1 - 6.0 / 64, static_cast<double>(tokens)));
     const double expert_bytes = 3.0 * static_cast<double>(size * hidden);
     report("moe, " + std::to_string(tokens) + " tokens", seconds, expert_bytes * (hit + 2),
-           2.0 * expert_bytes * static_cast<double>(tokens * (k + 2)), 0, 0);
+           2.0 * expert_bytes * static_cast<double>(tokens * (k + 2)), min_gb_per_s, min_tflops);
   }
 });
 
@@ -202,20 +210,21 @@ void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len
 }
 
 const bool attention_speed = [] {
-  const auto add = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len) {
+  const auto add = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_gb_per_s,
+                      double min_tflops) {
     add_cuda_test("speed of attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
                       std::to_string(q_len) + " of " + std::to_string(context),
-                  [=] { time_attention(heads, batch, context, q_len, 0, 0); });
+                  [=] { time_attention(heads, batch, context, q_len, min_gb_per_s, min_tflops); });
   };
-  add(16, 1, 1024, 1);
-  add(16, 1, 8192, 1);
-  add(128, 1, 8192, 1);
-  add(16, 32, 4096, 1);
-  add(16, 128, 1024, 1);
-  add(16, 128, 4096, 1);
-  add(128, 32, 4096, 1);
-  add(16, 1, 2048, 2048);
-  add(128, 1, 2048, 1024);
+  add(16, 1, 1024, 1, 70, 0);
+  add(16, 1, 8192, 1, 90, 0);
+  add(128, 1, 8192, 1, 100, 0);
+  add(16, 32, 4096, 1, 900, 0);
+  add(16, 128, 1024, 1, 500, 0);
+  add(16, 128, 4096, 1, 1000, 0);
+  add(128, 32, 4096, 1, 0, 50);
+  add(16, 1, 2048, 2048, 0, 30);
+  add(128, 1, 2048, 1024, 0, 38);
   return true;
 }();
 
