@@ -35,7 +35,8 @@ std::unique_ptr<Ops> make_ops(const BackendOptions& options) {
 
 Dtype cache_dtype(const std::string& device, const std::string& compute) {
   check_names(device, compute);
-  return compute == "float32" ? Dtype::kF32 : Dtype::kBF16;
+  if (compute == "float32") return Dtype::kF32;
+  return is_cuda(device) ? Dtype::kBF16 : Dtype::kF16;
 }
 
 DeviceList list_devices() {

@@ -18,12 +18,14 @@ void CudaOps::reserve_attention() {
   const int64_t max_context = std::max<int64_t>(limits_.num_blocks * limits_.block_size, 1);
   int64_t most_splits = 1;  // of one token: at the ends of the ranges of mla_split_shift
   for (const int64_t position : {max_context - 1, int64_t{1023}, int64_t{2047}, int64_t{4095}}) {
-    most_splits = std::max<int64_t>(most_splits, mla_num_splits(static_cast<int32_t>(std::min(position, max_context - 1))));
+    most_splits = std::max<int64_t>(
+        most_splits, mla_num_splits(static_cast<int32_t>(std::min(position, max_context - 1))));
   }
   latent_stride_ = (shape.lora_rank + 7) / 8 * 8;
   const int64_t row_bytes = shape.lora_rank * 4 + 8;
   const int64_t token_rows = shape.num_heads * most_splits;
-  partial_rows_ = std::max(std::min(kPartialBudget / row_bytes, limits_.max_step_tokens * token_rows), token_rows);
+  partial_rows_ =
+      std::max(std::min(kPartialBudget / row_bytes, limits_.max_step_tokens * token_rows), token_rows);
   attention_tokens_ =
       std::clamp<int64_t>(kLatentBudget / (shape.num_heads * latent_stride_ * 2), 1, limits_.max_step_tokens);
   q_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
@@ -55,8 +57,8 @@ void CudaOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights
                  stream_);
 }
 
-void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
-                            const Tensor& out) {
+void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
+                            const CacheLayer& cache, const Tensor& out) {
   const MlaShape& shape = mla.shape;
   const Step& step = steps_[index.q_start == steps_[0].q_start ? 0 : 1];
   check(index.q_start == step.q_start, "mla_attention() was given an index that begin_step() did not make");
@@ -108,8 +110,8 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
     run_mla_attention(params, stream_);
     run_mla_combine(params, stream_);
 
-    LinearParams values = linear_params(out_latent, out.slice_rows(chunk.first_token, chunk.num_tokens),
-                                        view_of(mla.kv_b));
+    LinearParams values =
+        linear_params(out_latent, out.slice_rows(chunk.first_token, chunk.num_tokens), view_of(mla.kv_b));
     values.num_batches = num_heads;
     values.batch_rows = static_cast<int32_t>(shape.v_dim);
     values.max_rows = values.batch_rows;

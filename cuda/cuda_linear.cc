@@ -53,14 +53,17 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
 void CudaOps::run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
   const WeightView& up = view_of(mlp.up);
   LinearParams params = linear_params(x, out, view_of(mlp.gate));
-  check(up.dtype == params.weight_dtype, "gate_proj and up_proj of a layer have different dtypes, which the GPU backend ",
+  check(up.dtype == params.weight_dtype,
+        "gate_proj and up_proj of a layer have different dtypes, which the GPU backend ",
         "does not take; use --device cpu");
   params.is_gated = true;
   params.weight[1] = up;
   run_linear(params, stream_);
 }
 
-void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) { run_mlp_linear(x, mlp, out); }
+void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
+  run_mlp_linear(x, mlp, out);
+}
 
 void CudaOps::reserve_moe() {
   if (limits_.num_experts == 0) return;
@@ -83,7 +86,8 @@ void CudaOps::reserve_moe() {
   moe_plan_.num_tiles = workspace<int32_t>(1);
 }
 
-void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights) {
+void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                    const Tensor& expert_weights) {
   if (x.rows == 0) return;
   const int64_t num_experts = moe.route.num_experts;
   linear(x, moe.router, {router_logits_, Dtype::kF32, x.rows, num_experts, num_experts});
@@ -98,8 +102,8 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
             stream_);
 }
 
-void CudaOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
-                  const Tensor& out) {
+void CudaOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                  const Tensor& expert_weights, const Tensor& out) {
   for (int64_t first = 0; first < x.rows; first += moe_tokens_) {
     const int64_t count = std::min(moe_tokens_, x.rows - first);
     moe_chunk(x.slice_rows(first, count), moe, expert_ids.slice_rows(first, count),

@@ -24,14 +24,16 @@ std::string reason_against(int device_id) {
 
 std::string no_device_reason(cudaError_t error) {
   cudaGetLastError();
-  if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver is installed, or one older than CUDA 13 needs";
+  if (error == cudaErrorInsufficientDriver)
+    return "no NVIDIA driver is installed, or one older than CUDA 13 needs";
   if (error == cudaErrorNoDevice || error == cudaSuccess) return "the driver sees no GPU";
   return cudaGetErrorString(error);
 }
 
 }  // namespace
 
-void list_cuda_devices(std::vector<std::string>& usable, std::vector<std::pair<std::string, std::string>>& unusable) {
+void list_cuda_devices(std::vector<std::string>& usable,
+                       std::vector<std::pair<std::string, std::string>>& unusable) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
@@ -55,12 +57,14 @@ std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string&
   const char* end = device.data() + device.size();
   const char* digits = device.data() + std::min(device.size(), prefix.size());
   const auto parsed = std::from_chars(digits, end, device_id);
-  check(device.compare(0, prefix.size(), prefix) == 0 && parsed.ec == std::errc() && parsed.ptr == end && device_id >= 0,
+  check(device.compare(0, prefix.size(), prefix) == 0 && parsed.ec == std::errc() && parsed.ptr == end &&
+            device_id >= 0,
         "the device '", device, "' does not exist; use cpu or cuda:0");
   check(compute == "auto", "the compute mode '", compute, "' runs on the CPU alone; use --device cpu");
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  check(error == cudaSuccess && count > 0, "the device ", device, " cannot be used: ", no_device_reason(error));
+  check(error == cudaSuccess && count > 0, "the device ", device,
+        " cannot be used: ", no_device_reason(error));
   check(device_id < count, "the device ", device, " does not exist; this machine has ", count, " GPU(s)");
   const std::string reason = reason_against(device_id);
   check(reason.empty(), "the device ", device, " cannot be used: ", reason);
@@ -120,9 +124,11 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
   reserve_moe();
   reserve_attention();
   reserve_sample();
-  // Index arrays: seven of a step's tokens, the tiles of attention, the block tables; grown where that is too little.
+  // Index arrays: seven of a step's tokens, the tiles of attention, the block tables; grown where that is too
+  // little.
   const size_t tokens = static_cast<size_t>(limits.max_step_tokens);
-  const size_t tables = std::min<size_t>(static_cast<size_t>(limits.max_num_seqs * limits.num_blocks), size_t{1} << 20);
+  const size_t tables =
+      std::min<size_t>(static_cast<size_t>(limits.max_num_seqs * limits.num_blocks), size_t{1} << 20);
   size_t bytes = workspace_.bytes();
   for (Step& step : steps_) {
     step.arrays.begin(tokens * 24 + static_cast<size_t>(limits.max_num_seqs) * 12 + tables * 4 + tokens * 32);
@@ -138,8 +144,8 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
 
 StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   check(is_reserved_, "begin_step() needs reserve() first");
-  check(host.num_tokens <= limits_.max_step_tokens, "a step of ", host.num_tokens, " tokens is larger than the ",
-        limits_.max_step_tokens, " reserved");
+  check(host.num_tokens <= limits_.max_step_tokens, "a step of ", host.num_tokens,
+        " tokens is larger than the ", limits_.max_step_tokens, " reserved");
   Step& step = steps_[which];
   step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_);
   const int64_t tokens = host.num_tokens, seqs = host.num_seqs;

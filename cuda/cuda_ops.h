@@ -13,8 +13,8 @@ namespace rodin {
 // device: "cuda:N"; compute: "auto". Throws std::runtime_error with one sentence where that is not possible.
 std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute);
 
-// Appends the GPUs that can be used ("cuda:0", ..) and those that cannot, each with its reason. Without a driver:
-// one entry for cuda:0. Throws nothing.
+// Appends the GPUs that can be used ("cuda:0", ..) and those that cannot, each with its reason. Without a
+// driver: one entry for cuda:0. Throws nothing.
 void list_cuda_devices(std::vector<std::string>& usable,
                        std::vector<std::pair<std::string, std::string>>& unusable);
 

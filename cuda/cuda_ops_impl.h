@@ -1,7 +1,7 @@
-// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and upload().
-// Activations and the latent cache are bf16, sums float32. The class fills params structs; the arithmetic is in
-// the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights; cuda_linear.cc: linear layers and
-// MoE; cuda_attention.cc: MLA; cuda_sample.cc: sampling.
+// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and
+// upload(). Activations and the latent cache are bf16, sums float32. The class fills params structs; the
+// arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
+// cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_sample.cc: sampling.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -67,11 +67,12 @@ class CudaOps final : public Ops {
                    const Tensor& out1) override;
   void gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) override;
   void gather_rows(const Tensor& from, const int32_t* rows, const Tensor& to) override;
-  void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
-                      const StepIndex& index, const CacheLayer& cache) override;
+  void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                      const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
-  void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights) override;
+  void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+             const Tensor& expert_weights) override;
   void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
            const Tensor& out) override;
   void sample(const SampleArgs& args) override;
@@ -109,8 +110,8 @@ class CudaOps final : public Ops {
   void reserve_moe();
   void reserve_attention();
   void reserve_sample();
-  void moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
-                 const Tensor& out);
+  void moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                 const Tensor& expert_weights, const Tensor& out);
   // The host-side rest of sample(): rows that ask for more likeliest tokens than the GPU selects.
   void select_on_host(const SampleArgs& args, int64_t row, double lse);
   template <class T>
@@ -127,15 +128,15 @@ class CudaOps final : public Ops {
   std::deque<WeightView> views_;  // Weight::packed points at these
   std::deque<PlacedMoe> moes_;
   std::deque<PlacedMla> mlas_;
-  std::unique_ptr<Uploader> uploader_;  // while something is being placed
+  std::unique_ptr<Uploader> uploader_;    // while something is being placed
   std::deque<std::vector<char>> tables_;  // host copies that the uploader reads
   std::vector<PendingWiden> widens_;
   std::vector<PendingTranspose> transposes_;
   const float* one_ = nullptr;  // [1] 1.0f: the scale of FP8 matrices without one
 
   DeviceArena workspace_;
-  Step steps_[2];              // [2] decoder layers, MTP module
-  StepArrays gathers_[4];      // [4] used in turn
+  Step steps_[2];          // [2] decoder layers, MTP module
+  StepArrays gathers_[4];  // [4] used in turn
   int next_gather_ = 0;
 
   // MoE, for up to moe_tokens_ tokens at a time.
@@ -151,20 +152,20 @@ class CudaOps final : public Ops {
   int64_t attention_tokens_ = 0;  // most tokens of a chunk
   int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
   int64_t latent_stride_ = 0;
-  void* q_latent_ = nullptr;      // bf16 [attention_tokens, A, latent_stride]
-  void* out_latent_ = nullptr;    // the same
-  float* partial_ = nullptr;      // [partial_rows, lora_rank]
-  float* partial_ml_ = nullptr;   // [partial_rows, 2]
+  void* q_latent_ = nullptr;     // bf16 [attention_tokens, A, latent_stride]
+  void* out_latent_ = nullptr;   // the same
+  float* partial_ = nullptr;     // [partial_rows, lora_rank]
+  float* partial_ml_ = nullptr;  // [partial_rows, 2]
 
   // Sampling.
   StepArrays sample_arrays_;
-  float* adjusted_ = nullptr;                  // [max_logit_rows, V]
-  SampleChunk* sample_chunks_ = nullptr;       // [max_logit_rows, num_chunks]
-  SampleNoiseChunk* noise_chunks_ = nullptr;   // [max_logit_rows, num_chunks]
-  SampleOutcome* outcomes_ = nullptr;          // [max_logit_rows], then the likeliest tokens
-  int32_t* top_ids_ = nullptr;                 // [max_logit_rows * kSampleMaxTop]
-  float* top_logprobs_ = nullptr;              // [max_logit_rows * kSampleMaxTop]
-  SampleOutcome* host_outcomes_ = nullptr;     // pinned [max_logit_rows]
+  float* adjusted_ = nullptr;                 // [max_logit_rows, V]
+  SampleChunk* sample_chunks_ = nullptr;      // [max_logit_rows, num_chunks]
+  SampleNoiseChunk* noise_chunks_ = nullptr;  // [max_logit_rows, num_chunks]
+  SampleOutcome* outcomes_ = nullptr;         // [max_logit_rows], then the likeliest tokens
+  int32_t* top_ids_ = nullptr;                // [max_logit_rows * kSampleMaxTop]
+  float* top_logprobs_ = nullptr;             // [max_logit_rows * kSampleMaxTop]
+  SampleOutcome* host_outcomes_ = nullptr;    // pinned [max_logit_rows]
 };
 
 // The placed form of a weight; throws for one that place() has not seen.

@@ -17,7 +17,8 @@ int64_t padded_row_bytes(int64_t cols, Dtype dtype) { return (cols + 15) / 16 * 
 }  // namespace
 
 const WeightView& view_of(const Weight& weight) {
-  check(weight.packed != nullptr, "a weight of shape [", weight.rows, ", ", weight.cols, "] was not placed on the GPU");
+  check(weight.packed != nullptr, "a weight of shape [", weight.rows, ", ", weight.cols,
+        "] was not placed on the GPU");
   return *static_cast<const WeightView*>(weight.packed);
 }
 
@@ -50,8 +51,8 @@ const T* CudaOps::upload_table(const std::vector<T>& table) {
 }
 
 void CudaOps::place(Weight& weight) {
-  check(weight.rows <= kNoLimit && weight.cols <= kNoLimit, "a weight of shape [", weight.rows, ", ", weight.cols,
-        "] is too large for the GPU backend");
+  check(weight.rows <= kNoLimit && weight.cols <= kNoLimit, "a weight of shape [", weight.rows, ", ",
+        weight.cols, "] is too large for the GPU backend");
   WeightView& view = views_.emplace_back();
   view.rows = static_cast<int32_t>(weight.rows);
   view.cols = static_cast<int32_t>(weight.cols);
@@ -69,11 +70,13 @@ void CudaOps::place(Weight& weight) {
       if (!one_) one_ = upload_table(std::vector<float>{1.0f});
       view.scale = one_;
     }
-    view.block_rows = has_scale ? static_cast<int32_t>(std::min<int64_t>(weight.block_rows, kNoLimit)) : kNoLimit;
+    view.block_rows =
+        has_scale ? static_cast<int32_t>(std::min<int64_t>(weight.block_rows, kNoLimit)) : kNoLimit;
     view.scale_cols = static_cast<int32_t>(scale_cols);
     view.blocks_per_scale = is_single ? kNoLimit : static_cast<int32_t>(weight.block_cols / kBlockK);
     if (!is_single && weight.block_cols % kBlockK != 0) {
-      // The kernels change the scale at multiples of kBlockK only: such a matrix becomes bf16, scales applied.
+      // The kernels change the scale at multiples of kBlockK only: such a matrix becomes bf16, scales
+      // applied.
       const int64_t row_bytes = view.row_bytes;
       void* raw = device_alloc(static_cast<size_t>(row_bytes * weight.rows));
       uploader().copy(raw, row_bytes, weight.data, weight.cols, weight.rows);
@@ -94,7 +97,8 @@ void CudaOps::place(Weight& weight) {
     }
   }
   if (!view.data) {
-    view.data = upload_rows(weight.data, weight.cols * dtype_bytes(weight.dtype), view.row_bytes, weight.rows);
+    view.data =
+        upload_rows(weight.data, weight.cols * dtype_bytes(weight.dtype), view.row_bytes, weight.rows);
   }
   weight.data = view.data;
   weight.scale = view.scale;
@@ -114,7 +118,8 @@ void CudaOps::place(MoeWeights& moe) {
   placed.gate_dtype = gate[0].dtype;
   placed.down_dtype = down[0].dtype;
   for (size_t e = 0; e < gate.size(); ++e) {
-    check(gate[e].dtype == placed.gate_dtype && up[e].dtype == placed.gate_dtype && down[e].dtype == placed.down_dtype,
+    check(gate[e].dtype == placed.gate_dtype && up[e].dtype == placed.gate_dtype &&
+              down[e].dtype == placed.down_dtype,
           "the routed experts of a layer have weights of different dtypes (expert ", e,
           "), which the GPU backend does not take; use --device cpu");
   }
@@ -122,8 +127,8 @@ void CudaOps::place(MoeWeights& moe) {
     const WeightView& shared_gate = view_of(moe.shared.gate);
     const WeightView& shared_up = view_of(moe.shared.up);
     const WeightView& shared_down = view_of(moe.shared.down);
-    placed.is_shared_grouped = shared_gate.dtype == placed.gate_dtype && shared_up.dtype == placed.gate_dtype &&
-                               shared_down.dtype == placed.down_dtype;
+    placed.is_shared_grouped = shared_gate.dtype == placed.gate_dtype &&
+                               shared_up.dtype == placed.gate_dtype && shared_down.dtype == placed.down_dtype;
     gate.push_back(shared_gate);
     up.push_back(shared_up);
     down.push_back(shared_down);
@@ -134,8 +139,8 @@ void CudaOps::place(MoeWeights& moe) {
   moe.packed = &placed;
 }
 
-// W_UK of head h, transposed to [lora_rank, nope_dim], so that the absorbed query is a linear layer. It stays FP8
-// where its scales change at multiples of kBlockK of nope_dim, and is widened to bf16 elsewhere.
+// W_UK of head h, transposed to [lora_rank, nope_dim], so that the absorbed query is a linear layer. It stays
+// FP8 where its scales change at multiples of kBlockK of nope_dim, and is widened to bf16 elsewhere.
 void CudaOps::place(MlaWeights& mla) {
   Ops::place(mla);
   const MlaShape& shape = mla.shape;
@@ -159,8 +164,8 @@ void CudaOps::place(MlaWeights& mla) {
   if (kv_b.dtype == Dtype::kF8E4M3) {
     for (int64_t h = 0; h < shape.num_heads; ++h) {
       const int64_t first = h * params.head_rows;
-      for (int64_t row = first / kv_b.block_rows * kv_b.block_rows + kv_b.block_rows; row < first + shape.nope_dim;
-           row += kv_b.block_rows) {
+      for (int64_t row = first / kv_b.block_rows * kv_b.block_rows + kv_b.block_rows;
+           row < first + shape.nope_dim; row += kv_b.block_rows) {
         if ((row - first) % kBlockK != 0) pending.is_widened = true;
       }
     }

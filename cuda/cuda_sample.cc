@@ -18,7 +18,8 @@ void CudaOps::reserve_sample() {
   outcomes_ = workspace<SampleOutcome>(rows);
   top_ids_ = workspace<int32_t>(rows * kSampleMaxTop);
   top_logprobs_ = workspace<float>(rows * kSampleMaxTop);
-  host_outcomes_ = static_cast<SampleOutcome*>(pinned_alloc(static_cast<size_t>(rows) * sizeof(SampleOutcome)));
+  host_outcomes_ =
+      static_cast<SampleOutcome*>(pinned_alloc(static_cast<size_t>(rows) * sizeof(SampleOutcome)));
   sample_arrays_.begin(static_cast<size_t>(rows) * sizeof(SampleRow) + (size_t{64} << 10));
 }
 
@@ -97,13 +98,15 @@ void CudaOps::sample(const SampleArgs& args) {
   sample_arrays_.flush(stream_);
   run_sample(params, stream_);
 
-  RODIN_CUDA(cudaMemcpyAsync(host_outcomes_, outcomes_, count * sizeof(SampleOutcome), cudaMemcpyDeviceToHost, stream_));
-  std::vector<int32_t> ids(static_cast<size_t>(num_device_top));   // [num_device_top]
+  RODIN_CUDA(cudaMemcpyAsync(host_outcomes_, outcomes_, count * sizeof(SampleOutcome), cudaMemcpyDeviceToHost,
+                             stream_));
+  std::vector<int32_t> ids(static_cast<size_t>(num_device_top));     // [num_device_top]
   std::vector<float> logprobs(static_cast<size_t>(num_device_top));  // [num_device_top]
   if (num_device_top > 0) {
-    RODIN_CUDA(cudaMemcpyAsync(ids.data(), top_ids_, ids.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_));
-    RODIN_CUDA(cudaMemcpyAsync(logprobs.data(), top_logprobs_, logprobs.size() * sizeof(float), cudaMemcpyDeviceToHost,
-                               stream_));
+    RODIN_CUDA(
+        cudaMemcpyAsync(ids.data(), top_ids_, ids.size() * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_));
+    RODIN_CUDA(cudaMemcpyAsync(logprobs.data(), top_logprobs_, logprobs.size() * sizeof(float),
+                               cudaMemcpyDeviceToHost, stream_));
   }
   RODIN_CUDA(cudaStreamSynchronize(stream_));
 

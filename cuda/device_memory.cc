@@ -14,8 +14,8 @@ void* device_alloc(size_t bytes) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     RODIN_CUDA(cudaMemGetInfo(&free, &total));
-    fail("the GPU is out of memory: ", bytes >> 20, " MiB were asked for and ", free >> 20, " of ", total >> 20,
-         " MiB are free; lower the cache memory, the step size or the number of sequences");
+    fail("the GPU is out of memory: ", bytes >> 20, " MiB were asked for and ", free >> 20, " of ",
+         total >> 20, " MiB are free; lower the cache memory, the step size or the number of sequences");
   }
   RODIN_CUDA(error, " of ", bytes, " bytes");
   return data;

@@ -1,4 +1,5 @@
-// Device memory for weights, cut from large slabs, and the per-step arrays that travel from the host in one copy.
+// Device memory for weights, cut from large slabs, and the per-step arrays that travel from the host in one
+// copy.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,8 +38,8 @@ class DeviceArena {
   size_t bytes_ = 0;  // of all slabs
 };
 
-// A pinned buffer and its twin on the device. begin(), add() .., flush(): one asynchronous copy. Grows where a step
-// needs more than was foreseen; that is the only allocation that can happen in a step.
+// A pinned buffer and its twin on the device. begin(), add() .., flush(): one asynchronous copy. Grows where
+// a step needs more than was foreseen; that is the only allocation that can happen in a step.
 class StepArrays {
  public:
   StepArrays() = default;
@@ -46,8 +47,8 @@ class StepArrays {
   StepArrays(const StepArrays&) = delete;
   StepArrays& operator=(const StepArrays&) = delete;
 
-  // Waits until the last copy has read the pinned buffer; then there is room for `bytes` in all, where each add()
-  // takes up to 15 bytes more than its array.
+  // Waits until the last copy has read the pinned buffer; then there is room for `bytes` in all, where each
+  // add() takes up to 15 bytes more than its array.
   void begin(size_t bytes);
   // Where the array will be on the device after flush().
   template <class T>

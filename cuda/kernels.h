@@ -25,9 +25,9 @@ struct WeightView {
   const float* scale = nullptr;  // [ceil(rows / block_rows), scale_cols]; FP8 only
   const float* bias = nullptr;   // [rows] or null
   int64_t row_bytes = 0;
-  int32_t rows = 0;             // N
-  int32_t cols = 0;             // K
-  int32_t block_rows = 1;       // rows that share a scale
+  int32_t rows = 0;              // N
+  int32_t cols = 0;              // K
+  int32_t block_rows = 1;        // rows that share a scale
   int32_t blocks_per_scale = 1;  // blocks of kBlockK inputs that share a scale
   int32_t scale_cols = 0;
   Dtype dtype = Dtype::kBF16;
@@ -61,10 +61,12 @@ struct MoePlan {
 // - plain:   weight[0], io[0]
 // - pair:    two of them with the same x and K: weight[i], io[i]
 // - gated:   out = silu(x weight[0]^T) * (x weight[1]^T)
-// - batched: for z < num_batches, `batch_rows` rows of weight[0] from z * weight_batch + weight_offset on, x and
+// - batched: for z < num_batches, `batch_rows` rows of weight[0] from z * weight_batch + weight_offset on, x
+// and
 //            out moved by z * x_batch and z * out_batch elements
 // - grouped (table[0] set): the tiles of a MoePlan over table[0][expert] (gated: and table[1][expert]);
-//            row a of x and out is slot a (x: a / x_divisor) in io[0], or token a in io[1] for the shared expert
+//            row a of x and out is slot a (x: a / x_divisor) in io[0], or token a in io[1] for the shared
+//            expert
 struct LinearParams {
   WeightView weight[2];
   LinearIo io[2];
@@ -149,7 +151,7 @@ void run_widen(const WidenParams& params, cudaStream_t stream);
 
 // W_UK of every head, transposed: to[h * lora_rank + c][n] = from[h * head_rows + n][c], padding zeroed.
 struct TransposeParams {
-  WeightView from;    // [A * head_rows, lora_rank]
+  WeightView from;     // [A * head_rows, lora_rank]
   void* to = nullptr;  // [A * lora_rank, to_row_bytes], same dtype
   int64_t to_row_bytes = 0;
   int32_t num_heads = 0;
@@ -203,8 +205,8 @@ constexpr int kMlaKeyBlock = 64;
 constexpr int kMlaMaxLatent = 576;  // lora_rank + rope_dim, rounded up to 64
 constexpr int kMlaMaxLora = 512;
 
-// Consecutive (token, head) rows of one sequence that are worked on together: rows row_begin .. + num_rows - 1
-// of the flattened [q_len, A]. All of them have the same split size.
+// Consecutive (token, head) rows of one sequence that are worked on together: rows row_begin .. + num_rows -
+// 1 of the flattened [q_len, A]. All of them have the same split size.
 struct MlaTile {
   int32_t seq;
   int32_t row_begin;
@@ -237,7 +239,7 @@ struct MlaParams {
   const int32_t* block_table = nullptr;
   const MlaTile* tiles = nullptr;  // [num_tiles]
   int32_t num_tiles = 0;
-  int32_t max_splits = 0;  // of this chunk
+  int32_t max_splits = 0;   // of this chunk
   int32_t first_token = 0;  // of this chunk
   int32_t num_tokens = 0;   // of this chunk
   int32_t first_position = 0;
@@ -246,7 +248,7 @@ struct MlaParams {
   int32_t nope_dim = 0;
   int32_t rope_dim = 0;
   int32_t lora_rank = 0;
-  int32_t row_tiles = 1;    // 16-row tiles of an MlaTile: 1, 2 or 4
+  int32_t row_tiles = 1;  // 16-row tiles of an MlaTile: 1, 2 or 4
   float softmax_scale = 0;
   float* partial = nullptr;     // [chunk tokens * A, max_splits, lora_rank] not normalised
   float* partial_ml = nullptr;  // [chunk tokens * A, max_splits, 2] running maximum (base 2) and sum
@@ -286,9 +288,9 @@ int32_t moe_max_tiles(const MoePlanParams& params);
 void run_moe_plan(const MoePlanParams& params, cudaStream_t stream);
 
 struct MoeCombineParams {
-  const void* routed = nullptr;  // bf16 [T * k, H]
-  const void* shared = nullptr;  // bf16 [T, H] or null
-  int64_t stride = 0;            // of both
+  const void* routed = nullptr;           // bf16 [T * k, H]
+  const void* shared = nullptr;           // bf16 [T, H] or null
+  int64_t stride = 0;                     // of both
   const float* expert_weights = nullptr;  // [T, weights_stride]
   int64_t weights_stride = 0;
   void* out = nullptr;  // bf16 [T, H]
@@ -301,8 +303,8 @@ void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream);
 
 // ---- sample.cu, sample_finish.cu ------------------------------------------------------------------------
 
-constexpr int kSampleChunk = 4096;      // logits per block of the scanning kernels
-constexpr int kSampleMaxTop = 1024;     // most likeliest tokens the GPU selects for a row
+constexpr int kSampleChunk = 4096;   // logits per block of the scanning kernels
+constexpr int kSampleMaxTop = 1024;  // most likeliest tokens the GPU selects for a row
 
 // Everything about one sampled row.
 struct SampleRow {
@@ -348,8 +350,8 @@ struct SampleNoiseChunk {
 };
 
 struct SampleParams {
-  const float* logits = nullptr;   // [R, V]
-  float* adjusted = nullptr;       // [R, V] rows with bias, history or mask
+  const float* logits = nullptr;    // [R, V]
+  float* adjusted = nullptr;        // [R, V] rows with bias, history or mask
   const SampleRow* rows = nullptr;  // [R]
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
@@ -358,7 +360,7 @@ struct SampleParams {
   const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
-  SampleOutcome* results = nullptr;           // [R]
+  SampleOutcome* results = nullptr;          // [R]
   int32_t* top_ids = nullptr;                // [top_start of the end]
   float* top_logprobs = nullptr;
   int32_t num_rows = 0;    // R
@@ -366,7 +368,8 @@ struct SampleParams {
   int32_t num_chunks = 0;  // ceil(V / kSampleChunk)
   bool has_adjusted = false;
 };
-void run_sample(const SampleParams& params, cudaStream_t stream);         // all but the next
-void run_sample_finish(const SampleParams& params, cudaStream_t stream);  // results, filters, likeliest tokens
+void run_sample(const SampleParams& params, cudaStream_t stream);  // all but the next
+void run_sample_finish(const SampleParams& params,
+                       cudaStream_t stream);  // results, filters, likeliest tokens
 
 }  // namespace rodin::cuda

@@ -3,7 +3,9 @@
 
 namespace rodin::cuda {
 
-void run_linear_bf16(const LinearParams& params, cudaStream_t stream) { LinearLauncher<WeightBF16>::run(params, stream); }
+void run_linear_bf16(const LinearParams& params, cudaStream_t stream) {
+  LinearLauncher<WeightBF16>::run(params, stream);
+}
 
 void prepare_linear_bf16() { LinearLauncher<WeightBF16>::prepare(); }
 

@@ -3,7 +3,9 @@
 
 namespace rodin::cuda {
 
-void run_linear_f16(const LinearParams& params, cudaStream_t stream) { LinearLauncher<WeightF16>::run(params, stream); }
+void run_linear_f16(const LinearParams& params, cudaStream_t stream) {
+  LinearLauncher<WeightF16>::run(params, stream);
+}
 
 void prepare_linear_f16() { LinearLauncher<WeightF16>::prepare(); }
 

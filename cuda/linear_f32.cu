@@ -3,7 +3,9 @@
 
 namespace rodin::cuda {
 
-void run_linear_f32(const LinearParams& params, cudaStream_t stream) { LinearLauncher<WeightF32>::run(params, stream); }
+void run_linear_f32(const LinearParams& params, cudaStream_t stream) {
+  LinearLauncher<WeightF32>::run(params, stream);
+}
 
 void prepare_linear_f32() { LinearLauncher<WeightF32>::prepare(); }
 

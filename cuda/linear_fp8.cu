@@ -3,7 +3,9 @@
 
 namespace rodin::cuda {
 
-void run_linear_fp8(const LinearParams& params, cudaStream_t stream) { LinearLauncher<WeightF8>::run(params, stream); }
+void run_linear_fp8(const LinearParams& params, cudaStream_t stream) {
+  LinearLauncher<WeightF8>::run(params, stream);
+}
 
 void prepare_linear_fp8() { LinearLauncher<WeightF8>::prepare(); }
 

@@ -7,7 +7,7 @@
 
 namespace rodin::cuda {
 
-constexpr int64_t kEnoughBlocks = 528;  // four for each of 132 multiprocessors
+constexpr int64_t kEnoughWarps = 132 * 16;  // of linear_narrow, to keep enough loads in flight
 
 template <class W>
 class LinearLauncher {
@@ -21,7 +21,7 @@ class LinearLauncher {
     } else if (tile == 16 && W::kParts == 1) {
       p.is_gated ? narrow<2, 2, true>(p, stream) : narrow<2, 1, false>(p, stream);
     } else {
-      p.is_gated ? narrow<4, 2, true>(p, stream) : narrow<4, 2, false>(p, stream);
+      p.is_gated ? narrow<4, 2, true>(p, stream) : narrow<4, 1, false>(p, stream);
     }
   }
 
@@ -29,24 +29,32 @@ class LinearLauncher {
     prepare_narrow<1, 2, true>();
     prepare_narrow<1, 1, false>();
     prepare_narrow<4, 2, true>();
-    prepare_narrow<4, 2, false>();
+    prepare_narrow<4, 1, false>();
     if constexpr (W::kParts == 1) {
       prepare_narrow<2, 2, true>();
       prepare_narrow<2, 1, false>();
     }
-    raise_limit(linear_wide<W, true>, kWideSharedBytes);
-    raise_limit(linear_wide<W, false>, kWideSharedBytes);
+    raise_limit(linear_wide<W, true>, WideStages<W>::kBytes);
+    raise_limit(linear_wide<W, false>, WideStages<W>::kBytes);
   }
 
  private:
   template <class Kernel>
   static void raise_limit(Kernel* kernel, int bytes) {
-    RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ", bytes);
+    RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ",
+               bytes);
   }
 
   template <int NT, int MT, bool kGated>
   static void prepare_narrow() {
     raise_limit(linear_narrow<W, NT, MT, 8, kGated>, narrow_shared_bytes<NT, MT, 8>());
+    if constexpr (W::kParts == 1 && !kGated && NT < 4) {
+      raise_limit(linear_narrow<W, NT, MT, 16, kGated>, narrow_shared_bytes<NT, MT, 16>());
+    }
+    if constexpr (W::kParts == 1) {
+      raise_limit(linear_narrow<W, NT, MT, 4, kGated>, narrow_shared_bytes<NT, MT, 4>());
+      raise_limit(linear_narrow<W, NT, MT, 2, kGated>, narrow_shared_bytes<NT, MT, 2>());
+    }
   }
 
   static dim3 grid(const LinearParams& p, int rows_per_block, int tile_tokens) {
@@ -61,24 +69,42 @@ class LinearLauncher {
   template <int NT, int MT, bool kGated>
   static void narrow(const LinearParams& p, cudaStream_t stream) {
     if constexpr (NT != 2 || W::kParts == 1) {
-      constexpr int kRows = kGated ? 16 : 16 * MT;
-      constexpr int kThreads = 32 * kNarrowWarps;
-      // Warps that work alone need no barriers; teams are for shapes with too few rows to fill the GPU.
-      const dim3 alone = grid(p, kRows * kNarrowWarps, 8 * NT);
-      if (p.max_cols <= kBlockK || int64_t{alone.x} * alone.y * alone.z >= kEnoughBlocks) {
-        linear_narrow<W, NT, MT, 1, kGated><<<alone, kThreads, 0, stream>>>(p);
+      // Teams as small as keeps the GPU busy: warps that work alone need no barriers.
+      const dim3 alone = grid(p, kGated ? 16 : 16 * MT, 8 * NT);
+      const int64_t num_tiles = int64_t{alone.x} * alone.y * alone.z;
+      const int64_t num_blocks = ceil_div(p.max_cols, kBlockK);
+      int team = 1;
+      const int most = W::kParts == 1 && !kGated && NT < 4 ? 16 : 8;
+      while (team < most && team < num_blocks && num_tiles * team < kEnoughWarps) team *= 2;
+      if (W::kParts > 1 && team > 1) team = 8;
+      if (team == 16) {
+        launch_narrow<NT, MT, 16, kGated>(p, stream);
+      } else if (team == 8) {
+        launch_narrow<NT, MT, 8, kGated>(p, stream);
+      } else if (team == 4) {
+        launch_narrow<NT, MT, 4, kGated>(p, stream);
+      } else if (team == 2) {
+        launch_narrow<NT, MT, 2, kGated>(p, stream);
       } else {
-        linear_narrow<W, NT, MT, 8, kGated>
-            <<<grid(p, kRows, 8 * NT), kThreads, narrow_shared_bytes<NT, MT, 8>(), stream>>>(p);
+        launch_narrow<NT, MT, 1, kGated>(p, stream);
       }
       RODIN_CHECK_LAUNCH("linear_narrow");
+    }
+  }
+
+  template <int NT, int MT, int KW, bool kGated>
+  static void launch_narrow(const LinearParams& p, cudaStream_t stream) {
+    if constexpr (KW == 16 ? W::kParts == 1 && !kGated && NT < 4 : KW == 1 || KW == 8 || W::kParts == 1) {
+      constexpr int kRows = (kGated ? 16 : 16 * MT) * narrow_warps(KW) / KW;
+      linear_narrow<W, NT, MT, KW, kGated>
+          <<<grid(p, kRows, 8 * NT), 32 * narrow_warps(KW), narrow_shared_bytes<NT, MT, KW>(), stream>>>(p);
     }
   }
 
   template <bool kGated>
   static void wide(const LinearParams& p, cudaStream_t stream) {
     linear_wide<W, kGated>
-        <<<grid(p, kGated ? 64 : 128, kWideTokens), kWideThreads, kWideSharedBytes, stream>>>(p);
+        <<<grid(p, kGated ? 64 : 128, kWideTokens), kWideThreads, WideStages<W>::kBytes, stream>>>(p);
     RODIN_CHECK_LAUNCH("linear_wide");
   }
 };

@@ -1,15 +1,15 @@
-// Linear layers: out[m][n] = sum_k x[m][k] w[n][k], x bf16, w of any dtype, sums float32. What the kernels share:
-// weight fragments, the block's work, the output.
+// Linear layers: out[m][n] = sum_k x[m][k] w[n][k], x bf16, w of any dtype, sums float32. What the kernels
+// share: weight fragments, the block's work, the output.
 //
-// Both kernels (linear_narrow.cuh, linear_wide.cuh) put the weights on the 16-row side of mma.m16n8k16 and the
-// tokens on its 8-column side, widen the weights in registers (FP8 to bf16 exactly; F16 and F32 as two and three
-// bf16 parts that add up to them), sum each block of kBlockK inputs in the tensor core and add the blocks in
-// rising order: total = fma(scale, block sum, total). Hence both give a token the same bits, whatever the number
-// of tokens.
+// Both kernels (linear_narrow.cuh, linear_wide.cuh) put the weights on the 16-row side of mma.m16n8k16 and
+// the tokens on its 8-column side, widen the weights in registers (FP8 to bf16 exactly; F16 and F32 as two
+// and three bf16 parts that add up to them), sum each block of kBlockK inputs in the tensor core and add the
+// blocks in rising order: total = fma(scale, block sum, total). Hence both give a token the same bits,
+// whatever the number of tokens.
 //
 // K permutation: a lane (g = lane / 4, t = lane % 4) loads the 16 consecutive inputs 16 t .. of each 64 for
-// weight rows g and g + 8 and for token g, as whole 16-byte words, and feeds them to four k16 steps. The tensor
-// core only needs both operands in the same order.
+// weight rows g and g + 8 and for token g, as whole 16-byte words, and feeds them to four k16 steps. The
+// tensor core only needs both operands in the same order.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -101,8 +101,14 @@ __device__ __forceinline__ void load_fragment(typename W::Fragment& f, const cha
 }
 
 // Inputs k .. k + 15 of one token as bf16 pairs, zeros behind `cols` and where there is no token.
-__device__ __forceinline__ void load_inputs(uint32_t (&x)[8], const bf16* row, int k, int cols, bool is_aligned) {
-  if (row != nullptr && k + 16 <= cols && is_aligned) {
+__device__ __forceinline__ void load_inputs(uint32_t (&x)[8], const bf16* row, int k, int cols,
+                                            bool is_aligned) {
+  if (row == nullptr || k >= cols) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = 0;
+    return;
+  }
+  if (k + 16 <= cols && is_aligned) {
     const uint4 a = __ldg(reinterpret_cast<const uint4*>(row + k));
     const uint4 b = __ldg(reinterpret_cast<const uint4*>(row + k) + 1);
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
@@ -113,8 +119,8 @@ __device__ __forceinline__ void load_inputs(uint32_t (&x)[8], const bf16* row, i
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     uint32_t low = 0, high = 0;
-    if (row != nullptr && k + 2 * i < cols) low = bits[k + 2 * i];
-    if (row != nullptr && k + 2 * i + 1 < cols) high = bits[k + 2 * i + 1];
+    if (k + 2 * i < cols) low = bits[k + 2 * i];
+    if (k + 2 * i + 1 < cols) high = bits[k + 2 * i + 1];
     x[i] = low | (high << 16);
   }
 }
@@ -135,10 +141,14 @@ struct LinearWork {
   int count;
   int x_divisor;
 
+  // The row of x that token i of the tile reads, -1 where there is none.
+  __device__ int32_t x_index(int i) const {
+    if (i >= count) return -1;
+    return (order ? order[first + i] : first + i) / x_divisor;
+  }
   __device__ const bf16* x_row(int i) const {
-    if (i >= count) return nullptr;
-    const int a = order ? order[first + i] : first + i;
-    return x + a / x_divisor * x_stride;
+    const int32_t index = x_index(i);
+    return index < 0 ? nullptr : x + index * x_stride;
   }
   __device__ int64_t out_row(int i) const { return (order ? order[first + i] : first + i) * out_stride; }
 };
@@ -183,20 +193,28 @@ __device__ __forceinline__ bool find_work(const LinearParams& p, int tile_tokens
   return true;
 }
 
-__device__ __forceinline__ const char* weight_row(const WeightView& w, int64_t row_offset, int row, int rows) {
+__device__ __forceinline__ const char* weight_row(const WeightView& w, int64_t row_offset, int row,
+                                                  int rows) {
   if (row >= rows) return nullptr;
   return static_cast<const char*>(w.data) + (row_offset + row) * w.row_bytes;
 }
 
 // Scales of one row; null for a row that does not exist.
-__device__ __forceinline__ const float* scale_row(const WeightView& w, int64_t row_offset, int row, int rows) {
+__device__ __forceinline__ const float* scale_row(const WeightView& w, int64_t row_offset, int row,
+                                                  int rows) {
   if (row >= rows) return nullptr;
-  return w.scale + (row_offset + row) / w.block_rows * w.scale_cols;
+  return w.scale + static_cast<int>(row_offset + row) / w.block_rows * w.scale_cols;
+}
+
+// The scale of a block of inputs; 0 for a row that does not exist.
+__device__ __forceinline__ float scale_at(const float* scales, int block, int blocks_per_scale) {
+  if (scales == nullptr) return 0.0f;
+  return __ldg(scales + (blocks_per_scale == 1 ? block : block / blocks_per_scale));
 }
 
 template <class W>
-__device__ __forceinline__ float add_block(float total, float sum, const float* scales, int scale_index) {
-  if constexpr (W::kHasScale) return fmaf(scales ? __ldg(scales + scale_index) : 0.0f, sum, total);
+__device__ __forceinline__ float add_block(float total, float sum, float scale) {
+  if constexpr (W::kHasScale) return fmaf(scale, sum, total);
   return total + sum;
 }
 
@@ -204,8 +222,8 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // Adds the bias, joins gate and up, and writes one output; nothing for a token or row that does not exist.
 template <bool kGated>
-__device__ __forceinline__ void store_output(const LinearParams& p, const LinearWork& work, int token, int row,
-                                             float value, float up) {
+__device__ __forceinline__ void store_output(const LinearParams& p, const LinearWork& work, int token,
+                                             int row, float value, float up) {
   if (token >= work.count || row >= work.rows) return;
   if (work.weight->bias) value += work.weight->bias[work.row_offset + row];
   if constexpr (kGated) {

@@ -1,91 +1,33 @@
-// Absorbed latent attention over the paged cache: for each (token, head) row with query q = [q_nope W_UK | q_rope]
+// Absorbed latent attention over the paged cache: for each (token, head) row with query q = [q_nope W_UK |
+// q_rope]
 //   s_p = softmax_scale * q . latent(p),  o = sum_p softmax(s)_p latent(p)[:lora_rank]
 // for decode and prefill alike, split over the keys; linear layers before and after apply W_UK and W_UV.
 //
-// mla_kernel: grid (tiles, splits), 8 warps. A block holds 16 R rows (R = row_tiles) of one sequence and walks one
-// split in key blocks of 64, which arrive through two swizzled shared memory buffers by asynchronous copies.
-//   scores  warp w: rows 16 (w % R), keys in R tiles of 8; two chains (even and odd k16 steps) added at the end
-//   softmax online, base 2; the sum of a key block is the sum of its 8-key tiles in order
-//   values  warp w: the same rows, lora_rank columns in tiles of 8: tile w / R * 8 R on
-// Nothing of this depends on R, on the tile's other rows or on the chunk: a row gives the same bits in any batch.
+// mla_kernel: grid (tiles, splits), 8 warps, or 16 for R = 1. A block holds 16 R rows (R = row_tiles) of one
+// sequence and walks one split in key blocks of 64, which pass through two swizzled shared memory buffers by
+// asynchronous copies, one block ahead.
+// - scores: warp w takes rows 16 (w % R) and R tiles of 8 keys, in two chains (even and odd k16 steps) that
+// are
+//   added at the end. With 16 warps each chain has a warp of its own.
+// - softmax: online, base 2. The sum of a key block is the sum of its 8-key tiles in order.
+// - values: warp w takes the same rows and 64 R (16 warps: 32) of the lora_rank columns.
+// Nothing of this depends on R, on the tile's other rows or on the chunk: a row gives the same bits in any
+// batch.
+//
 // mla_combine_kernel: a block for each row adds its splits in order. Split sizes: mla_split_shift.
-#include "cuda/common.cuh"
+#include "cuda/mla_tile.cuh"
 
 namespace rodin::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kKeys = kMlaKeyBlock;
-
-// Byte offset of 16-byte word `word` of row `row` in a tile of `words` words a row (a multiple of 8): within
-// each 8 words the place is rotated by the row, so that 8 rows of one word lie in 8 different bank groups.
-__device__ __forceinline__ uint32_t swizzled(int row, int word, int words) {
-  return static_cast<uint32_t>(row * words + (word ^ (row & 7))) * 16;
-}
-
-struct MlaShared {
-  uint32_t query, keys, weights;  // shared addresses
-  uint32_t key_bytes;             // of one of the two key buffers
-  float* row_max;                 // [16 R, kWarps] of the warps' key tiles
-  float* tile_sum;                // [16 R, 8] of the 8-key tiles
-  int* limit;                     // [16 R] last position that a row attends to, -1: no such row
-};
-
-constexpr int shared_bytes(int row_tiles, int padded) {
-  const int rows = 16 * row_tiles;
-  return rows * padded * 2 + 2 * kKeys * padded * 2 + rows * kKeys * 2 + rows * (8 / row_tiles) * 4 + rows * 8 * 4 +
-         rows * 4;
-}
-
-// Columns of a row in shared memory: a multiple of 64 elements, zeros behind the latent.
-__device__ __forceinline__ int padded_latent(const MlaParams& p) { return (p.lora_rank + p.rope_dim + 63) / 64 * 64; }
-
-// Brings key block `first .. first + 63` of the tile's sequence; zeros outside [first_position, max_position].
-__device__ __forceinline__ void bring_keys(const MlaParams& p, const MlaTile& tile, int first, uint32_t to,
-                                           int padded) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int words = padded / 8;
-  const int latent = p.lora_rank + p.rope_dim;
-  const int32_t* table = p.block_table + p.block_table_start[tile.seq];
-  // Lane i < 8 looks up the slot of this warp's i-th key.
-  int slot = -1;
-  if (lane < kKeys / kWarps) {
-    const int position = first + warp + kWarps * lane;
-    if (position >= p.first_position && position <= tile.max_position) {
-      slot = table[position / p.block_size] * p.block_size + position % p.block_size;
-    }
-  }
-  const bool is_aligned = latent % 8 == 0 && p.cache_stride % 8 == 0;
-#pragma unroll
-  for (int i = 0; i < kKeys / kWarps; ++i) {
-    const int key = warp + kWarps * i;
-    const int64_t key_slot = __shfl_sync(kAllLanes, slot, i);
-    const bf16* row = static_cast<const bf16*>(p.cache) + (key_slot < 0 ? 0 : key_slot) * p.cache_stride;
-    for (int word = lane; word < words; word += 32) {
-      const uint32_t at = to + swizzled(key, word, words);
-      if (is_aligned) {
-        const bool is_there = key_slot >= 0 && word * 8 < latent;
-        copy_async_16(at, is_there ? row + word * 8 : row, is_there);
-      } else {
-        uint16_t values[8];  // [8]
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          values[j] = key_slot >= 0 && word * 8 + j < latent ? reinterpret_cast<const uint16_t*>(row)[word * 8 + j] : 0;
-        }
-        const uint4 v = *reinterpret_cast<const uint4*>(values);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                     : "memory");
-      }
-    }
-  }
-}
-
 template <int R>
-__global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant__ MlaParams p) {
+__global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_constant__ MlaParams p) {
+  constexpr int kWarps = mla_warps(R);
   constexpr int kRows = 16 * R;
-  constexpr int kColumnWarps = kWarps / R;          // warps that share a row tile
-  constexpr int kValueTiles = kMlaMaxLora / 8 / kColumnWarps;  // 8-column tiles of a warp: 8 R
+  constexpr int kColumnWarps = kWarps / R;                 // warps that share a row tile
+  constexpr int kKeyWarps = 8 / R;                         // of which this many share the keys,
+  constexpr bool kHasOddWarps = kColumnWarps > kKeyWarps;  // and, if there are more, as many the odd chains
+  constexpr int kValueTiles = kMlaMaxLora / 8 / kColumnWarps;  // 8-column tiles of a warp
   extern __shared__ __align__(128) char shared[];
 
   const MlaTile tile = p.tiles[blockIdx.x];
@@ -98,6 +40,8 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
   const int row_tile = warp % R, column_warp = warp / R;
+  const int key_warp = column_warp % kKeyWarps;
+  const bool is_odd_warp = column_warp >= kKeyWarps;
 
   MlaShared s;
   s.query = shared_address(shared);
@@ -105,68 +49,98 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
   s.key_bytes = kKeys * padded * 2;
   s.weights = s.keys + 2 * s.key_bytes;
   s.row_max = reinterpret_cast<float*>(shared + (s.weights - s.query) + kRows * kKeys * 2);
-  s.tile_sum = s.row_max + kRows * kColumnWarps;
+  s.tile_sum = s.row_max + kRows * kKeyWarps;
   s.limit = reinterpret_cast<int*>(s.tile_sum + kRows * 8);
+  s.odd_scores = reinterpret_cast<float*>(s.limit + kRows);
 
-  bring_keys(p, tile, split_begin, s.keys, padded);
-  copy_async_commit();
+  const int latent = p.lora_rank + p.rope_dim;
+  KeyLoader<kWarps> loader = {p,
+                              p.block_table + p.block_table_start[tile.seq],
+                              tile.max_position,
+                              latent,
+                              words,
+                              latent % 8 == 0 && p.cache_stride % 8 == 0,
+                              -1};
+  const auto bring = [&](int first, int buffer) {
+    if (first < split_end) loader.bring(s.keys + buffer * s.key_bytes);
+    copy_async_commit();
+  };
+  loader.find_slots(split_begin);
+  bring(split_begin, 0);
+  loader.find_slots(split_begin + kKeys);
+  bring(split_begin + kKeys, 1);
 
-  // Queries: row r is row tile.row_begin + r of the sequence's [q_len, A].
   const int first_token = p.q_start[tile.seq];
-  for (int r = warp; r < kRows; r += kWarps) {
-    const bool is_there = r < tile.num_rows;
-    const int flat = tile.row_begin + (is_there ? r : 0);
-    const int64_t token = first_token + flat / p.num_heads;
-    const int head = flat % p.num_heads;
-    const bf16* latent = static_cast<const bf16*>(p.q_latent) +
-                         ((token - p.first_token) * p.num_heads + head) * p.q_latent_stride;
-    const bf16* rope =
-        static_cast<const bf16*>(p.q) + token * p.q_stride + head * (p.nope_dim + p.rope_dim) + p.nope_dim;
-    for (int c = lane; c < padded; c += 32) {
-      bf16 value = __float2bfloat16_rn(0.0f);
-      if (is_there && c < p.lora_rank) {
-        value = latent[c];
-      } else if (is_there && c < p.lora_rank + p.rope_dim) {
-        value = rope[c - p.lora_rank];
-      }
-      *reinterpret_cast<bf16*>(shared + swizzled(r, c / 8, words) + c % 8 * 2) = value;
-    }
-    if (lane == 0) s.limit[r] = is_there ? p.cache_positions[token] : -1;
-  }
+  load_queries<kRows, kWarps>(p, tile, first_token, shared, words, s.limit);
   __syncthreads();
   const int limits[2] = {s.limit[16 * row_tile + g], s.limit[16 * row_tile + g + 8]};
 
   const float scale = p.softmax_scale * 1.4426950408889634f;  // into base 2
-  const int num_steps = (p.lora_rank + p.rope_dim + 31) / 32 * 2;  // k16 steps of a score, even
   const int value_tiles = (p.lora_rank + 7) / 8;
   float out[kValueTiles][4] = {};  // [kValueTiles, 4]
   float row_max[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {0, 0};
 
-  // ldmatrix addresses: lane i gives row i % 8 of matrix i / 8.
+  // ldmatrix addresses: lane i gives row i % 8 of matrix i / 8. Words are rotated within groups of 8: the
+  // places of a group's words for this lane, to which the group's offset (128 bytes each) is added.
   const int matrix = lane / 8, matrix_row = lane % 8;
+  const uint32_t row_bytes = words * 16;
+  const uint32_t query_at = s.query + (16 * row_tile + matrix_row + matrix % 2 * 8) * row_bytes;
+  uint32_t query_word[4];  // [4] of each k16 step of 64 columns
+#pragma unroll
+  for (int i = 0; i < 4; ++i) query_word[i] = query_at + ((2 * i + matrix / 2) ^ matrix_row) * 16;
+  uint32_t key_word[2];  // [2] of each pair of steps
+#pragma unroll
+  for (int i = 0; i < 2; ++i) key_word[i] = ((4 * i + matrix) ^ matrix_row) * 16;
+  const uint32_t key_row = (8 * key_warp * R + matrix_row) * row_bytes;
+  // The same for a warp that has one chain only: steps 0 and 2 of 64 columns, or 1 and 3.
+  const uint32_t chain_query[2] = {is_odd_warp ? query_word[1] : query_word[0],
+                                   is_odd_warp ? query_word[3] : query_word[2]};
+  const uint32_t chain_key =
+      key_row + ((matrix / 2 * 4 + (is_odd_warp ? 2 : 0) + matrix % 2) ^ matrix_row) * 16;
+  const uint32_t value_row = (matrix_row + matrix % 2 * 8) * row_bytes;
+
   for (int first = split_begin, buffer = 0; first < split_end; first += kKeys, buffer ^= 1) {
     const uint32_t keys = s.keys + buffer * s.key_bytes;
-    copy_async_wait<0>();
-    __syncthreads();  // this block has arrived; the other buffer is free
-    if (first + kKeys < split_end) bring_keys(p, tile, first + kKeys, s.keys + (buffer ^ 1) * s.key_bytes, padded);
-    copy_async_commit();
+    copy_async_wait<1>();
+    __syncthreads();  // this block has arrived; the next one is on its way
+    loader.find_slots(first + 2 * kKeys);
 
     // Scores of 16 rows and R tiles of 8 keys; even and odd steps apart.
     float score[R][2][4] = {};  // [R, 2, 4]
-    for (int step = 0; step < num_steps; step += 2) {
-      uint32_t a[2][4];  // [2, 4]
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        load_matrix_x4(a[odd], s.query + swizzled(16 * row_tile + matrix_row + matrix % 2 * 8,
-                                                  2 * (step + odd) + matrix / 2, words));
+    if constexpr (kHasOddWarps) {
+      static_assert(R == 1);
+      // One chain a warp: its two steps of each 64 columns.
+#pragma unroll 3
+      for (int group = 0; group < words / 8; ++group) {
+        uint32_t a[2][4], b[4];  // b: matrices of the first step, then of the second
+        load_matrix_x4(a[0], chain_query[0] + group * 128);
+        load_matrix_x4(a[1], chain_query[1] + group * 128);
+        load_matrix_x4(b, keys + chain_key + group * 128);
+        mma(score[0][0], a[0], b[0], b[1]);
+        mma(score[0][0], a[1], b[2], b[3]);
       }
+      float4* odd = reinterpret_cast<float4*>(s.odd_scores) + key_warp * 32 + lane;
+      if (is_odd_warp) *odd = make_float4(score[0][0][0], score[0][0][1], score[0][0][2], score[0][0][3]);
+      __syncthreads();
+      const float4 other = *odd;
+      score[0][1][0] = other.x, score[0][1][1] = other.y, score[0][1][2] = other.z, score[0][1][3] = other.w;
+    } else {
+#pragma unroll 3
+      for (int group = 0; group < words / 8; ++group) {
 #pragma unroll
-      for (int n = 0; n < R; ++n) {
-        uint32_t b[4];  // matrices: step's two halves, then the odd step's
-        load_matrix_x4(b, keys + swizzled(8 * (column_warp * R + n) + matrix_row, 2 * step + matrix, words));
-        mma(score[n][0], a[0], b[0], b[1]);
-        mma(score[n][1], a[1], b[2], b[3]);
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t a[2][4];  // [2, 4]
+          load_matrix_x4(a[0], query_word[2 * pair] + group * 128);
+          load_matrix_x4(a[1], query_word[2 * pair + 1] + group * 128);
+#pragma unroll
+          for (int n = 0; n < R; ++n) {
+            uint32_t b[4];  // matrices: the even step's two halves, then the odd step's
+            load_matrix_x4(b, keys + key_row + 8 * n * row_bytes + key_word[pair] + group * 128);
+            mma(score[n][0], a[0], b[0], b[1]);
+            mma(score[n][1], a[1], b[2], b[3]);
+          }
+        }
       }
     }
 
@@ -175,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
     for (int n = 0; n < R; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int position = first + 8 * (column_warp * R + n) + 2 * t + c % 2;
+        const int position = first + 8 * (key_warp * R + n) + 2 * t + c % 2;
         const bool is_seen = position >= p.first_position && position <= limits[c / 2];
         score[n][0][c] = is_seen ? (score[n][0][c] + score[n][1][c]) * scale : -INFINITY;
         block_max[c / 2] = fmaxf(block_max[c / 2], score[n][0][c]);
@@ -185,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
     for (int half = 0; half < 2; ++half) {
       block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(kAllLanes, block_max[half], 1));
       block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(kAllLanes, block_max[half], 2));
-      if (t == 0) s.row_max[(16 * row_tile + g + 8 * half) * kColumnWarps + column_warp] = block_max[half];
+      if (t == 0 && !is_odd_warp)
+        s.row_max[(16 * row_tile + g + 8 * half) * kKeyWarps + key_warp] = block_max[half];
     }
     __syncthreads();
 
@@ -194,27 +169,30 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
     for (int half = 0; half < 2; ++half) {
       float max = row_max[half];
 #pragma unroll
-      for (int w = 0; w < kColumnWarps; ++w) {
-        max = fmaxf(max, s.row_max[(16 * row_tile + g + 8 * half) * kColumnWarps + w]);
-      }
+      for (int w = 0; w < kKeyWarps; ++w)
+        max = fmaxf(max, s.row_max[(16 * row_tile + g + 8 * half) * kKeyWarps + w]);
       shrink[half] = max == -INFINITY ? 1.0f : exp2f(row_max[half] - max);
       row_max[half] = max;
     }
+    if (!is_odd_warp) {
 #pragma unroll
-    for (int n = 0; n < R; ++n) {
-      const int key_tile = column_warp * R + n;
+      for (int n = 0; n < R; ++n) {
+        const int key_tile = key_warp * R + n;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * row_tile + g + 8 * half;
-        const float a = row_max[half] == -INFINITY ? 0.0f : exp2f(score[n][0][2 * half] - row_max[half]);
-        const float b = row_max[half] == -INFINITY ? 0.0f : exp2f(score[n][0][2 * half + 1] - row_max[half]);
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.weights + swizzled(row, key_tile, kKeys / 8) + t * 4),
-                     "r"(pack_bf16(a, b))
-                     : "memory");
-        float sum = a + b;
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        if (t == 0) s.tile_sum[row * 8 + key_tile] = sum;
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * row_tile + g + 8 * half;
+          const float a = row_max[half] == -INFINITY ? 0.0f : exp2f(score[n][0][2 * half] - row_max[half]);
+          const float b =
+              row_max[half] == -INFINITY ? 0.0f : exp2f(score[n][0][2 * half + 1] - row_max[half]);
+          asm volatile(
+              "st.shared.u32 [%0], %1;" ::"r"(s.weights + swizzled(row, key_tile, kKeys / 8) + t * 4),
+              "r"(pack_bf16(a, b))
+              : "memory");
+          float sum = a + b;
+          sum += __shfl_xor_sync(kAllLanes, sum, 1);
+          sum += __shfl_xor_sync(kAllLanes, sum, 2);
+          if (t == 0) s.tile_sum[row * 8 + key_tile] = sum;
+        }
       }
     }
     __syncthreads();
@@ -234,18 +212,21 @@ __global__ void __launch_bounds__(kThreads, 1) mla_kernel(const __grid_constant_
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       uint32_t a[4];
-      load_matrix_x4(a, s.weights + swizzled(16 * row_tile + matrix_row + matrix % 2 * 8, 2 * step + matrix / 2,
-                                             kKeys / 8));
+      load_matrix_x4(a, s.weights + swizzled(16 * row_tile + matrix_row + matrix % 2 * 8,
+                                             2 * step + matrix / 2, kKeys / 8));
 #pragma unroll
       for (int n = 0; n < kValueTiles; n += 2) {
         const int value_tile = column_warp * kValueTiles + n;
         if (value_tile >= value_tiles) break;
         uint32_t b[4];  // keys 0-7 and 8-15 of this column tile, then of the next
-        load_matrix_x4_trans(b, keys + swizzled(16 * step + matrix_row + matrix % 2 * 8, value_tile + matrix / 2, words));
+        load_matrix_x4_trans(
+            b, keys + value_row + 16 * step * row_bytes + ((value_tile + matrix / 2) ^ matrix_row) * 16);
         mma(out[n], a, b[0], b[1]);
         mma(out[n + 1], a, b[2], b[3]);
       }
     }
+    __syncthreads();  // everybody is done with this buffer
+    bring(first + 2 * kKeys, buffer);
   }
 
 #pragma unroll
@@ -301,14 +282,14 @@ template <int R>
 void launch(const MlaParams& p, cudaStream_t stream) {
   const int padded = (p.lora_rank + p.rope_dim + 63) / 64 * 64;
   const dim3 grid(static_cast<unsigned>(p.num_tiles), static_cast<unsigned>(p.max_splits));
-  mla_kernel<R><<<grid, kThreads, static_cast<size_t>(shared_bytes(R, padded)), stream>>>(p);
+  mla_kernel<R><<<grid, 32 * mla_warps(R), static_cast<size_t>(mla_shared_bytes(R, padded)), stream>>>(p);
   RODIN_CHECK_LAUNCH("mla_kernel");
 }
 
 template <int R>
 void raise_limit() {
   RODIN_CUDA(cudaFuncSetAttribute(mla_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared_bytes(R, kMlaMaxLatent)));
+                                  mla_shared_bytes(R, kMlaMaxLatent)));
 }
 
 }  // namespace
@@ -332,7 +313,7 @@ void run_mla_combine(const MlaParams& params, cudaStream_t stream) {
 }
 
 void prepare_mla() {
-  static_assert(shared_bytes(4, kMlaMaxLatent) <= 232448);
+  static_assert(mla_shared_bytes(4, kMlaMaxLatent) <= 232448);
   raise_limit<1>();
   raise_limit<2>();
   raise_limit<4>();

@@ -26,8 +26,12 @@ void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens,
     for (int64_t row = first; row < last; row += tile_rows) {
       const int64_t count = std::min(tile_rows, last - row);
       const int32_t position = host.cache_positions[host.q_start[seq] + (row + count - 1) / num_heads];
-      tiles.push_back({static_cast<int32_t>(seq), static_cast<int32_t>(row), static_cast<int32_t>(count), position,
-                       mla_split_shift(position), {}});
+      tiles.push_back({static_cast<int32_t>(seq),
+                       static_cast<int32_t>(row),
+                       static_cast<int32_t>(count),
+                       position,
+                       mla_split_shift(position),
+                       {}});
     }
   };
 
@@ -42,14 +46,15 @@ void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens,
         add_tiles(seq, begin, token);
         begin = token;
         close_chunk();
-      } else if (token > begin && mla_split_shift(position) != mla_split_shift(host.cache_positions[token - 1])) {
+      } else if (token > begin &&
+                 mla_split_shift(position) != mla_split_shift(host.cache_positions[token - 1])) {
         add_tiles(seq, begin, token);
         begin = token;
       }
       chunk.num_tokens += 1;
       chunk.max_splits = std::max(chunk.max_splits, num_splits);
-      check(chunk.num_tokens * num_heads * chunk.max_splits <= max_partial_rows,
-            "a context of ", position + 1, " tokens is longer than the attention workspace was made for");
+      check(chunk.num_tokens * num_heads * chunk.max_splits <= max_partial_rows, "a context of ",
+            position + 1, " tokens is longer than the attention workspace was made for");
     }
     add_tiles(seq, begin, host.q_start[seq + 1]);
   }

@@ -1,7 +1,7 @@
 // How a step's attention is cut up, decided on the host from the step's index before any layer runs.
 //
-// A chunk is a run of tokens whose partial results fit the workspace; a tile is a run of (token, head) rows of one
-// sequence with one split size. Neither changes a result.
+// A chunk is a run of tokens whose partial results fit the workspace; a tile is a run of (token, head) rows
+// of one sequence with one split size. Neither changes a result.
 #pragma once
 
 #include <cstdint>

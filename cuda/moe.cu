@@ -1,10 +1,10 @@
-// The mixture of experts around its two grouped linear layers (linear_tile.cuh): which tokens each expert gets,
-// and the weighted sum of what the experts made of a token.
+// The mixture of experts around its two grouped linear layers (linear_tile.cuh): which tokens each expert
+// gets, and the weighted sum of what the experts made of a token.
 //
-// moe_plan_kernel: one block. Slots t * k + j sorted by expert, cut into tiles of tile_tokens; the shared expert
-// is one more expert that takes every token. Order within an expert is arbitrary: a row's result does not depend
-// on its place in a tile. moe_combine_kernel: out = sum_j weight_j y_j in slot order, then + shared. Grid: (column
-// chunks, T); bound by bytes: (k + 1) H in, H out.
+// moe_plan_kernel: one block. Slots t * k + j sorted by expert, cut into tiles of tile_tokens; the shared
+// expert is one more expert that takes every token. Order within an expert is arbitrary: a row's result does
+// not depend on its place in a tile. moe_combine_kernel: out = sum_j weight_j y_j in slot order, then +
+// shared. Grid: (column chunks, T); bound by bytes: (k + 1) H in, H out.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_con
 
 constexpr int kCombineThreads = 128;
 
-__global__ void __launch_bounds__(kCombineThreads) moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
+__global__ void __launch_bounds__(kCombineThreads)
+    moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
   const int64_t token = blockIdx.y;
   const int col = (blockIdx.x * kCombineThreads + threadIdx.x) * 2;
   if (col >= p.cols) return;

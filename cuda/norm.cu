@@ -1,6 +1,6 @@
 // RMS norm: out = x * rsqrt(mean(x^2) + eps) * weight, and the form that first adds `delta` to the float32
-// residual. One block of 256 threads a row, each thread the same elements in both passes (so that out may be x);
-// the sum's order depends on the row's length alone. Bound by bytes: x (and delta) in, out out.
+// residual. One block of 256 threads a row, each thread the same elements in both passes (so that out may be
+// x); the sum's order depends on the row's length alone. Bound by bytes: x (and delta) in, out out.
 #include "cuda/common.cuh"
 
 namespace rodin::cuda {

@@ -1,5 +1,5 @@
-// Run once after loading: W_UK of every head transposed for the absorbed attention, and FP8 matrices whose scale
-// blocks the linear layers do not take widened to bf16.
+// Run once after loading: W_UK of every head transposed for the absorbed attention, and FP8 matrices whose
+// scale blocks the linear layers do not take widened to bf16.
 //
 // transpose_heads_kernel: to[h * lora_rank + c][n] = from[h * head_rows + n][c]. Grid: (ceil(lora_rank / 32),
 // ceil(padded nope / 32), A), a 32x32 tile through shared memory.
@@ -12,7 +12,8 @@ constexpr int kTile = 32;
 constexpr int kTileRows = 8;  // of the block
 
 template <class Element>
-__global__ void __launch_bounds__(kTile* kTileRows) transpose_heads_kernel(const __grid_constant__ TransposeParams p) {
+__global__ void __launch_bounds__(kTile* kTileRows)
+    transpose_heads_kernel(const __grid_constant__ TransposeParams p) {
   __shared__ Element tile[kTile][kTile + 4 / sizeof(Element)];  // [kTile, kTile + padding]
   const int head = blockIdx.z;
   const int c0 = blockIdx.x * kTile, n0 = blockIdx.y * kTile;
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(kTile* kTileRows) transpose_heads_kernel(const
     Element value{};
     if (n < p.nope_dim && c < p.lora_rank) {
       const int64_t row = static_cast<int64_t>(head) * p.head_rows + n;
-      value = reinterpret_cast<const Element*>(static_cast<const char*>(p.from.data) + row * p.from.row_bytes)[c];
+      value =
+          reinterpret_cast<const Element*>(static_cast<const char*>(p.from.data) + row * p.from.row_bytes)[c];
     }
     tile[i][threadIdx.x] = value;
   }

@@ -1,9 +1,9 @@
 // Rotary angles, and the step between the projections and attention: the rope part of every query head is
 // rotated in place, the latent is normed, the key rotated, and both go to the token's cache slot.
 //
-// rope_store_kernel: one block of 128 threads a token; the block norms the latent, then thread i rotates pairs
-// i, i + 128, .. of the A + 1 rope parts (the last one is the key). Bound by bytes: q's rope parts in and out,
-// kv in, one cache row out.
+// rope_store_kernel: one block of 128 threads a token; the block norms the latent, then thread i rotates
+// pairs i, i + 128, .. of the A + 1 rope parts (the last one is the key). Bound by bytes: q's rope parts in
+// and out, kv in, one cache row out.
 #include "cuda/common.cuh"
 
 namespace rodin::cuda {

@@ -1,6 +1,6 @@
-// Which experts a token goes to, from the router's logits (a float32 linear layer made them): scoring function,
-// correction bias, best groups, k largest. One warp a token, the choices in shared memory; ties go to the lower
-// index throughout. Bound by latency: k rounds of a warp-wide argmax over E values.
+// Which experts a token goes to, from the router's logits (a float32 linear layer made them): scoring
+// function, correction bias, best groups, k largest. One warp a token, the choices in shared memory; ties go
+// to the lower index throughout. Bound by latency: k rounds of a warp-wide argmax over E values.
 #include <climits>
 
 #include "cuda/common.cuh"
@@ -21,7 +21,8 @@ __device__ __forceinline__ bool is_better(const Best& a, const Best& b) {
   return a.index != INT_MAX && (a.value > b.value || (a.value == b.value && a.index < b.index));
 }
 
-// The largest of values[first .. first + count - 1] that is not banned and not at `skip`, the same in every lane.
+// The largest of values[first .. first + count - 1] that is not banned and not at `skip`, the same in every
+// lane.
 __device__ __forceinline__ Best warp_best(const float* values, int first, int count, int skip) {
   Best best = {kBanned, INT_MAX};
   for (int i = threadIdx.x % 32; i < count; i += 32) {
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(32 * kWarps) route_kernel(const __grid_constan
   }
   float sum = 0;
   for (int e = lane; e < num_experts; e += 32) {
-    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - max);
+    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-logits[e]))
+                                                            : expf(logits[e] - max);
     sum += scores[e];
   }
   sum = warp_sum(sum);
@@ -100,7 +102,8 @@ __global__ void __launch_bounds__(32 * kWarps) route_kernel(const __grid_constan
     choice[e] = p.correction_bias ? scores[e] + p.correction_bias[e] : scores[e];
   }
   __syncwarp();
-  if (route.topk_method != TopkMethod::kGreedy && route.num_groups > 1) keep_best_groups(route, choice, group_scores);
+  if (route.topk_method != TopkMethod::kGreedy && route.num_groups > 1)
+    keep_best_groups(route, choice, group_scores);
 
   float chosen_sum = 0;
   for (int j = 0; j < k; ++j) {

@@ -1,5 +1,5 @@
-// What the sampling kernels share. The definition of sampling is addon/ops/sample_args.h; every float operation
-// here rounds as it does there, so that both give the same token.
+// What the sampling kernels share. The definition of sampling is addon/ops/sample_args.h; every float
+// operation here rounds as it does there, so that both give the same token.
 #pragma once
 
 #include "cuda/common.cuh"

@@ -1,11 +1,11 @@
-// Sampling, the last kernel: one block of 1024 threads a row joins the chunks, applies min_p, top_k and top_p, and
-// selects the likeliest tokens for the log-probabilities.
+// Sampling, the last kernel: one block of 1024 threads a row joins the chunks, applies min_p, top_k and
+// top_p, and selects the likeliest tokens for the log-probabilities.
 //
-// Every filter keeps a prefix of the order (likelier first, ties by lower id), so the survivors are a threshold:
-// all keys above `key`, and of those equal to it the lowest ids up to `last_id`. A threshold is found by descending
-// through three digits (11, 11 and 10 bits) of the order-preserving integer key, with a histogram of counts (top_k)
-// or of masses (top_p) at each digit. Masses are exp(score) in fixed point, 2^-44, so that their sums do not
-// depend on the order in which threads add.
+// Every filter keeps a prefix of the order (likelier first, ties by lower id), so the survivors are a
+// threshold: all keys above `key`, and of those equal to it the lowest ids up to `last_id`. A threshold is
+// found by descending through three digits (11, 11 and 10 bits) of the order-preserving integer key, with a
+// histogram of counts (top_k) or of masses (top_p) at each digit. Masses are exp(score) in fixed point,
+// 2^-44, so that their sums do not depend on the order in which threads add.
 #include "cuda/sample.cuh"
 
 namespace rodin::cuda {
@@ -49,10 +49,10 @@ struct FinishShared {
   uint32_t bin;
   int32_t last_id;
   int32_t num_found;
-  Candidate scratch[kThreads / 32];  // [kThreads / 32]
+  Candidate scratch[kThreads / 32];    // [kThreads / 32]
   int32_t warp_counts[kThreads / 32];  // [kThreads / 32]
-  float top_values[kSampleMaxTop];   // [kSampleMaxTop]
-  int32_t top_ids[kSampleMaxTop];    // [kSampleMaxTop]
+  float top_values[kSampleMaxTop];     // [kSampleMaxTop]
+  int32_t top_ids[kSampleMaxTop];      // [kSampleMaxTop]
 };
 
 __device__ __forceinline__ unsigned long long mass_of(float score) {
@@ -60,7 +60,8 @@ __device__ __forceinline__ unsigned long long mass_of(float score) {
 }
 
 // The lowest id such that `count` of the survivors of `within` with this very key have an id up to it.
-__device__ int32_t tie_limit(const RowScores& row, const Threshold& within, uint32_t key, int count, FinishShared& s) {
+__device__ int32_t tie_limit(const RowScores& row, const Threshold& within, uint32_t key, int count,
+                             FinishShared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) s.last_id = INT32_MAX;
   __syncthreads();
@@ -198,8 +199,8 @@ __device__ Candidate noisiest_survivor(const SampleRow& spec, const RowScores& r
 }
 
 // The `count` likeliest tokens of a row, by falling logit.
-__device__ void write_likeliest(const SampleParams& p, const SampleRow& spec, const RowScores& row, double lse,
-                                FinishShared& s) {
+__device__ void write_likeliest(const SampleParams& p, const SampleRow& spec, const RowScores& row,
+                                double lse, FinishShared& s) {
   const int count = min(spec.num_top, row.size);
   const Threshold threshold = shorten<false>(row, Threshold{}, static_cast<unsigned long long>(count), 0, s);
   if (threadIdx.x == 0) s.num_found = 0;

@@ -28,7 +28,7 @@ struct Pipe {
   }
 
   cudaStream_t stream = nullptr;
-  char* buffers[2] = {};         // [2]
+  char* buffers[2] = {};        // [2]
   cudaEvent_t emptied[2] = {};  // [2]
 };
 
@@ -59,11 +59,12 @@ void Uploader::copy(void* to, int64_t to_row_bytes, const void* from, int64_t fr
       added.push_back({to_bytes + at, bytes, from_bytes + at, bytes, 1});
     }
   } else {
-    check(to_row_bytes <= kBufferBytes, "a weight row of ", from_row_bytes, " bytes is too long for the GPU's loader");
+    check(to_row_bytes <= kBufferBytes, "a weight row of ", from_row_bytes,
+          " bytes is too long for the GPU's loader");
     const int64_t at_once = kBufferBytes / to_row_bytes;
     for (int64_t row = 0; row < rows; row += at_once) {
-      added.push_back({to_bytes + row * to_row_bytes, to_row_bytes, from_bytes + row * from_row_bytes, from_row_bytes,
-                       std::min(at_once, rows - row)});
+      added.push_back({to_bytes + row * to_row_bytes, to_row_bytes, from_bytes + row * from_row_bytes,
+                       from_row_bytes, std::min(at_once, rows - row)});
     }
   }
   {

@@ -1,5 +1,5 @@
-// Copies weights to the device while the loader goes on: reader threads fill pinned buffers, two each, so that
-// reading the mapped file and the copy over the bus overlap.
+// Copies weights to the device while the loader goes on: reader threads fill pinned buffers, two each, so
+// that reading the mapped file and the copy over the bus overlap.
 #pragma once
 
 #include <condition_variable>
@@ -44,10 +44,10 @@ class Uploader {
   const int device_id_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Task> tasks_;        // guarded by mutex_
-  int64_t unfinished_ = 0;        // guarded: tasks queued or not yet handed to a stream
-  bool is_ending_ = false;        // guarded
-  std::exception_ptr error_;      // guarded: the first one
+  std::deque<Task> tasks_;    // guarded by mutex_
+  int64_t unfinished_ = 0;    // guarded: tasks queued or not yet handed to a stream
+  bool is_ending_ = false;    // guarded
+  std::exception_ptr error_;  // guarded: the first one
   std::vector<std::thread> threads_;
 };
 

@@ -78,7 +78,10 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
     spec,
     defaults,
     modelNames,
-    maxModelLen: config.maxModelLen ?? spec.maxPositionEmbeddings,
+    get maxModelLen() {
+      const state = engine.state();
+      return state.status === 'ready' ? state.maxContext : (config.maxModelLen ?? spec.maxPositionEmbeddings);
+    },
     systemFingerprint: `fp_${fingerprint.slice(0, 16)}`,
     startedAt: Math.floor(Date.now() / 1000),
     contract: Contract.read(),

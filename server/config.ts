@@ -25,11 +25,16 @@ export interface ServeConfig {
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
   readonly blockSize: number;
+  /** drafts of the MTP layer a step */
+  readonly speculativeTokens: number | 'auto';
   /** null: what the checkpoint says */
   readonly maxModelLen: number | null;
   readonly maxQueue: number;
   readonly maxBodyBytes: number;
   readonly reasoningField: ReasoningField;
+  readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
+  readonly thinkingEndPhrase: string;
+  readonly thinkingLoopTokens: number;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
@@ -97,10 +102,14 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxStepTokens: values['max-step-tokens'] as number,
     cacheMemory: values['cache-memory'] as number | null,
     blockSize: values['block-size'] as number,
+    speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
     maxQueue: values['max-queue'] as number,
     maxBodyBytes: values['max-body-size'] as number,
     reasoningField: values['reasoning-field'] as ReasoningField,
+    reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
+    thinkingEndPhrase: values['thinking-end-phrase'] as string,
+    thinkingLoopTokens: values['thinking-loop-tokens'] as number,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     shutdownTimeout: values['shutdown-timeout'] as number,

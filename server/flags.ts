@@ -25,6 +25,9 @@ const BOTH = ['serve', 'logits'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
+/** what a step batch can carry for one sequence */
+const MAX_SPECULATIVE_TOKENS = 4;
+const THINKING_END_PHRASE = '\nThat is enough thinking, so I answer now.\n';
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
 
 export const FLAGS: readonly Flag[] = [
@@ -128,6 +131,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'tokens in one cache block',
   },
   {
+    name: 'speculative-tokens',
+    commands: SERVE,
+    value: 'N',
+    default: 'auto',
+    parse: (text) => (text === 'auto' ? text : integer(0, MAX_SPECULATIVE_TOKENS, "'auto' or ")(text)),
+    help: 'tokens that the MTP layer drafts a step, 0 to 4, or auto: as many as pay; outputs stay the same',
+  },
+  {
     name: 'max-model-len',
     commands: SERVE,
     value: 'N',
@@ -160,6 +171,31 @@ export const FLAGS: readonly Flag[] = [
     default: 'reasoning_content',
     parse: choice(['reasoning_content', 'reasoning', 'both']),
     help: 'field of a message that holds the reasoning: reasoning_content, reasoning or both',
+  },
+  {
+    name: 'reasoning-format',
+    commands: SERVE,
+    value: 'FORMAT',
+    default: 'auto',
+    parse: choice(['auto', 'none', 'r1-zero']),
+    help: "auto (a field of its own), none (part of the content), or r1-zero: that model's template and tags",
+  },
+  {
+    name: 'thinking-end-phrase',
+    commands: SERVE,
+    value: 'TEXT',
+    default: THINKING_END_PHRASE,
+    defaultText: JSON.stringify(THINKING_END_PHRASE),
+    parse: (text) => text.replaceAll('\\n', '\n'),
+    help: 'what the model is made to think where its reasoning is ended; \\n is a line break',
+  },
+  {
+    name: 'thinking-loop-tokens',
+    commands: SERVE,
+    value: 'N',
+    default: 256,
+    parse: integer(0, 1 << 20),
+    help: 'reasoning that repeats itself for so many tokens is ended; 0 never ends it',
   },
   {
     name: 'shutdown-timeout',
@@ -252,10 +288,10 @@ function choice(choices: readonly string[]): (text: string) => string {
   };
 }
 
-function integer(min: number, max: number): (text: string) => number {
+function integer(min: number, max: number, orElse = ''): (text: string) => number {
   return (text) => {
     const value = /^\d+$/.test(text) ? Number(text) : NaN;
-    if (!(value >= min && value <= max)) throw new Error(`must be a whole number from ${min} to ${max}`);
+    if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
     return value;
   };
 }

@@ -93,10 +93,9 @@ export async function computeLogits(
     const end = Math.min(ids.length, start + maxStepTokens);
     const logitRows = range(Math.max(next, firstRow), end).map((position) => position - start);
     const wanted = draft ? range(Math.max(start + 1, firstDraftRow), end) : [];
-    // The module must run over every chunk, or later ones would find its cache empty.
-    const asked = draft && wanted.length === 0 && end - start > 1 ? [end - 1] : wanted;
-    const draftLogitRows = asked.map((position) => position - start);
-    const batch = makeBatch(ids, start, end, next, logitRows, draftLogitRows);
+    const draftLogitRows = wanted.map((position) => position - start);
+    // The module runs over every chunk, or later ones would find its cache empty.
+    const batch = { ...makeBatch(ids, start, end, next, logitRows, draftLogitRows), runMtp: Uint8Array.of(overlap) };
     const { logits, draftLogits } = await runner.step(batch);
     result.logits.push(...rowsOf(logits, logitRows.length, vocabSize));
     result.draftLogits.push(...rowsOf(draftLogits, wanted.length, vocabSize));
@@ -124,6 +123,8 @@ function makeBatch(
     blockTableStart: Int32Array.of(0, numBlocks), // [2]
     blockTable: Int32Array.from(range(0, numBlocks)), // [num_blocks]
     numSampled: Int32Array.of(0), // [1]
+    runMtp: Uint8Array.of(0), // [1]
+    numDrafts: Int32Array.of(0), // [1]
     temperature: Float32Array.of(0), // [1]
     topP: Float32Array.of(1), // [1]
     topK: Int32Array.of(0), // [1]

@@ -7,6 +7,8 @@ export interface CompletionRecord {
   maxTokens: number;
   numTokens: number;
   numReasoning: number;
+  /** what ended the reasoning; null where it ended by itself */
+  reasoningEnded: string | null;
   /** stop, length, tool_calls, or abort and error where it was cut short */
   finishReason: string;
   total: number;
@@ -34,6 +36,7 @@ export class Metrics {
   readonly #reasoningTokens;
   readonly #maxTokens;
   readonly #responses;
+  readonly #reasoningEnded;
 
   constructor(engine: EngineHandle, modelName: string) {
     this.#engine = engine;
@@ -61,6 +64,12 @@ export class Metrics {
       labelNames: ['operation', 'status'],
       registers,
     });
+    this.#reasoningEnded = new Counter({
+      name: 'rodin:reasoning_ended_total',
+      help: 'Completions whose reasoning was ended for the model.',
+      labelNames: ['reason'],
+      registers,
+    });
     this.#timeToFirstToken = seconds('vllm:time_to_first_token_seconds', 'From request to first token.');
     this.#timeToFirstAnswer = seconds(
       'rodin:time_to_first_answer_token_seconds',
@@ -79,6 +88,7 @@ export class Metrics {
     const { finishReason, numTokens, numReasoning, total, toFirstToken, toFirstAnswer, reasoning } = record;
     this.#ended.inc({ finish_reason: finishReason });
     if (finishReason !== 'abort' && finishReason !== 'error') this.#success.inc({ finished_reason: finishReason });
+    if (record.reasoningEnded !== null) this.#reasoningEnded.inc({ reason: record.reasoningEnded });
     this.#promptTokens.observe(record.promptTokens);
     this.#maxTokens.observe(record.maxTokens);
     this.#generationTokens.observe(numTokens);
@@ -133,6 +143,28 @@ export class Metrics {
     counter('vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', (stats) => stats.prefixCacheQueries);
     counter('vllm:prefix_cache_hits_total', 'Prompt tokens found.', (stats) => stats.prefixCacheHits);
     counter('vllm:num_preemptions_total', 'Sequences preempted.', (stats) => stats.numPreemptions);
+    counter(
+      'vllm:spec_decode_num_drafts_total',
+      'Times that drafts of a sequence were verified.',
+      (stats) => stats.specNumDrafts,
+    );
+    counter('vllm:spec_decode_num_draft_tokens_total', 'Drafts verified.', (stats) => stats.specNumDraftTokens);
+    counter('vllm:spec_decode_num_accepted_tokens_total', 'Drafts accepted.', (stats) => stats.specNumAcceptedTokens);
+    new Counter({
+      name: 'vllm:spec_decode_num_accepted_tokens_per_pos_total',
+      help: 'Drafts accepted at each depth.',
+      labelNames: ['position'],
+      registers,
+      collect() {
+        this.reset();
+        for (const [position, count] of engine.stats().specAcceptedPerPos.entries()) this.inc({ position }, count);
+      },
+    });
+    counter(
+      'rodin:engine_restarts_total',
+      'Engine processes started after one had died.',
+      (stats) => stats.numRestarts,
+    );
     counter('rodin:steps_total', 'Steps computed.', (stats) => stats.numSteps);
     new Gauge({
       name: 'rodin:blocks',

@@ -20,7 +20,7 @@ const PROGRESS_INTERVAL_MS = 100;
 export async function serve(config: ServeConfig): Promise<number> {
   const startedAt = performance.now();
   const checkpoint = readCheckpoint(config.model);
-  const prompts = PromptEncoder.read(config.model);
+  const prompts = PromptEncoder.read(config.model, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
   const log: { line: (line: string) => void } = { line: () => {} };
   const drain = new Drain();
   const engine = new EngineClient({
@@ -36,7 +36,7 @@ export async function serve(config: ServeConfig): Promise<number> {
       maxStepTokens: config.maxStepTokens,
       maxNumSeqs: config.maxNumSeqs,
       maxQueue: config.maxQueue,
-      loadMtp: false,
+      speculativeTokens: config.speculativeTokens,
     },
     log: (line) => log.line(line),
   });

@@ -1,4 +1,4 @@
-// The bytes of the latent cache: owner of one [num_blocks * block_size, latent_dim] tensor per layer.
+// The bytes of the latent cache: owner of one [num_blocks * block_size, row_dim] tensor per layer.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace rodin {
 class LatentCache {
  public:
   // Contents are undefined: a position is written before it is attended to.
-  LatentCache(Ops& ops, int64_t num_layers, int64_t num_blocks, int64_t block_size, int64_t latent_dim);
+  LatentCache(Ops& ops, int64_t num_layers, int64_t num_blocks, int64_t block_size, int64_t row_dim);
   ~LatentCache();
   LatentCache(const LatentCache&) = delete;
   LatentCache& operator=(const LatentCache&) = delete;

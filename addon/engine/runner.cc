@@ -4,12 +4,15 @@
 #include <chrono>
 
 #include "backend.h"
+#include "engine/drafter.h"
+#include "engine/host_index.h"
 #include "engine/latent_cache.h"
+#include "engine/row_sampling.h"
 #include "model/forward.h"
 #include "model/tensor_table.h"
 #include "model/weights.h"
 #include "ops/check.h"
-#include "ops/cpu/sample.h"
+#include "ops/sample_args.h"
 
 namespace rodin {
 namespace {
@@ -17,58 +20,18 @@ namespace {
 // Rows of logits held at once; a step with more is worked off in several parts.
 constexpr int64_t kMaxLogitRows = 64;
 
-// The index arrays of a step on the host, kept to be reused.
-struct HostIndex {
-  std::vector<int32_t> token_ids;        // [T]
-  std::vector<int32_t> rope_positions;   // [T]
-  std::vector<int32_t> cache_positions;  // [T]
-  std::vector<int32_t> slots;            // [T]
-  std::vector<int32_t> q_start;          // [S + 1]
-  std::vector<int32_t> seq_of_token;     // [T]
-  std::vector<int32_t> source_rows;      // [T] row of the step batch that each row was made from
-
-  // The decoder layers' index (shift 0), or the MTP module's (shift 1): every sequence without its first row,
-  // rotated by the position before.
-  StepIndex fill(const StepBatch& batch, int64_t block_size, int32_t shift) {
-    token_ids.clear();
-    rope_positions.clear();
-    cache_positions.clear();
-    slots.clear();
-    seq_of_token.clear();
-    source_rows.clear();
-    q_start.assign(1, 0);
-    StepIndex index;
-    for (int64_t s = 0; s < batch.num_seqs(); ++s) {
-      const int32_t first = batch.q_start[static_cast<size_t>(s)] + shift;
-      const int32_t end = batch.q_start[static_cast<size_t>(s) + 1];
-      for (int32_t row = first; row < end; ++row) {
-        const auto at = static_cast<size_t>(row);
-        token_ids.push_back(batch.token_ids[at]);
-        rope_positions.push_back(batch.positions[at] - shift);
-        cache_positions.push_back(batch.positions[at]);
-        slots.push_back(batch.slot_mapping[at]);
-        seq_of_token.push_back(static_cast<int32_t>(s));
-        source_rows.push_back(row);
-        index.max_context_len = std::max<int64_t>(index.max_context_len, batch.positions[at] + 1);
-      }
-      index.max_q_len = std::max<int64_t>(index.max_q_len, end - first);
-      q_start.push_back(static_cast<int32_t>(token_ids.size()));
+void fill_index(const StepBatch& batch, HostIndex& index) {
+  index.clear();
+  for (int64_t s = 0; s < batch.num_seqs(); ++s) {
+    const auto at = static_cast<size_t>(s);
+    for (auto row = static_cast<size_t>(batch.q_start[at]); row < static_cast<size_t>(batch.q_start[at + 1]);
+         ++row) {
+      index.add_row(batch.token_ids[row], batch.positions[row], batch.positions[row],
+                    batch.slot_mapping[row]);
     }
-    index.num_seqs = batch.num_seqs();
-    index.num_tokens = static_cast<int64_t>(token_ids.size());
-    index.block_size = block_size;
-    index.first_position = shift;
-    index.token_ids = token_ids.data();
-    index.rope_positions = rope_positions.data();
-    index.cache_positions = cache_positions.data();
-    index.slots = slots.data();
-    index.q_start = q_start.data();
-    index.seq_of_token = seq_of_token.data();
-    index.block_table_start = batch.block_table_start.data();
-    index.block_table = batch.block_table.data();
-    return index;
+    index.end_sequence();
   }
-};
+}
 
 OpsLimits ops_limits(const RunnerOptions& options) {
   const ModelSpec& spec = options.spec;
@@ -81,6 +44,7 @@ OpsLimits ops_limits(const RunnerOptions& options) {
   limits.hidden_size = spec.hidden_size;
   limits.vocab_size = spec.vocab_size;
   limits.mla = mla_shape(spec);
+  limits.gqa = gqa_shape(spec);
   limits.intermediate_size = spec.intermediate_size;
   if (spec.num_routed_experts > 0) {
     limits.num_experts = spec.num_routed_experts;
@@ -88,10 +52,10 @@ OpsLimits ops_limits(const RunnerOptions& options) {
     limits.moe_intermediate_size = spec.moe_intermediate_size;
     limits.shared_intermediate_size = spec.moe_intermediate_size * spec.num_shared_experts;
   }
-  limits.max_linear_inputs =
-      std::max({spec.hidden_size * (options.load_mtp ? 2 : 1), spec.intermediate_size, spec.q_lora_rank,
-                spec.kv_lora_rank, spec.num_attention_heads * spec.v_head_dim, limits.moe_intermediate_size,
-                limits.shared_intermediate_size});
+  limits.max_linear_inputs = std::max(
+      {spec.hidden_size * (options.load_mtp ? 2 : 1), spec.intermediate_size, spec.q_lora_rank,
+       spec.kv_lora_rank, spec.num_attention_heads * (spec.is_gqa() ? spec.head_dim : spec.v_head_dim),
+       limits.moe_intermediate_size, limits.shared_intermediate_size});
   return limits;
 }
 
@@ -119,19 +83,18 @@ struct Runner::State {
   ModelWeights weights;
   std::unique_ptr<LatentCache> cache;
   std::unique_ptr<Forward> forward;
+  std::unique_ptr<Drafter> drafter;  // null without an MTP module
 
   // Working memory of step().
   HostIndex index;
-  HostIndex mtp_index;
   std::vector<int32_t> rows;       // token indices of a part of the logits
   std::vector<int32_t> row_seq;    // sequence of each of them
   std::vector<int32_t> positions;  // position of the token sampled from each of them
+  RowSampling row_sampling;        // of each of them, where drafts change penalties
   StepResult part;
 
   void sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size, StepResult& result);
-  void draft(const StepBatch& batch, int64_t block_size, const Tensor& hidden, StepResult& result);
-  // Copies logits of `all_rows` to `out`; is_mtp: through the MTP module's head.
-  void copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, bool is_mtp, float* out);
+  void copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out);
 };
 
 Runner::Runner(RunnerOptions options) : options_(std::move(options)) {}
@@ -154,19 +117,24 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   const BackendOptions backend = {options_.device, options_.compute, options_.cpu_path,
                                   static_cast<int>(options_.num_threads)};
   state->ops = make_ops(backend);
+  check(!spec.is_gqa() || state->ops->has_gqa(), "a checkpoint of type ", spec.model_type,
+        " (grouped-query attention) is not supported on ", options_.device, "; use the device cpu");
   state->entries = needed_entries(spec, options_.tensors, options_.load_mtp);
   state->table =
       std::make_unique<TensorTable>(state->entries, spec.weight_block_rows, spec.weight_block_cols);
   state->weights = find_weights(spec, *state->table, options_.load_mtp);
   Ops& ops = *state->ops;
-  state->cache =
-      std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp), options_.num_blocks,
-                                    options_.block_size, mla_shape(spec).latent_dim());
+  state->cache = std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp),
+                                               options_.num_blocks, options_.block_size, cache_row_dim(spec));
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
   place_weights(state->weights, ops, spec);
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
                                              ops_limits(options_).max_logit_rows);
+  if (options_.load_mtp) {
+    state->drafter = std::make_unique<Drafter>(*state->forward, ops, state->cache->layers().back(),
+                                               options_.block_size, spec.vocab_size);
+  }
   RunnerInfo info;
   info.device = ops.name();
   info.weight_bytes = total_bytes();
@@ -177,18 +145,24 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
 }
 
 void Runner::step(const StepBatch& batch, StepResult& result) {
+  using Micros = std::chrono::duration<double, std::micro>;
   const auto start = std::chrono::steady_clock::now();
   State& state = *state_;
-  const StepIndex index = state.ops->begin_step(state.index.fill(batch, options_.block_size, 0), 0);
+  fill_index(batch, state.index);
+  const StepIndex index = state.ops->begin_step(state.index.view(batch, options_.block_size, 0), 0);
   const Tensor hidden = state.forward->run(index, state.cache->layers());
   const auto vocab_size = static_cast<size_t>(options_.spec.vocab_size);
   state.sample(batch, hidden, options_.spec.vocab_size, result);
   result.logits.resize(batch.logit_rows.size() * vocab_size);
-  state.copy_logits(hidden, batch.logit_rows, false, result.logits.data());
+  state.copy_logits(hidden, batch.logit_rows, result.logits.data());
+  const auto drafts_start = std::chrono::steady_clock::now();
   result.draft_logits.resize(batch.draft_logit_rows.size() * vocab_size);
-  if (!batch.draft_logit_rows.empty()) state.draft(batch, options_.block_size, hidden, result);
-  const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
-  result.step_micros = elapsed.count();
+  result.draft_start.assign(batch.num_sampled.size() + 1, 0);
+  result.draft_ids.clear();
+  if (state.drafter) state.drafter->run(batch, hidden, result);
+  const auto end = std::chrono::steady_clock::now();
+  result.draft_micros = Micros(end - drafts_start).count();
+  result.step_micros = Micros(end - start).count();
 }
 
 void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size,
@@ -202,11 +176,16 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
   rows.clear();
   row_seq.clear();
   positions.clear();
+  row_sampling.clear();
+  bool has_own_rows = false;  // some row's penalties depend on drafts
+  for (int64_t s = 0; s < batch.num_seqs(); ++s) {
+    has_own_rows = has_own_rows || (batch.num_sampled[static_cast<size_t>(s)] > 1 && has_penalty(batch, s));
+  }
   const auto flush = [&] {
     if (rows.empty()) return;
     const auto num_rows = static_cast<int64_t>(rows.size());
     SampleArgs args;
-    args.batch = &batch;
+    args.batch = has_own_rows ? &row_sampling.batch() : &batch;
     args.logits = forward->logits(hidden, rows.data(), num_rows).row<float>(0);
     args.row_seq = row_seq.data();
     args.row_position = positions.data();
@@ -218,12 +197,16 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
     rows.clear();
     row_seq.clear();
     positions.clear();
+    row_sampling.clear();
   };
   for (int64_t s = 0; s < batch.num_seqs(); ++s) {
     const int32_t end = batch.q_start[static_cast<size_t>(s) + 1];
-    for (int32_t row = end - batch.num_sampled[static_cast<size_t>(s)]; row < end; ++row) {
+    const int32_t first = end - batch.num_sampled[static_cast<size_t>(s)];
+    for (int32_t row = first; row < end; ++row) {
+      const int32_t* drafts = batch.token_ids.data() + first + 1;  // [row - first] up to this row's token
       rows.push_back(row);
-      row_seq.push_back(static_cast<int32_t>(s));
+      row_seq.push_back(has_own_rows ? row_sampling.append(batch, s, drafts, row - first, true)
+                                     : static_cast<int32_t>(s));
       positions.push_back(batch.positions[static_cast<size_t>(row)] + 1);
       if (static_cast<int64_t>(rows.size()) == forward->max_logit_rows()) flush();
     }
@@ -231,31 +214,11 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
   flush();
 }
 
-void Runner::State::draft(const StepBatch& batch, int64_t block_size, const Tensor& hidden,
-                          StepResult& result) {
-  const StepIndex index = ops->begin_step(mtp_index.fill(batch, block_size, 1), 1);
-  std::vector<int32_t> hidden_rows = mtp_index.source_rows;  // [T'] the token before each row
-  for (int32_t& row : hidden_rows) row -= 1;
-  const Tensor mtp_hidden = forward->run_mtp(index, hidden, hidden_rows.data(), cache->layers().back());
-  std::vector<int32_t> mtp_rows;  // [D] rows of the MTP module
-  for (int32_t row : batch.draft_logit_rows) {
-    const auto& sources = mtp_index.source_rows;
-    const auto found = std::lower_bound(sources.begin(), sources.end(), row);
-    check(found != sources.end() && *found == row, "draft_logit_rows: token ", row,
-          " is the first of its sequence in this step; the token before it must be in the step too");
-    mtp_rows.push_back(static_cast<int32_t>(found - sources.begin()));
-  }
-  copy_logits(mtp_hidden, mtp_rows, true, result.draft_logits.data());
-}
-
-void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, bool is_mtp,
-                                float* out) {
+void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out) {
   const auto total = static_cast<int64_t>(all_rows.size());
   for (int64_t first = 0; first < total; first += forward->max_logit_rows()) {
     const int64_t count = std::min(forward->max_logit_rows(), total - first);
-    const int32_t* part_rows = all_rows.data() + first;
-    const Tensor logits =
-        is_mtp ? forward->mtp_logits(hidden, part_rows, count) : forward->logits(hidden, part_rows, count);
+    const Tensor logits = forward->logits(hidden, all_rows.data() + first, count);
     ops->download(out + first * logits.cols, logits.data,
                   static_cast<size_t>(count * logits.cols) * sizeof(float));
   }
@@ -264,8 +227,7 @@ void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>
 int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
                               bool load_mtp) {
   check_spec(spec);
-  return num_cache_layers(spec, load_mtp) * mla_shape(spec).latent_dim() *
-         dtype_bytes(cache_dtype(device, compute));
+  return num_cache_layers(spec, load_mtp) * cache_row_dim(spec) * dtype_bytes(cache_dtype(device, compute));
 }
 
 }  // namespace rodin

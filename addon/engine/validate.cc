@@ -39,9 +39,38 @@ void check_ids(const char* name, const std::vector<int32_t>& ids, int64_t limit,
   }
 }
 
+// The MTP module's part of sequence s, whose tokens are checked; adds the slots that it may write.
+void check_mtp(const StepBatch& batch, const RunnerOptions& options, size_t s,
+               std::vector<int32_t>& written) {
+  const int32_t num_drafts = batch.num_drafts[s];
+  check(batch.run_mtp[s] <= 1, "run_mtp[", s, "] is ", int{batch.run_mtp[s]}, ", neither 0 nor 1");
+  check(num_drafts >= 0 && num_drafts <= kMaxDrafts, "num_drafts[", s, "] is ", num_drafts, ", outside 0 .. ",
+        kMaxDrafts);
+  check(num_drafts == 0 || (batch.run_mtp[s] == 1 && batch.num_sampled[s] > 0), "num_drafts[", s, "] is ",
+        num_drafts, " but the sequence ",
+        batch.run_mtp[s] == 1 ? "has no sampled row" : "does not run the MTP module");
+  if (batch.run_mtp[s] == 0) return;
+  check(options.load_mtp, "run_mtp[", s, "] is 1 but the MTP module was not loaded (loadMtp)");
+  const int32_t first = batch.q_start[s], end = batch.q_start[s + 1];
+  const int64_t num_provisional = batch.num_sampled[s] == 0 ? 0 : std::max(num_drafts, 1);
+  const int64_t last = batch.positions[static_cast<size_t>(end) - 1] + num_provisional;
+  const int64_t num_blocks = batch.block_table_start[s + 1] - batch.block_table_start[s];
+  check(last < options.spec.max_position_embeddings, "the MTP module's entries of sequence ", s,
+        " reach position ", last, ", outside 0 .. ", options.spec.max_position_embeddings - 1,
+        " (max_position_embeddings)");
+  check(last / options.block_size < num_blocks, "the block table of sequence ", s, " has ", num_blocks,
+        " blocks of ", options.block_size, " and does not reach position ", last, " of the MTP module");
+  const int32_t* blocks = batch.block_table.data() + batch.block_table_start[s];
+  for (int64_t p = batch.positions[static_cast<size_t>(first)] + int64_t{1}; p <= last; ++p) {
+    written.push_back(
+        static_cast<int32_t>(blocks[p / options.block_size] * options.block_size + p % options.block_size));
+  }
+}
+
 void check_tokens(const StepBatch& batch, const RunnerOptions& options) {
   const int64_t block_size = options.block_size;
-  std::vector<int32_t> written;  // slots
+  std::vector<int32_t> written;      // slots
+  std::vector<int32_t> mtp_written;  // slots of the MTP module's layer
   written.reserve(batch.slot_mapping.size());
   for (size_t s = 0; s < batch.num_sampled.size(); ++s) {
     const int32_t first = batch.q_start[s], end = batch.q_start[s + 1];
@@ -67,10 +96,15 @@ void check_tokens(const StepBatch& batch, const RunnerOptions& options) {
     const int32_t sampled = batch.num_sampled[s];
     check(sampled >= 0 && sampled <= end - first, "num_sampled[", s, "] is ", sampled, ", outside 0 .. ",
           end - first, " (the tokens of the sequence)");
+    check_mtp(batch, options, s, mtp_written);
   }
   std::sort(written.begin(), written.end());
   const auto twice = std::adjacent_find(written.begin(), written.end());
   check(twice == written.end(), "two tokens of the step write slot ", twice == written.end() ? -1 : *twice);
+  std::sort(mtp_written.begin(), mtp_written.end());
+  const auto mtp_twice = std::adjacent_find(mtp_written.begin(), mtp_written.end());
+  check(mtp_twice == mtp_written.end(), "two tokens of the step write slot ",
+        mtp_twice == mtp_written.end() ? -1 : *mtp_twice, " of the MTP module");
 }
 
 void check_sampling(const StepBatch& batch, int64_t vocab_size) {
@@ -138,6 +172,8 @@ void validate_batch(const StepBatch& batch, const RunnerOptions& options) {
   check_starts("q_start", batch.q_start, num_seqs, 1, num_tokens);
   check_starts("block_table_start", batch.block_table_start, num_seqs, 1,
                static_cast<int64_t>(batch.block_table.size()));
+  check_size("run_mtp", batch.run_mtp, num_seqs);
+  check_size("num_drafts", batch.num_drafts, num_seqs);
   check_size("temperature", batch.temperature, num_seqs);
   check_size("top_p", batch.top_p, num_seqs);
   check_size("top_k", batch.top_k, num_seqs);
@@ -171,12 +207,13 @@ void validate_batch(const StepBatch& batch, const RunnerOptions& options) {
           " elements, more than the step's ", num_tokens, " tokens");
     check_ids(name, *rows, num_tokens, "tokens of the step");
   }
-  if (!batch.draft_logit_rows.empty()) {
-    check(options.load_mtp, "draft_logit_rows is not empty but the MTP module was not loaded (loadMtp)");
-  }
   for (const int32_t row : batch.draft_logit_rows) {
     check(!std::binary_search(batch.q_start.begin(), batch.q_start.end(), row), "draft_logit_rows has token ",
           row, ", the first of its sequence in this step: the token before it must be in the step too");
+    const auto seq =
+        std::upper_bound(batch.q_start.begin(), batch.q_start.end(), row) - batch.q_start.begin() - 1;
+    check(batch.run_mtp[static_cast<size_t>(seq)] == 1, "draft_logit_rows has token ", row, " of sequence ",
+          seq, ", which does not run the MTP module (run_mtp)");
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "model/gqa.h"
 #include "model/mla.h"
 #include "model/moe.h"
 #include "model/rope.h"
@@ -26,7 +27,9 @@ Forward::Forward(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, i
       eps_(static_cast<float>(spec.rms_norm_eps)) {
   const int64_t tokens = max_step_tokens;
   const Dtype dtype = ops.activation_dtype();
-  const MlaShape shape = mla_shape(spec);
+  const MlaShape mla = mla_shape(spec);
+  const GqaShape gqa = gqa_shape(spec);
+  const int64_t gqa_dim = gqa.num_heads * gqa.head_dim;  // 0 where the model has MLA
   const bool has_dense = std::any_of(weights.layers.begin(), weights.layers.end(),
                                      [](const LayerWeights& layer) { return !layer.is_moe; }) ||
                          (weights.mtp && !weights.mtp->layer.is_moe);
@@ -34,11 +37,11 @@ Forward::Forward(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, i
   buffers_.normed = workspace_.tensor(tokens, spec.hidden_size, dtype);
   buffers_.delta = workspace_.tensor(tokens, spec.hidden_size, dtype);
   buffers_.hidden = workspace_.tensor(tokens, spec.hidden_size, dtype);
-  buffers_.angles = workspace_.tensor(tokens, shape.rope_dim, Dtype::kF32);
+  buffers_.angles = workspace_.tensor(tokens, spec.rope_dim(), Dtype::kF32);
   buffers_.q_a = workspace_.tensor(tokens, spec.q_lora_rank, dtype);
-  buffers_.q = workspace_.tensor(tokens, shape.num_heads * shape.qk_dim(), dtype);
-  buffers_.kv = workspace_.tensor(tokens, shape.latent_dim(), dtype);
-  buffers_.attention = workspace_.tensor(tokens, shape.num_heads * shape.v_dim, dtype);
+  buffers_.q = workspace_.tensor(tokens, mla.num_heads * mla.qk_dim() + gqa_dim, dtype);
+  buffers_.kv = workspace_.tensor(tokens, cache_row_dim(spec), dtype);
+  buffers_.attention = workspace_.tensor(tokens, mla.num_heads * mla.v_dim + gqa_dim, dtype);
   buffers_.mlp = workspace_.tensor(has_dense ? tokens : 0, spec.intermediate_size, dtype);
   buffers_.expert_ids = workspace_.tensor(tokens, spec.num_experts_per_token, Dtype::kI32);
   buffers_.expert_weights = workspace_.tensor(tokens, spec.num_experts_per_token, Dtype::kF32);
@@ -74,7 +77,12 @@ Tensor Forward::run(const StepIndex& index, const std::vector<CacheLayer>& cache
 
 void Forward::attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,
                         const ForwardBuffers& at) {
-  run_mla(ops_, layer.mla, at.normed, index, cache, {at.q_a, at.q, at.kv, at.attention, at.angles}, at.delta);
+  if (layer.is_gqa) {
+    run_gqa(ops_, layer.gqa, at.normed, index, cache, {at.q, at.kv, at.attention, at.angles}, at.delta);
+  } else {
+    run_mla(ops_, layer.mla, at.normed, index, cache, {at.q_a, at.q, at.kv, at.attention, at.angles},
+            at.delta);
+  }
 }
 
 void Forward::mlp(const LayerWeights& layer, const ForwardBuffers& at) {

@@ -18,9 +18,9 @@ struct ForwardBuffers {
   Tensor hidden;          // [T, H] after the final norm
   Tensor angles;          // [T, rope_dim] float32
   Tensor q_a;             // [T, q_lora_rank]
-  Tensor q;               // [T, A * qk_dim]
-  Tensor kv;              // [T, latent_dim]
-  Tensor attention;       // [T, A * v_dim]
+  Tensor q;               // [T, A * qk_dim]; GQA: [T, A * D]
+  Tensor kv;              // [T, latent_dim]; GQA: [T, 2 * G * D]
+  Tensor attention;       // [T, A * v_dim]; GQA: [T, A * D]
   Tensor mlp;             // [T, I] dense layers
   Tensor expert_ids;      // [T, k] int32
   Tensor expert_weights;  // [T, k] float32

@@ -42,30 +42,43 @@ void check_moe(const ModelSpec& spec) {
         "noaux_tc needs at least two experts in a group; n_routed_experts equals n_group");
 }
 
-}  // namespace
+void check_zero(const char* name, int64_t value, const ModelSpec& spec) {
+  check(value == 0, name, " is ", value, "; it must be 0 in a model of type ", spec.model_type);
+}
 
-void check_spec(const ModelSpec& spec) {
-  check(spec.model_type == "deepseek_v3" || spec.model_type == "deepseek_v2", "model_type '", spec.model_type,
-        "' is not supported; use a deepseek_v3 or deepseek_v2 checkpoint");
-  check_range("vocab_size", spec.vocab_size, 1);
-  check_range("hidden_size", spec.hidden_size, 1);
-  check_range("num_hidden_layers", spec.num_hidden_layers, 1, 1 << 16);
-  check_range("num_attention_heads", spec.num_attention_heads, 1, 1 << 16);
-  check_range("n_routed_experts", spec.num_routed_experts, 0, 1 << 20);
-  check_range("n_shared_experts", spec.num_shared_experts, 0, 1 << 16);
+void check_mla(const ModelSpec& spec) {
   check_range("kv_lora_rank", spec.kv_lora_rank, 1, 1 << 20);
   check_range("q_lora_rank", spec.q_lora_rank, 0);
   check_range("qk_nope_head_dim", spec.qk_nope_head_dim, 1, 1 << 20);
   check_range("qk_rope_head_dim", spec.qk_rope_head_dim, 2, 1 << 20);
   check(spec.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim (", spec.qk_rope_head_dim, ") is odd");
   check_range("v_head_dim", spec.v_head_dim, 1, 1 << 20);
-  check_range("max_position_embeddings", spec.max_position_embeddings, 1);
-  check_range("num_nextn_predict_layers", spec.num_mtp_layers, 0, 1 << 16);
-  check_range("weight_block_size[0]", spec.weight_block_rows, 0);
-  check_range("weight_block_size[1]", spec.weight_block_cols, 0);
-  check((spec.weight_block_rows > 0) == (spec.weight_block_cols > 0), "weight_block_size holds a zero");
-  check_positive("rms_norm_eps", spec.rms_norm_eps);
+  check_zero("num_key_value_heads", spec.num_key_value_heads, spec);
+  check_zero("head_dim", spec.head_dim, spec);
+  check_zero("mlp_bias", spec.mlp_bias, spec);
+}
+
+void check_gqa(const ModelSpec& spec) {
+  check_range("num_key_value_heads", spec.num_key_value_heads, 1, spec.num_attention_heads);
+  check(spec.num_attention_heads % spec.num_key_value_heads == 0, "num_attention_heads (",
+        spec.num_attention_heads, ") is no multiple of num_key_value_heads (", spec.num_key_value_heads, ")");
+  check_range("head_dim", spec.head_dim, 2, 1 << 16);
+  check(spec.head_dim % 2 == 0, "head_dim (", spec.head_dim, ") is odd");
+  check(!spec.rope_interleave, "rope_interleave must be false in a model of type ", spec.model_type);
+  check_zero("kv_lora_rank", spec.kv_lora_rank, spec);
+  check_zero("q_lora_rank", spec.q_lora_rank, spec);
+  check_zero("qk_nope_head_dim", spec.qk_nope_head_dim, spec);
+  check_zero("qk_rope_head_dim", spec.qk_rope_head_dim, spec);
+  check_zero("v_head_dim", spec.v_head_dim, spec);
+  check_zero("n_routed_experts", spec.num_routed_experts, spec);
+  check_zero("num_nextn_predict_layers", spec.num_mtp_layers, spec);
+}
+
+void check_rope(const ModelSpec& spec) {
   check_positive("rope_theta", spec.rope_theta);
+  check_positive("rope_scaling.factor", spec.rope_linear_factor);
+  const int num_scalings = spec.yarn.has_value() + spec.llama3.has_value() + (spec.rope_linear_factor != 1);
+  check(num_scalings <= 1, "the rotary embedding is scaled in ", num_scalings, " ways; one is possible");
   if (spec.yarn) {
     check_positive("rope_scaling.factor", spec.yarn->factor);
     check_positive("rope_scaling.beta_fast", spec.yarn->beta_fast);
@@ -74,6 +87,40 @@ void check_spec(const ModelSpec& spec) {
                    spec.yarn->original_max_position_embeddings);
     check(std::isfinite(spec.yarn->mscale) && std::isfinite(spec.yarn->mscale_all_dim),
           "rope_scaling.mscale and mscale_all_dim must be finite numbers");
+  }
+  if (spec.llama3) {
+    check_positive("rope_scaling.factor", spec.llama3->factor);
+    check_positive("rope_scaling.low_freq_factor", spec.llama3->low_freq_factor);
+    check_positive("rope_scaling.high_freq_factor", spec.llama3->high_freq_factor);
+    check_positive("rope_scaling.original_max_position_embeddings",
+                   spec.llama3->original_max_position_embeddings);
+    check(spec.llama3->high_freq_factor > spec.llama3->low_freq_factor,
+          "rope_scaling.high_freq_factor must be above low_freq_factor");
+  }
+}
+
+}  // namespace
+
+void check_spec(const ModelSpec& spec) {
+  check(spec.model_type == "deepseek_v3" || spec.model_type == "deepseek_v2" || spec.is_gqa(), "model_type '",
+        spec.model_type, "' is not supported; use a deepseek_v3, deepseek_v2, llama or qwen2 checkpoint");
+  check_range("vocab_size", spec.vocab_size, 1);
+  check_range("hidden_size", spec.hidden_size, 1);
+  check_range("num_hidden_layers", spec.num_hidden_layers, 1, 1 << 16);
+  check_range("num_attention_heads", spec.num_attention_heads, 1, 1 << 16);
+  check_range("n_routed_experts", spec.num_routed_experts, 0, 1 << 20);
+  check_range("n_shared_experts", spec.num_shared_experts, 0, 1 << 16);
+  check_range("max_position_embeddings", spec.max_position_embeddings, 1);
+  check_range("num_nextn_predict_layers", spec.num_mtp_layers, 0, 1 << 16);
+  check_range("weight_block_size[0]", spec.weight_block_rows, 0);
+  check_range("weight_block_size[1]", spec.weight_block_cols, 0);
+  check((spec.weight_block_rows > 0) == (spec.weight_block_cols > 0), "weight_block_size holds a zero");
+  check_positive("rms_norm_eps", spec.rms_norm_eps);
+  check_rope(spec);
+  if (spec.is_gqa()) {
+    check_gqa(spec);
+  } else {
+    check_mla(spec);
   }
   bool has_dense_layer = false;
   bool has_moe_layer = false;

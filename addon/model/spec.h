@@ -27,9 +27,18 @@ struct YarnScaling {
   double original_max_position_embeddings = 0;
 };
 
-// Names follow the checkpoint's config.json.
+// Long wavelengths are stretched by factor, short ones stay, a linear ramp lies between.
+struct Llama3Scaling {
+  double factor = 1;
+  double low_freq_factor = 1;
+  double high_freq_factor = 4;
+  double original_max_position_embeddings = 0;
+};
+
+// Names follow the checkpoint's config.json. deepseek_* have MLA, llama and qwen2 GQA; what belongs to the
+// other kind of attention is 0.
 struct ModelSpec {
-  std::string model_type;  // "deepseek_v3" | "deepseek_v2"
+  std::string model_type;  // "deepseek_v3" | "deepseek_v2" | "llama" | "qwen2"
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -52,16 +61,25 @@ struct ModelSpec {
   int64_t qk_nope_head_dim = 0;
   int64_t qk_rope_head_dim = 0;
   int64_t v_head_dim = 0;
-  bool attention_bias = false;
+  int64_t num_key_value_heads = 0;  // GQA
+  int64_t head_dim = 0;             // GQA
+  bool attention_bias = false;      // of q_a, kv_a, o (MLA); q, k, v, o (llama); q, k, v (qwen2)
+  bool mlp_bias = false;            // of gate, up, down; llama only
   int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-6;
   double rope_theta = 10000;
   bool rope_interleave = true;
+  // At most one of these three stretches the rotary embedding.
   std::optional<YarnScaling> yarn;
+  std::optional<Llama3Scaling> llama3;
+  double rope_linear_factor = 1;  // positions are divided by it
   bool tie_word_embeddings = false;
   int64_t num_mtp_layers = 0;
   int64_t weight_block_rows = 0;  // weightBlockSize[0]; 0 where no tensor is FP8
   int64_t weight_block_cols = 0;  // weightBlockSize[1]
+
+  bool is_gqa() const { return model_type == "llama" || model_type == "qwen2"; }
+  int64_t rope_dim() const { return is_gqa() ? head_dim : qk_rope_head_dim; }
 
   bool is_moe_layer(int64_t layer) const {
     if (num_routed_experts == 0) return false;

@@ -9,11 +9,16 @@ namespace {
 
 std::string layer_prefix(int64_t layer) { return "model.layers." + std::to_string(layer) + "."; }
 
-MlpWeights find_mlp(TensorTable& table, const std::string& prefix, int64_t hidden, int64_t intermediate) {
+MlpWeights find_mlp(TensorTable& table, const std::string& prefix, int64_t hidden, int64_t intermediate,
+                    bool has_bias = false) {
   MlpWeights mlp;
   mlp.gate = table.matrix(prefix + "gate_proj.weight", intermediate, hidden);
   mlp.up = table.matrix(prefix + "up_proj.weight", intermediate, hidden);
   mlp.down = table.matrix(prefix + "down_proj.weight", hidden, intermediate);
+  if (!has_bias) return mlp;
+  mlp.gate.bias = table.vector(prefix + "gate_proj.bias", intermediate);
+  mlp.up.bias = table.vector(prefix + "up_proj.bias", intermediate);
+  mlp.down.bias = table.vector(prefix + "down_proj.bias", hidden);
   return mlp;
 }
 
@@ -76,24 +81,50 @@ MlaWeights find_mla(const ModelSpec& spec, TensorTable& table, const std::string
   return mla;
 }
 
+GqaWeights find_gqa(const ModelSpec& spec, TensorTable& table, const std::string& prefix) {
+  GqaWeights gqa;
+  gqa.shape = gqa_shape(spec);
+  const int64_t hidden = spec.hidden_size;
+  const int64_t q_rows = gqa.shape.num_heads * gqa.shape.head_dim;
+  gqa.q = table.matrix(prefix + "q_proj.weight", q_rows, hidden);
+  gqa.k = table.matrix(prefix + "k_proj.weight", gqa.shape.kv_dim(), hidden);
+  gqa.v = table.matrix(prefix + "v_proj.weight", gqa.shape.kv_dim(), hidden);
+  gqa.o = table.matrix(prefix + "o_proj.weight", hidden, q_rows);
+  if (!spec.attention_bias) return gqa;
+  gqa.q.bias = table.vector(prefix + "q_proj.bias", q_rows);
+  gqa.k.bias = table.vector(prefix + "k_proj.bias", gqa.shape.kv_dim());
+  gqa.v.bias = table.vector(prefix + "v_proj.bias", gqa.shape.kv_dim());
+  if (spec.model_type == "llama") gqa.o.bias = table.vector(prefix + "o_proj.bias", hidden);
+  return gqa;
+}
+
 LayerWeights find_layer(const ModelSpec& spec, TensorTable& table, int64_t index) {
   const std::string prefix = layer_prefix(index);
   LayerWeights layer;
   layer.input_norm = table.vector(prefix + "input_layernorm.weight", spec.hidden_size);
-  layer.mla = find_mla(spec, table, prefix + "self_attn.");
+  layer.is_gqa = spec.is_gqa();
+  if (layer.is_gqa) {
+    layer.gqa = find_gqa(spec, table, prefix + "self_attn.");
+  } else {
+    layer.mla = find_mla(spec, table, prefix + "self_attn.");
+  }
   layer.post_attention_norm = table.vector(prefix + "post_attention_layernorm.weight", spec.hidden_size);
   layer.is_moe = spec.is_moe_layer(index);
   if (layer.is_moe) {
     layer.moe = find_moe(spec, table, prefix + "mlp.");
   } else {
-    layer.mlp = find_mlp(table, prefix + "mlp.", spec.hidden_size, spec.intermediate_size);
+    layer.mlp = find_mlp(table, prefix + "mlp.", spec.hidden_size, spec.intermediate_size, spec.mlp_bias);
   }
   return layer;
 }
 
 void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden) {
   layer.input_norm = ops.place_vector(layer.input_norm, hidden);
-  ops.place(layer.mla);
+  if (layer.is_gqa) {
+    ops.place(layer.gqa);
+  } else {
+    ops.place(layer.mla);
+  }
   layer.post_attention_norm = ops.place_vector(layer.post_attention_norm, hidden);
   if (layer.is_moe) {
     ops.place(layer.moe);
@@ -106,6 +137,7 @@ void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden) {
 
 MlaShape mla_shape(const ModelSpec& spec) {
   MlaShape shape;
+  if (spec.is_gqa()) return shape;
   shape.num_heads = spec.num_attention_heads;
   shape.nope_dim = spec.qk_nope_head_dim;
   shape.rope_dim = spec.qk_rope_head_dim;
@@ -114,6 +146,20 @@ MlaShape mla_shape(const ModelSpec& spec) {
   shape.softmax_scale = softmax_scale(spec);
   shape.rope_interleave = spec.rope_interleave;
   return shape;
+}
+
+GqaShape gqa_shape(const ModelSpec& spec) {
+  GqaShape shape;
+  if (!spec.is_gqa()) return shape;
+  shape.num_heads = spec.num_attention_heads;
+  shape.num_kv_heads = spec.num_key_value_heads;
+  shape.head_dim = spec.head_dim;
+  shape.softmax_scale = softmax_scale(spec);
+  return shape;
+}
+
+int64_t cache_row_dim(const ModelSpec& spec) {
+  return spec.is_gqa() ? gqa_shape(spec).row_dim() : mla_shape(spec).latent_dim();
 }
 
 ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_mtp) {

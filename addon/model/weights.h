@@ -14,7 +14,9 @@ class Ops;
 
 struct LayerWeights {
   const float* input_norm = nullptr;  // [H]
-  MlaWeights mla;
+  bool is_gqa = false;
+  MlaWeights mla;                              // deepseek_*
+  GqaWeights gqa;                              // llama, qwen2
   const float* post_attention_norm = nullptr;  // [H]
   bool is_moe = false;
   MlpWeights mlp;  // dense layer
@@ -50,6 +52,11 @@ void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec);
 std::vector<TensorEntry> needed_entries(const ModelSpec& spec, const std::vector<TensorEntry>& entries,
                                         bool load_mtp);
 
+// All 0 in a model with the other kind of attention.
 MlaShape mla_shape(const ModelSpec& spec);
+GqaShape gqa_shape(const ModelSpec& spec);
+
+// Elements that one position takes in one layer of the latent cache.
+int64_t cache_row_dim(const ModelSpec& spec);
 
 }  // namespace rodin

@@ -68,6 +68,9 @@ class Fields {
   void copy(const char* name, std::vector<int32_t>& out) const {
     copy_array(name, napi_int32_array, "an Int32Array", out);
   }
+  void copy(const char* name, std::vector<uint8_t>& out) const {
+    copy_array(name, napi_uint8_array, "a Uint8Array", out);
+  }
   void copy(const char* name, std::vector<uint32_t>& out) const {
     copy_array(name, napi_uint32_array, "a Uint32Array", out);
   }
@@ -148,7 +151,10 @@ ModelSpec to_model_spec(const Napi::Value& value) {
   spec.qk_nope_head_dim = fields.count("qkNopeHeadDim");
   spec.qk_rope_head_dim = fields.count("qkRopeHeadDim");
   spec.v_head_dim = fields.count("vHeadDim");
+  spec.num_key_value_heads = fields.count("numKeyValueHeads");
+  spec.head_dim = fields.count("headDim");
   spec.attention_bias = fields.boolean("attentionBias");
+  spec.mlp_bias = fields.boolean("mlpBias");
   spec.max_position_embeddings = fields.count("maxPositionEmbeddings");
   spec.rms_norm_eps = fields.number("rmsNormEps");
   spec.rope_theta = fields.number("ropeTheta");
@@ -162,6 +168,15 @@ ModelSpec to_model_spec(const Napi::Value& value) {
                             .mscale_all_dim = yarn.number("mscaleAllDim"),
                             .original_max_position_embeddings = yarn.number("originalMaxPositionEmbeddings")};
   }
+  if (!fields.value("llama3").IsNull()) {
+    const Fields llama3(fields.value("llama3"), "options.spec.llama3");
+    spec.llama3 =
+        Llama3Scaling{.factor = llama3.number("factor"),
+                      .low_freq_factor = llama3.number("lowFreqFactor"),
+                      .high_freq_factor = llama3.number("highFreqFactor"),
+                      .original_max_position_embeddings = llama3.number("originalMaxPositionEmbeddings")};
+  }
+  spec.rope_linear_factor = fields.number("ropeLinearFactor");
   spec.tie_word_embeddings = fields.boolean("tieWordEmbeddings");
   spec.num_mtp_layers = fields.count("numMtpLayers");
   if (!fields.value("weightBlockSize").IsNull()) {
@@ -215,6 +230,8 @@ StepBatch to_step_batch(const Napi::Value& value) {
   fields.copy("blockTableStart", batch.block_table_start);
   fields.copy("blockTable", batch.block_table);
   fields.copy("numSampled", batch.num_sampled);
+  fields.copy("runMtp", batch.run_mtp);
+  fields.copy("numDrafts", batch.num_drafts);
   fields.copy("temperature", batch.temperature);
   fields.copy("topP", batch.top_p);
   fields.copy("topK", batch.top_k);
@@ -257,7 +274,10 @@ Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
   object.Set("nonFinite", to_typed_array<Napi::Uint8Array>(env, result.non_finite));
   object.Set("logits", to_typed_array<Napi::Float32Array>(env, result.logits));
   object.Set("draftLogits", to_typed_array<Napi::Float32Array>(env, result.draft_logits));
+  object.Set("draftStart", to_typed_array<Napi::Int32Array>(env, result.draft_start));
+  object.Set("draftIds", to_typed_array<Napi::Int32Array>(env, result.draft_ids));
   object.Set("stepMicros", result.step_micros);
+  object.Set("draftMicros", result.draft_micros);
   return object;
 }
 

@@ -1,5 +1,7 @@
 #include "ops/ops.h"
 
+#include "ops/check.h"
+
 namespace rodin {
 
 void Ops::place(MoeWeights& moe) {
@@ -19,6 +21,22 @@ void Ops::place(MlaWeights& mla) {
   mla.kv_a_norm = place_vector(mla.kv_a_norm, mla.shape.lora_rank);
   place(mla.kv_b);
   place(mla.o);
+}
+
+void Ops::place(GqaWeights& gqa) {
+  place(gqa.q);
+  place(gqa.k);
+  place(gqa.v);
+  place(gqa.o);
+}
+
+void Ops::gqa_rope_store(const Tensor&, const Tensor&, const GqaShape&, const Tensor&, const StepIndex&,
+                         const CacheLayer&) {
+  fail("grouped-query attention is not supported on ", name(), "; use the device cpu");
+}
+
+void Ops::gqa_attention(const Tensor&, const GqaShape&, const StepIndex&, const CacheLayer&, const Tensor&) {
+  fail("grouped-query attention is not supported on ", name(), "; use the device cpu");
 }
 
 }  // namespace rodin

@@ -36,7 +36,8 @@ struct OpsLimits {
   int64_t experts_per_token = 0;
   int64_t moe_intermediate_size = 0;     // one routed expert
   int64_t shared_intermediate_size = 0;  // the shared expert, 0 where there is none
-  MlaShape mla;
+  MlaShape mla;                          // all 0 in a model with GQA
+  GqaShape gqa;                          // all 0 in a model with MLA
 };
 
 // Which tokens a step computes and where their latents lie. Pointers are host memory when the caller fills it
@@ -70,9 +71,10 @@ struct RopeParams {
   float multiplier = 1.0f;
 };
 
-// One layer of the latent cache: row = slot, [lora_rank normed latents | rope_dim rotated key].
+// One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key]; GQA:
+// [G * D rotated keys | G * D values].
 struct CacheLayer {
-  Tensor latents;  // [num_blocks * block_size, latent_dim], cache_dtype()
+  Tensor latents;  // [num_blocks * block_size, latent_dim or row_dim], cache_dtype()
 };
 
 class Ops {
@@ -104,6 +106,7 @@ class Ops {
   }
   virtual void place(MoeWeights& moe);
   virtual void place(MlaWeights& mla);
+  virtual void place(GqaWeights& gqa);
   // Allocates the Ops' own workspace and returns its bytes. Called once, after every place().
   virtual size_t reserve(const OpsLimits& limits) = 0;
 
@@ -145,6 +148,18 @@ class Ops {
   virtual void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                              const CacheLayer& cache, const Tensor& out) = 0;
 
+  // ---- GQA: devices that have it override all three -----------------------------------------------------
+  virtual bool has_gqa() const { return false; }
+  // Rotates every head of q [T, A * D] and of the keys kv[:, :G * D] in place. The row kv [T, 2 * G * D],
+  // keys then values, goes to the cache row slots[i], rounded to cache_dtype(), unless the slot is -1.
+  virtual void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape,
+                              const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache);
+  // out [T, A * D] from q [T, A * D] (rotated) and the cache, this step's rows included; k_g and v_g are
+  // those of kv head g = h / group_size in the row of position p:
+  //   out_h = sum_p softmax_p(softmax_scale * q_h . k_g(p)) v_g(p).
+  virtual void gqa_attention(const Tensor& q, const GqaShape& shape, const StepIndex& index,
+                             const CacheLayer& cache, const Tensor& out);
+
   // ---- MoE ----------------------------------------------------------------------------------------------
   // Scores are float32 whatever the activations are. choice = scores (+ correction_bias for noaux_tc).
   // Unless greedy or num_groups = 1, only the topk_groups best groups stay: by the sum of the two largest
@@ -161,7 +176,7 @@ class Ops {
                    const Tensor& expert_weights, const Tensor& out) = 0;
 
   // ---- sampling -----------------------------------------------------------------------------------------
-  // See SampleArgs. logits [R, V] float32 on the device.
+  // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.
   virtual void sample(const SampleArgs& args) = 0;
 };
 

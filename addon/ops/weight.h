@@ -82,4 +82,25 @@ struct MlaWeights {
   const void* packed = nullptr;  // belongs to the Ops that placed it
 };
 
+// Grouped-query attention: group_size() query heads share the key and the value of one kv head.
+struct GqaShape {
+  int64_t num_heads = 0;     // A; 0: the model has MLA instead
+  int64_t num_kv_heads = 0;  // G, a divisor of A
+  int64_t head_dim = 0;      // D, even; pairs (i, i + D/2) rotate
+  float softmax_scale = 0;
+
+  int64_t group_size() const { return num_heads / num_kv_heads; }
+  int64_t kv_dim() const { return num_kv_heads * head_dim; }  // the keys (or values) of one position
+  int64_t row_dim() const { return 2 * kv_dim(); }            // what one position takes in the cache
+};
+
+struct GqaWeights {
+  Weight q;  // [A * D, H]
+  Weight k;  // [G * D, H]
+  Weight v;  // [G * D, H]
+  Weight o;  // [H, A * D]
+  GqaShape shape;
+  const void* packed = nullptr;  // belongs to the Ops that placed it
+};
+
 }  // namespace rodin

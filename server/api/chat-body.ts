@@ -1,89 +1,103 @@
 import type { ReasoningField } from '../config.js';
-import type { ChatOutput, FinishReason, Piece, ToolCallPiece, Usage } from './chat-output.js';
+import type { ChatOutput, Piece, ToolCallPiece, Usage } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
+import type { Choices } from './choices.js';
 import type { ApiContext } from './context.js';
 import { choiceLogprobs } from './logprobs.js';
 import type { components } from './openapi.js';
+import type { ChunkBodies } from './stream.js';
 
 type Schemas = components['schemas'];
 
-/** Bodies of one completion: the whole answer, or its chunks. JSON text, because a seed may have 64 bits. */
-export class ChatBodies {
+/** The whole answer. JSON text, because a seed may have 64 bits. */
+export function wholeChat(job: ChatJob, context: ApiContext, choices: Choices): string {
+  const { returnTokenIds, engineRequest } = job;
+  const body: Omit<Schemas['ChatCompletion'], 'seed'> = {
+    ...headOf(job, context, 'chat.completion'),
+    choices: choices.all.map(({ job: own, index, completion }) =>
+      new ChatBodies(own, context, index).choice(completion!.output, completion!.output.take()),
+    ),
+    usage: choices.usage,
+    ...(job.returnMetrics ? { metrics: choices.metrics } : {}),
+    ...(returnTokenIds ? { prompt_token_ids: engineRequest.promptIds } : {}),
+  };
+  return withSeed(JSON.stringify(body), job);
+}
+
+/** Bodies of one choice: the whole one, or its chunks. */
+export class ChatBodies implements ChunkBodies {
   readonly #job: ChatJob;
+  readonly #context: ApiContext;
   readonly #reasoningField: ReasoningField;
-  readonly #model: string;
-  readonly #fingerprint: string;
-  readonly #seed: string;
+  readonly #index: number;
   #isFirst = true;
 
-  constructor(job: ChatJob, { config, modelNames, systemFingerprint }: ApiContext) {
+  constructor(job: ChatJob, context: ApiContext, index = 0) {
     this.#job = job;
-    this.#reasoningField = config.reasoningField;
-    this.#model = modelNames[0]!;
-    this.#fingerprint = systemFingerprint;
-    this.#seed = BigInt.asIntN(64, job.engineRequest.sampling.seed).toString();
+    this.#context = context;
+    this.#reasoningField = context.config.reasoningField;
+    this.#index = index;
   }
 
-  whole(output: ChatOutput, pieces: readonly Piece[]): string {
-    const { returnTokenIds, engineRequest } = this.#job;
+  choice(output: ChatOutput, pieces: readonly Piece[]): Schemas['ChatCompletionChoice'] {
     const reasoning = textOf(pieces, 'reasoning');
     const toolCalls = joinToolCalls(pieces);
-    const body: Omit<Schemas['ChatCompletion'], 'seed'> = {
-      ...this.#head('chat.completion'),
-      choices: [
-        {
-          index: 0,
-          message: {
-            role: 'assistant',
-            content: textOf(pieces, 'content') || null,
-            ...(reasoning ? this.#reasoning(reasoning) : {}),
-            ...(toolCalls.length ? { tool_calls: toolCalls } : {}),
-            refusal: null,
-          },
-          finish_reason: output.finishReason!,
-          logprobs: this.#logprobs(pieces),
-          ...(returnTokenIds ? { token_ids: pieces.flatMap((piece) => piece.tokenIds) } : {}),
-        },
-      ],
-      usage: output.usage,
-      ...(returnTokenIds ? { prompt_token_ids: engineRequest.promptIds } : {}),
+    return {
+      index: this.#index,
+      message: {
+        role: 'assistant',
+        content: textOf(pieces, 'content') || null,
+        ...(reasoning ? this.#reasoning(reasoning) : {}),
+        ...(toolCalls.length ? { tool_calls: toolCalls } : {}),
+        refusal: null,
+      },
+      finish_reason: output.finishReason!,
+      logprobs: this.#logprobs(pieces),
+      ...(this.#job.returnTokenIds ? { token_ids: pieces.flatMap((piece) => piece.tokenIds) } : {}),
+      ...(output.reasoningEnded ? { reasoning_ended: output.reasoningEnded } : {}),
     };
-    return this.#withSeed(JSON.stringify(body));
   }
 
-  piece(piece: Piece): string {
-    return this.#chunk(this.#deltaOf(piece), [piece], null);
+  piece(piece: Piece, usage: Usage | null | undefined): string {
+    return this.#chunk(this.#deltaOf(piece), [piece], null, usage);
   }
 
-  /** the chunk that ends the choice; `rest` are pieces without text */
-  finish(reason: FinishReason, rest: readonly Piece[]): string {
-    return this.#chunk(this.#isFirst ? { content: '' } : {}, rest, reason);
+  finish(output: ChatOutput, rest: readonly Piece[], usage: Usage | null | undefined): string {
+    return this.#chunk(this.#isFirst ? { content: '' } : {}, rest, output, usage);
   }
 
   usage(usage: Usage): string {
-    return JSON.stringify({ ...this.#head('chat.completion.chunk'), choices: [], usage });
+    const head = headOf(this.#job, this.#context, 'chat.completion.chunk');
+    return JSON.stringify({ ...head, choices: [], usage });
   }
 
-  #chunk(delta: Schemas['Delta'], pieces: readonly Piece[], reason: FinishReason | null): string {
+  #chunk(
+    delta: Schemas['Delta'],
+    pieces: readonly Piece[],
+    ended: ChatOutput | null,
+    usage: Usage | null | undefined,
+  ): string {
     const isFirst = this.#isFirst;
-    const { returnTokenIds, includeUsage, engineRequest } = this.#job;
+    const { returnTokenIds, engineRequest } = this.#job;
     const chunk: Schemas['ChatCompletionChunk'] = {
-      ...this.#head('chat.completion.chunk'),
+      ...headOf(this.#job, this.#context, 'chat.completion.chunk'),
       choices: [
         {
-          index: 0,
+          index: this.#index,
           delta: isFirst ? { role: 'assistant', ...delta } : delta,
-          finish_reason: reason,
+          finish_reason: ended?.finishReason ?? null,
           logprobs: pieces.some((piece) => piece.logprobs.length) ? this.#logprobs(pieces) : null,
           ...(returnTokenIds ? { token_ids: pieces.flatMap((piece) => piece.tokenIds) } : {}),
+          ...(ended?.reasoningEnded ? { reasoning_ended: ended.reasoningEnded } : {}),
         },
       ],
-      ...(includeUsage ? { usage: null } : {}),
+      ...(usage === undefined ? {} : { usage }),
       ...(returnTokenIds && isFirst ? { prompt_token_ids: engineRequest.promptIds } : {}),
+      ...(ended && this.#job.returnMetrics ? { metrics: ended.metrics } : {}),
     };
     this.#isFirst = false;
     const text = JSON.stringify(chunk);
-    return isFirst ? this.#withSeed(text) : text;
+    return isFirst ? withSeed(text, this.#job) : text;
   }
 
   #deltaOf({ kind, text, toolCall }: Piece): Schemas['Delta'] {
@@ -113,16 +127,15 @@ export class ChatBodies {
   #logprobs(pieces: readonly Piece[]): Schemas['ChoiceLogprobs'] | null {
     return choiceLogprobs(pieces, this.#job.engineRequest.sampling.numLogprobs >= 0);
   }
+}
 
-  #head<Type extends string>(object: Type) {
-    const { created, engineRequest } = this.#job;
-    const id = engineRequest.requestId;
-    return { id, object, created, model: this.#model, system_fingerprint: this.#fingerprint };
-  }
+export function headOf<Type extends string>({ id, created }: ChatJob, context: ApiContext, object: Type) {
+  const { modelNames, systemFingerprint } = context;
+  return { id, object, created, model: modelNames[0]!, system_fingerprint: systemFingerprint };
+}
 
-  #withSeed(json: string): string {
-    return `${json.slice(0, -1)},"seed":${this.#seed}}`;
-  }
+export function withSeed(json: string, { engineRequest }: ChatJob): string {
+  return `${json.slice(0, -1)},"seed":${BigInt.asIntN(64, engineRequest.sampling.seed)}}`;
 }
 
 function textOf(pieces: readonly Piece[], kind: Piece['kind']): string {

@@ -1,7 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import type { EmittedToken, EngineEvent } from '../engine/request.js';
 import { ApiError, ERROR_CODES, type ErrorCode } from '../errors.js';
-import { OutputParser, type OutputDelta } from '../text/output-parser.js';
+import type { ReasoningEnd } from '../engine/steering.js';
+import type { OutputDelta, TokenParser } from '../text/output-parser.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { ChatJob } from './chat-request.js';
 import { toTokenLogprob, type TokenLogprob } from './logprobs.js';
@@ -34,22 +35,36 @@ export interface Piece {
 export class ChatOutput {
   readonly #job: ChatJob;
   readonly #prompts: PromptEncoder;
-  readonly #parser: OutputParser;
+  readonly #parser: TokenParser;
+  /** inline reasoning has been begun with a think tag and not been ended */
+  #isInThink = false;
   #pieces: Piece[] = [];
   #numTokens = 0;
   #numReasoning = 0;
   #numAnswer = 0;
   #cachedTokens = 0;
+  #speculative: EngineEvent['speculative'];
   #finishReason: FinishReason | null = null;
+  #reasoningEnded: ReasoningEnd | null = null;
 
   constructor(job: ChatJob, prompts: PromptEncoder) {
     this.#job = job;
     this.#prompts = prompts;
-    this.#parser = new OutputParser(prompts.tokenizer, prompts.toolMarkers, job.stops);
+    this.#parser = prompts.parser(job.stops, job.stopScope);
   }
 
   get finishReason(): FinishReason | null {
     return this.#finishReason;
+  }
+
+  /** the stop string that ended the answer */
+  get matchedStop(): string | null {
+    return this.#parser.matchedStop;
+  }
+
+  /** why the engine ended the reasoning; null where it ended by itself */
+  get reasoningEnded(): ReasoningEnd | null {
+    return this.#reasoningEnded;
   }
 
   get numTokens(): number {
@@ -82,14 +97,23 @@ export class ChatOutput {
     };
   }
 
+  get metrics(): components['schemas']['CompletionMetrics'] {
+    if (this.#speculative === undefined) return { speculative: null };
+    const { draftTokens, acceptedTokens } = this.#speculative;
+    return { speculative: { draft_tokens: draftTokens, accepted_tokens: acceptedTokens } };
+  }
+
   /** Takes in one event. Throws ApiError where the engine gave up on the sequence. */
   accept(event: EngineEvent): void {
     if (event.finishReason === 'error') throw toApiError(event.error, this.#job.formatParam);
     if (event.finishReason === 'abort') throw new ApiError('engine_failed', 'The request was aborted by the server.');
     this.#cachedTokens = event.cachedTokens;
+    this.#speculative = event.speculative ?? this.#speculative;
+    this.#reasoningEnded = event.reasoningEnded ?? null;
     for (const token of event.tokens) {
       this.#push(token);
-      if (this.#parser.matchedStop !== null) return this.#finish('stop');
+      const isOver = this.#job.hasOneCall && this.#parser.numEndedCalls > 0;
+      if (isOver || this.#parser.matchedStop !== null) return this.#finish('stop');
     }
     if (event.finishReason) this.#finish(event.finishReason);
   }
@@ -97,24 +121,27 @@ export class ChatOutput {
   /** Pieces to send now. A last one without text waits for what it belongs to, until the end. */
   take(): Piece[] {
     const last = this.#pieces.at(-1);
-    const waits = last !== undefined && isEmpty(last) && this.#finishReason === null;
+    const isWhole = this.#job.streamsReasoning || last?.kind !== 'reasoning';
+    const waits = last !== undefined && (isEmpty(last) || !isWhole) && this.#finishReason === null;
     const taken = waits ? this.#pieces.slice(0, -1) : this.#pieces;
     this.#pieces = waits ? [last] : [];
     return taken;
   }
 
   #push(token: EmittedToken): void {
-    const { phase } = token;
     this.#numTokens += 1;
+    for (const delta of this.#parser.push(token)) this.#append(delta);
+    const { phase } = this.#parser;
     if (phase === 'reasoning') this.#numReasoning += 1;
     if (phase === 'answer' || phase === 'tool') this.#numAnswer += 1;
-    for (const delta of this.#parser.push(token)) this.#append(delta);
+    const { reasoningView, returnTokenIds } = this.#job;
+    if (phase === 'reasoning' && reasoningView === 'hidden') return;
     const { logprobs } = token;
     if (logprobs && (phase === 'reasoning' || phase === 'answer')) {
-      const piece = this.#pieceOf(phase === 'answer' ? 'content' : 'reasoning');
+      const piece = this.#pieceOf(phase === 'answer' || reasoningView === 'inline' ? 'content' : 'reasoning');
       piece.logprobs.push(toTokenLogprob(token.id, logprobs, this.#prompts.tokenizer));
     }
-    if (this.#job.returnTokenIds) this.#lastPiece().tokenIds.push(token.id);
+    if (returnTokenIds) this.#lastPiece().tokenIds.push(token.id);
   }
 
   #finish(reason: 'stop' | 'length'): void {
@@ -123,6 +150,14 @@ export class ChatOutput {
   }
 
   #append(delta: OutputDelta): void {
+    if (delta.kind === 'reasoning' && this.#job.reasoningView !== 'separate') {
+      if (this.#job.reasoningView === 'inline') this.#addInline(delta.text);
+      return;
+    }
+    if (this.#isInThink) {
+      this.#isInThink = false;
+      this.#pieceOf('content').text += '</think>';
+    }
     if (delta.kind !== 'tool_call') {
       this.#pieceOf(delta.kind).text += delta.text;
       return;
@@ -133,8 +168,14 @@ export class ChatOutput {
       return;
     }
     const { index, name } = delta;
-    const named = name === undefined ? {} : { id: `call_${randomUUID().replaceAll('-', '').slice(0, 24)}`, name };
+    const id = delta.id ?? `call_${randomUUID().replaceAll('-', '').slice(0, 24)}`;
+    const named = name === undefined ? {} : { id, name };
     this.#newPiece('tool_call').toolCall = { index, ...named, arguments: delta.arguments };
+  }
+
+  #addInline(text: string): void {
+    this.#pieceOf('content').text += this.#isInThink ? text : `<think>${text}`;
+    this.#isInThink = true;
   }
 
   #pieceOf(kind: 'reasoning' | 'content'): Piece {

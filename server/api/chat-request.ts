@@ -1,69 +1,154 @@
 import { randomBytes, randomUUID } from 'node:crypto';
 import type { EngineRequest, SamplingParams } from '../engine/request.js';
 import { ApiError } from '../errors.js';
+import type { StopScope } from '../text/output-parser.js';
 import type { ApiContext } from './context.js';
 import { readConversation, tooLong } from './conversation.js';
 import { toRequestGrammar } from './output-format.js';
 import { answerFormat } from './tool-grammar.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
 import type { components } from './openapi.js';
+import { checkThinking, readThinking, thinkingLimits } from './thinking.js';
 import { paramOf } from './validation-error.js';
 
 export type ChatBody = components['schemas']['ChatCompletionRequest'];
 
+/** Where reasoning goes: a field of its own, the content, or nowhere. */
+export type ReasoningView = 'separate' | 'inline' | 'hidden';
+
 /** A chat request, checked, rendered and ready for the engine. */
 export interface ChatJob {
+  /** of the response, the same for all choices */
+  id: string;
   engineRequest: EngineRequest;
   stops: readonly string[];
   /** the field that said the answer's format; null where the answer is free */
   formatParam: string | null;
+  stopScope: StopScope;
   isStream: boolean;
   includeUsage: boolean;
+  /** usage so far in every chunk */
+  hasContinuousUsage: boolean;
   returnTokenIds: boolean;
+  returnMetrics: boolean;
+  reasoningView: ReasoningView;
+  /** false: in one piece, when it has ended */
+  streamsReasoning: boolean;
+  /** the first call ends the completion */
+  hasOneCall: boolean;
+  /** choices with this prompt */
+  numChoices: number;
   /** Unix seconds */
   created: number;
 }
 
-/** Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. */
-export async function readChatRequest(body: ChatBody, tenant: string, context: ApiContext): Promise<ChatJob> {
+/**
+ * Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. With
+ * `mayFillContext`, a limit beyond the context is the context's rest, and the caller says so to its client.
+ */
+export async function readChatRequest(
+  body: ChatBody,
+  tenant: string,
+  context: ApiContext,
+  mayFillContext = false,
+): Promise<ChatJob> {
   checkModel(body.model, context);
-  if (body.stream_options && !body.stream) {
-    throw new ApiError('invalid_value', "'stream_options' is only allowed with 'stream': true.", 'stream_options');
-  }
+  checkStreamOptions(body);
   const stops = readStops(body.stop);
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
+  const wish = readThinking(body);
+  checkThinking(wish, body, context);
+  checkTurn(body);
   const format = answerFormat(body, context.formats.read(body), context.formats, context.prompts);
+  if (format && context.prompts.form === 'r1-zero') {
+    const message = "This model's reasoning is marked in its text, so its answer alone cannot be held to a format.";
+    throw new ApiError('unsupported_value', message, format.param);
+  }
   if (format && body.ignore_eos) {
     const message = `'ignore_eos' would go on behind the end of what '${format.param}' asks for; remove it.`;
     throw new ApiError('invalid_value', message, 'ignore_eos');
   }
-  const { ids: promptIds, startPhase } = await readConversation(body, context);
-  sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen);
-  if (sampling.minTokens > sampling.maxTokens) {
-    throw new ApiError(
-      'invalid_value',
-      `'min_tokens' is ${sampling.minTokens}, more than the ${sampling.maxTokens} tokens that the completion may have.`,
-      'min_tokens',
-    );
-  }
+  const { ids: promptIds, startPhase } = await readConversation(body, wish, context);
+  sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
+  checkMinTokens(sampling);
+  const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
+  const id = `chatcmpl-${randomUUID().replaceAll('-', '')}`;
   return {
+    id,
     engineRequest: {
-      requestId: `chatcmpl-${randomUUID().replaceAll('-', '')}`,
+      requestId: id,
       promptIds,
       sampling,
       markers: context.prompts.markers,
       startPhase,
-      cacheSalt: tenant || body.cache_salt ? JSON.stringify([tenant, body.cache_salt ?? '']) : '',
+      cacheSalt: cacheSaltOf(tenant, body.cache_salt),
+      priority: body.priority ?? 0,
+      ...(thinking ? { thinking } : {}),
       ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
     stops,
     formatParam: format?.param ?? null,
+    stopScope: body.stop_scope ?? 'answer',
     isStream: body.stream === true,
     includeUsage: body.stream_options?.include_usage === true,
+    hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,
     returnTokenIds: body.return_token_ids === true,
+    returnMetrics: body.metrics === true,
+    reasoningView: readReasoningView(body, context),
+    streamsReasoning: body.stream_reasoning !== false,
+    hasOneCall: body.parallel_tool_calls === false,
+    numChoices: body.n ?? 1,
     created: Math.floor(Date.now() / 1000),
   };
+}
+
+/** Choice i of a request: an engine request of its own, with the seed plus i. */
+export function jobOfChoice(job: ChatJob, index: number): ChatJob {
+  if (index === 0) return job;
+  const { engineRequest } = job;
+  const { sampling, requestId } = engineRequest;
+  const seed = BigInt.asUintN(64, sampling.seed + BigInt(index));
+  return {
+    ...job,
+    engineRequest: { ...engineRequest, requestId: `${requestId}-${index}`, sampling: { ...sampling, seed } },
+  };
+}
+
+export function cacheSaltOf(tenant: string, salt: string | null | undefined): string {
+  return tenant || salt ? JSON.stringify([tenant, salt ?? '']) : '';
+}
+
+export function checkStreamOptions(body: Pick<ChatBody, 'stream' | 'stream_options'>): void {
+  if (!body.stream_options || body.stream) return;
+  throw new ApiError('invalid_value', "'stream_options' is only allowed with 'stream': true.", 'stream_options');
+}
+
+export function checkMinTokens({ minTokens, maxTokens }: SamplingParams): void {
+  if (minTokens <= maxTokens) return;
+  throw new ApiError(
+    'invalid_value',
+    `'min_tokens' is ${minTokens}, more than the ${maxTokens} tokens that the completion may have.`,
+    'min_tokens',
+  );
+}
+
+function checkTurn({ add_generation_prompt: opensTurn, continue_final_message: goesOn }: ChatBody): void {
+  if (opensTurn !== false || goesOn === true) return;
+  const message = "'add_generation_prompt' may only be false with 'continue_final_message': a completion needs a turn.";
+  throw new ApiError('invalid_value', message, 'add_generation_prompt');
+}
+
+function readReasoningView(body: ChatBody, { config }: ApiContext): ReasoningView {
+  const exclude = body.reasoning?.exclude;
+  const include = body.include_reasoning;
+  if (typeof exclude === 'boolean' && typeof include === 'boolean' && exclude === include) {
+    const message = "'include_reasoning' and 'reasoning.exclude' contradict each other; give one of them.";
+    throw new ApiError('invalid_value', message, 'reasoning.exclude');
+  }
+  if (include === false || exclude === true) return 'hidden';
+  const separate = body.separate_reasoning ?? config.reasoningFormat !== 'none';
+  return separate ? 'separate' : 'inline';
 }
 
 export function checkModel(model: string, { modelNames }: ApiContext): void {
@@ -76,7 +161,27 @@ export function checkModel(model: string, { modelNames }: ApiContext): void {
   );
 }
 
-function readSampling(body: ChatBody, { defaults, spec, prompts }: ApiContext, numLogprobs: number): SamplingParams {
+type SamplingBody = Pick<
+  ChatBody,
+  | 'stop_token_ids'
+  | 'ignore_eos'
+  | 'logit_bias'
+  | 'top_k'
+  | 'temperature'
+  | 'top_p'
+  | 'min_p'
+  | 'seed'
+  | 'presence_penalty'
+  | 'frequency_penalty'
+  | 'repetition_penalty'
+  | 'min_tokens'
+> & { tool_choice?: ChatBody['tool_choice'] };
+
+export function readSampling(
+  body: SamplingBody,
+  { defaults, spec, prompts }: ApiContext,
+  numLogprobs: number,
+): SamplingParams {
   const stopTokenIds = [...(body.stop_token_ids ?? [])];
   stopTokenIds.forEach((id, index) => checkTokenId(id, spec.vocabSize, `stop_token_ids[${index}]`));
   if (!body.ignore_eos) stopTokenIds.push(...defaults.eosTokenIds);
@@ -108,13 +213,13 @@ function readSampling(body: ChatBody, { defaults, spec, prompts }: ApiContext, n
   };
 }
 
-function checkTokenId(id: number, vocabSize: number, param: string): void {
+export function checkTokenId(id: number, vocabSize: number, param: string): void {
   if (Number.isSafeInteger(id) && id >= 0 && id < vocabSize) return;
   const message = `'${param}' is no token of this model: ids go from 0 to ${vocabSize - 1}; it is ${id}.`;
   throw new ApiError('token_out_of_vocabulary', message, param);
 }
 
-function readStops(stop: ChatBody['stop']): readonly string[] {
+export function readStops(stop: ChatBody['stop']): readonly string[] {
   const stops = typeof stop === 'string' ? [stop] : (stop ?? []);
   stops.forEach((text, index) => {
     if (!/\p{Surrogate}/u.test(text)) return;
@@ -132,9 +237,9 @@ function readLogprobs({ logprobs, top_logprobs: top }: ChatBody): number {
 }
 
 /** Given seeds are 64 bits, drawn ones fit into a JSON number of any client. */
-function readSeed(body: ChatBody): bigint {
+function readSeed(body: Pick<ChatBody, 'seed'>): bigint {
   if (body.seed === undefined || body.seed === null) return randomBytes(8).readBigUInt64LE() & ((1n << 53n) - 1n);
-  const source = (body as JsonBody)[SEED_SOURCE] ?? String(body.seed);
+  const source = (body as Partial<JsonBody>)[SEED_SOURCE] ?? String(body.seed);
   const seed = /^-?\d+$/.test(source) ? BigInt(source) : null;
   if (seed === null || seed < -(1n << 63n) || seed >= 1n << 63n) {
     throw new ApiError('invalid_value', "'seed' must be an integer of 64 bits, written without exponent.", 'seed');
@@ -142,7 +247,13 @@ function readSeed(body: ChatBody): bigint {
   return BigInt.asUintN(64, seed);
 }
 
-function readMaxTokens(body: ChatBody, numPromptTokens: number, maxModelLen: number): number {
+export function readMaxTokens(
+  body: Pick<ChatBody, 'max_tokens' | 'max_completion_tokens'>,
+  numPromptTokens: number,
+  maxModelLen: number,
+  promptParam: string,
+  mayFillContext = false,
+): number {
   const { max_tokens: older, max_completion_tokens: newer } = body;
   if (older && newer && older !== newer) {
     throw new ApiError(
@@ -152,16 +263,16 @@ function readMaxTokens(body: ChatBody, numPromptTokens: number, maxModelLen: num
     );
   }
   if (numPromptTokens >= maxModelLen) {
-    throw new ApiError('context_length_exceeded', tooLong(numPromptTokens, maxModelLen), 'messages');
+    throw new ApiError('context_length_exceeded', tooLong(numPromptTokens, maxModelLen), promptParam);
   }
   const wanted = newer ?? older;
   const rest = maxModelLen - numPromptTokens;
-  if (wanted && wanted > rest) {
+  if (wanted && wanted > rest && !mayFillContext) {
     throw new ApiError(
       'context_length_exceeded',
       `The context has ${maxModelLen} tokens and the prompt ${numPromptTokens}; ask for at most ${rest}, or leave it out.`,
       newer ? 'max_completion_tokens' : 'max_tokens',
     );
   }
-  return wanted ?? rest;
+  return Math.min(wanted ?? rest, rest);
 }

@@ -80,7 +80,7 @@ export class Completion {
     if (this.#isEnded) return;
     this.#isEnded = true;
     this.#events.return?.().catch((error: unknown) => this.#log.error(error, 'aborting a sequence failed'));
-    const { numTokens, numReasoning, cachedTokens } = this.output;
+    const { numTokens, numReasoning, cachedTokens, reasoningEnded } = this.output;
     const { promptIds, sampling, requestId } = this.#job.engineRequest;
     const now = performance.now();
     const since = (time: number | null): number | null => (time === null ? null : (time - this.#startedAt) / 1000);
@@ -91,6 +91,7 @@ export class Completion {
       maxTokens: sampling.maxTokens,
       numTokens,
       numReasoning,
+      reasoningEnded,
       finishReason,
       total,
       toFirstToken: since(this.#firstTokenAt),
@@ -104,6 +105,7 @@ export class Completion {
         prompt_tokens: promptIds.length,
         cached_tokens: cachedTokens,
         reasoning_tokens: numReasoning,
+        ...(reasoningEnded ? { reasoning_ended: reasoningEnded } : {}),
         completion_tokens: numTokens,
         seconds: Number(total.toFixed(3)),
       },

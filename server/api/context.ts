@@ -17,8 +17,8 @@ export interface ApiContext {
   defaults: Checkpoint['defaults'];
   /** names that requests may use; the first is the one in responses */
   modelNames: readonly string[];
-  /** longest prompt and completion together */
-  maxModelLen: number;
+  /** longest prompt and completion together: the engine's, once it is ready */
+  readonly maxModelLen: number;
   systemFingerprint: string;
   /** Unix seconds */
   startedAt: number;

@@ -1,30 +1,39 @@
 import { ApiError } from '../errors.js';
-import type { TemplateMessage } from '../text/chat-template.js';
+import type { TemplateMessage, TurnPrefix } from '../text/chat-template.js';
 import type { EncodedPrompt } from '../text/prompt-encoder.js';
 import type { ChatBody } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import type { components } from './openapi.js';
+import type { ThinkingWish } from './thinking.js';
 
 type Message = components['schemas']['ChatMessage'];
 type Content = Message['content'];
 
 /** Deeper tools than this are refused: they are walked by recursion. */
-const MAX_TOOL_DEPTH = 64;
+export const MAX_TOOL_DEPTH = 64;
+
+type ConversationBody = Pick<
+  ChatBody,
+  'messages' | 'tools' | 'tool_choice' | 'continue_final_message' | 'add_generation_prompt'
+>;
 
 /** Messages, tools and switches of a request -> prompt ids. */
-export async function readConversation(body: ChatBody, context: ApiContext): Promise<EncodedPrompt> {
+export async function readConversation(
+  body: ConversationBody,
+  wish: ThinkingWish,
+  context: ApiContext,
+): Promise<EncodedPrompt> {
   const { prompts, maxModelLen } = context;
-  const messages = body.messages.map(toTemplateMessage);
+  const prefix = readPrefix(body, wish, context);
+  const messages = (prefix ? body.messages.slice(0, -1) : body.messages).map(toTemplateMessage);
   const tools = body.tool_choice === 'none' || !body.tools?.length ? null : body.tools;
   if (depthOf(tools, MAX_TOOL_DEPTH + 1) > MAX_TOOL_DEPTH) {
     throw new ApiError('invalid_value', `'tools' is nested deeper than ${MAX_TOOL_DEPTH} levels; flatten it.`, 'tools');
   }
-  if (tools && !prompts.rendersTools) {
-    const message = "This model's chat template does not show tools to the model; remove 'tools'.";
+  if (tools && !prompts.rendersTools && prompts.toolFormat === null) {
+    const message = "This model has neither a chat template that shows tools nor marks for calls; remove 'tools'.";
     throw new ApiError('unsupported_parameter', message, 'tools');
   }
-  const thinking = readThinking(body);
-  checkThinking(thinking, context);
   // Long messages are counted roughly first: tokenizing what can never fit would be wasted work. Assistants' turns
   // do not count, a template may leave parts of them out.
   let leastTokens = 0;
@@ -33,7 +42,47 @@ export async function readConversation(body: ChatBody, context: ApiContext): Pro
   if (leastTokens >= maxModelLen) {
     throw new ApiError('context_length_exceeded', tooLong(leastTokens, maxModelLen, true), 'messages');
   }
-  return prompts.encode({ messages, tools, thinking });
+  const thinking = prefix?.reasoning ? true : wish.isEnabled;
+  return prompts.encode({
+    messages,
+    tools,
+    ...(thinking === undefined ? {} : { thinking }),
+    ...(prefix ? { prefix } : {}),
+    // Only /tokenize gets here with it: a completion needs the opening of its turn.
+    ...(body.add_generation_prompt === false && !prefix ? { noGenerationPrompt: true } : {}),
+  });
+}
+
+/** The last message where the completion goes on with it: an assistant's, without tool calls. */
+function readPrefix(body: ConversationBody, wish: ThinkingWish, { prompts }: ApiContext): TurnPrefix | null {
+  const { messages, continue_final_message: goesOn, add_generation_prompt: opensTurn } = body;
+  const at = messages.length - 1;
+  const last = messages[at]!;
+  messages.slice(0, -1).forEach((message, index) => {
+    if (message.role !== 'assistant' || message.prefix !== true) return;
+    const param = `messages[${index}].prefix`;
+    throw new ApiError('invalid_value', `'${param}' is only allowed in the last message.`, param);
+  });
+  if (goesOn === true && opensTurn !== false) {
+    const message = "'continue_final_message' needs 'add_generation_prompt': false, because no new turn is opened.";
+    throw new ApiError('invalid_value', message, 'add_generation_prompt');
+  }
+  const isPrefix = last.role === 'assistant' && !last.tool_calls?.length && goesOn !== false && last.prefix !== false;
+  if (!isPrefix) {
+    if (goesOn !== true && !(last.role === 'assistant' && last.prefix === true)) return null;
+    const param = goesOn === true ? 'continue_final_message' : `messages[${at}].prefix`;
+    const message = `'${param}' needs a last message of the assistant without tool calls.`;
+    throw new ApiError('invalid_value', message, param);
+  }
+  const reasoning = readReasoning(last, at);
+  if (!reasoning) toTemplateMessage(last, at); // complains about a missing content
+  const content = textOf(last.content) ?? '';
+  if (reasoning && (prompts.markers.thinkStart < 0 || wish.isEnabled === false)) {
+    const param = last.reasoning_content ? `messages[${at}].reasoning_content` : `messages[${at}].reasoning`;
+    const why = wish.isEnabled === false ? 'thinking is switched off' : 'this model has no marks for reasoning';
+    throw new ApiError('invalid_value', `'${param}' cannot be gone on with, because ${why}.`, param);
+  }
+  return { reasoning, content };
 }
 
 function toTemplateMessage(message: Message, index: number): TemplateMessage {
@@ -85,41 +134,8 @@ function readReasoning(message: components['schemas']['AssistantMessage'], index
   return one || other || null;
 }
 
-interface Switch {
-  param: string;
-  value: boolean;
-}
-
-function readThinking({ thinking, chat_template_kwargs: kwargs }: ChatBody): boolean | undefined {
-  const given: Switch[] = [];
-  if (thinking) given.push({ param: 'thinking', value: thinking.type === 'enabled' });
-  for (const key of ['thinking', 'enable_thinking'] as const) {
-    const value = kwargs?.[key];
-    if (value !== undefined) given.push({ param: `chat_template_kwargs.${key}`, value });
-  }
-  const conflict = given.find(({ value }) => value !== given[0]!.value);
-  if (conflict) {
-    const message = `'${given[0]!.param}' and '${conflict.param}' contradict each other; give one of them.`;
-    throw new ApiError('invalid_value', message, conflict.param);
-  }
-  return given[0]?.value;
-}
-
-/** A switch that the model does not have must not look as if it worked. */
-function checkThinking(thinking: boolean | undefined, { prompts }: ApiContext): void {
-  if (thinking === undefined || prompts.hasThinkingSwitch) return;
-  const canThink = prompts.markers.thinkEnd >= 0;
-  if (thinking === canThink) return;
-  const is = canThink ? 'always reasons' : 'does not reason';
-  throw new ApiError(
-    'unsupported_value',
-    `This model ${is}, and its chat template has no switch for it; remove 'thinking'.`,
-    'thinking',
-  );
-}
-
 /** Levels of nesting, counted up to `limit`. */
-function depthOf(value: unknown, limit: number): number {
+export function depthOf(value: unknown, limit: number): number {
   if (typeof value !== 'object' || value === null || limit === 0) return 0;
   let deepest = 0;
   for (const item of Object.values(value)) deepest = Math.max(deepest, depthOf(item, limit - 1));

@@ -3,6 +3,7 @@ import { createChatCompletion } from './chat.js';
 import type { ApiContext } from './context.js';
 import { getHealth, getLiveness } from './health.js';
 import { indexPage } from './index-page.js';
+import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 
@@ -21,6 +22,8 @@ export type Handlers = {
 export function makeHandlers(context: ApiContext) {
   return {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
+    createMessage: (request, reply) => createMessage(context, request, reply),
+    countMessageTokens: (request) => countMessageTokens(context, request),
     listModels: () => listModels(context),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),

@@ -140,6 +140,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/messages": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Completes a conversation in the form of the Anthropic Messages API, streamed or whole. */
+        post: operations["createMessage"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/messages/count_tokens": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Tokens that the prompt of such a request has, without completing it. */
+        post: operations["countMessageTokens"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
 }
 export type webhooks = Record<string, never>;
 export interface components {
@@ -179,8 +213,13 @@ export interface components {
             } | null;
             /** @description Any 64-bit integer. The same request with the same seed gives the same completion. Without it one is drawn; the response says which. */
             seed?: number | null;
-            /** @description Strings that end the answer and are not part of it. Reasoning is not searched. */
+            /** @description Strings that end the answer and are not part of it. Reasoning is searched with `stop_scope` all. */
             stop?: string | string[] | null;
+            /**
+             * @description Where `stop` is looked for; all is reasoning too. Default answer.
+             * @enum {string|null}
+             */
+            stop_scope?: "answer" | "all" | null;
             /** @description Token ids that end the completion, in reasoning too. */
             stop_token_ids?: number[] | null;
             /** @description Goes on after the model's own end token, up to the token limit. */
@@ -189,13 +228,13 @@ export interface components {
             logprobs?: boolean | null;
             /** @description Also that many most likely tokens at each position; needs `logprobs`. */
             top_logprobs?: number | null;
-            /** @description Number of choices; only 1 is supported. */
+            /** @description Number of choices. They share the prompt's prefill; choice i has the seed plus i. */
             n?: number | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
             tool_choice?: string | Record<string, never> | null;
-            /** @description With false the answer has at most one call. */
+            /** @description false ends the completion after its first call. */
             parallel_tool_calls?: boolean | null;
             /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. An answer cut by the token limit is incomplete. */
             response_format?: {
@@ -247,10 +286,62 @@ export interface components {
             grammar?: string | null;
             /** @description Switches reasoning on or off, as on the hosted DeepSeek API. */
             thinking?: components["schemas"]["Thinking"] | null;
+            /** @description none (off), minimal, low, medium, high, xhigh or max (no limit), or a number from 0 to 1: the share of the completion's tokens that reasoning may take, 1/32, 1/8, 1/4, 1/2 and 3/4 for the words in between. */
+            reasoning_effort?: string | number | null;
+            /** @description The same switches as other servers group them. */
+            reasoning?: {
+                /** @description As `reasoning_effort`. */
+                effort?: string | number | null;
+                /** @description Whether the model reasons before it answers. */
+                enabled?: boolean | null;
+                /** @description As `thinking_budget`. */
+                max_tokens?: number | null;
+                /** @description The opposite of `include_reasoning`. */
+                exclude?: boolean | null;
+            } | null;
+            /** @description The same switch as other servers group it. */
+            output_config?: {
+                /** @description As `reasoning_effort`. */
+                effort?: string | number | null;
+            } | null;
+            /** @description Whether the model reasons before it answers, or an effort as in `reasoning_effort`. */
+            think?: boolean | string | null;
+            /** @description Whether the model reasons before it answers. */
+            enable_thinking?: boolean | null;
+            /** @description Most reasoning tokens, a closing phrase included; when they are used up reasoning is ended and the answer begins. 0 switches reasoning off, -1 is no limit. */
+            thinking_budget?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            thinking_token_budget?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            max_thinking_tokens?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            thinking_budget_tokens?: number | null;
+            /** @description Another spelling of `thinking_budget`. */
+            reasoning_budget_tokens?: number | null;
+            /** @description Another place for `thinking_budget`. */
+            custom_params?: components["schemas"]["CustomParams"] | null;
+            /** @description Tokens kept for the answer: reasoning is ended before it takes them. Default an eighth of the completion's tokens, at most 1024; 0 for completions below 512 tokens. */
+            min_answer_tokens?: number | null;
+            /** @description Reasoning is ended where it repeats up to 64 tokens over and over for so many tokens; 0 switches this off. Default `--thinking-loop-tokens`. */
+            thinking_loop_tokens?: number | null;
+            /** @description false generates the reasoning and does not send it. */
+            include_reasoning?: boolean | null;
+            /** @description false sends the reasoning as part of the content, between think tags. */
+            separate_reasoning?: boolean | null;
+            /** @description false sends the reasoning of a stream in one piece, when it has ended. */
+            stream_reasoning?: boolean | null;
+            /** @description true goes on with the last message, which is the assistant's; `add_generation_prompt` must be false then. An assistant's last message without tool calls is gone on with in any case. */
+            continue_final_message?: boolean | null;
+            /** @description false only with `continue_final_message`. */
+            add_generation_prompt?: boolean | null;
+            /** @description Requests with lower numbers leave the queue first. Default 0. */
+            priority?: number | null;
             /** @description Switches of the chat template. */
             chat_template_kwargs?: components["schemas"]["ChatTemplateKwargs"] | null;
             /** @description Also returns the token ids of prompt and completion. */
             return_token_ids?: boolean | null;
+            /** @description Also returns numbers about how the completion was made. */
+            metrics?: boolean | null;
             /** @description Requests share cached prefixes only with requests of the same salt. */
             cache_salt?: string | null;
             /** @description Accepted; has no effect. */
@@ -265,6 +356,8 @@ export interface components {
         StreamOptions: {
             /** @description Sends a last chunk without choices that holds the usage. */
             include_usage?: boolean | null;
+            /** @description Every chunk holds the usage so far. */
+            continuous_usage_stats?: boolean | null;
         };
         Thinking: {
             /**
@@ -272,12 +365,22 @@ export interface components {
              * @enum {string}
              */
             type: "enabled" | "disabled";
+            /** @description As `thinking_budget`. */
+            budget_tokens?: number | null;
+        };
+        CustomParams: {
+            /** @description As in the request itself. */
+            thinking_budget?: number | null;
         };
         ChatTemplateKwargs: {
             /** @description Whether the model reasons before it answers. */
             thinking?: boolean;
             /** @description Another spelling of `thinking`. */
             enable_thinking?: boolean;
+            /** @description As in the request itself. */
+            thinking_budget?: number | null;
+            /** @description As in the request itself. */
+            reasoning_effort?: string | number | null;
         };
         ChatMessage: components["schemas"]["SystemMessage"] | components["schemas"]["UserMessage"] | components["schemas"]["AssistantMessage"] | components["schemas"]["ToolMessage"];
         SystemMessage: {
@@ -320,6 +423,8 @@ export interface components {
             name?: string;
             /** @description Accepted as other servers return it; only null or an empty text. */
             refusal?: string | null;
+            /** @description In the last message; the completion goes on with its content, or with its reasoning. */
+            prefix?: boolean | null;
         };
         ToolMessage: {
             /**
@@ -413,14 +518,25 @@ export interface components {
             system_fingerprint: string;
             /** @description The seed that was used, given or drawn. */
             seed: number;
-            /** @description The one choice. */
+            /** @description The choices, as many as `n`. */
             choices: components["schemas"]["ChatCompletionChoice"][];
             usage: components["schemas"]["Usage"];
             /** @description With `return_token_ids`, the prompt's tokens. */
             prompt_token_ids?: number[];
+            metrics?: components["schemas"]["CompletionMetrics"];
+        };
+        /** @description With `metrics`; in a stream, in the chunk that has the finish reason. */
+        CompletionMetrics: {
+            /** @description Drafts of the MTP layer; null where the server does not speculate. */
+            speculative: {
+                /** @description Drafts that were verified for this completion. */
+                draft_tokens: number;
+                /** @description Those of them that equalled what the model sampled. */
+                accepted_tokens: number;
+            } | null;
         };
         ChatCompletionChoice: {
-            /** @description Always 0. */
+            /** @description Which of the choices this is. */
             index: number;
             message: components["schemas"]["ResponseMessage"];
             finish_reason: components["schemas"]["FinishReason"];
@@ -428,7 +544,13 @@ export interface components {
             logprobs: components["schemas"]["ChoiceLogprobs"] | null;
             /** @description With `return_token_ids`, the completion's tokens, control tokens included. */
             token_ids?: number[];
+            reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
+        /**
+         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, or it went round in circles. Absent where it ended by itself.
+         * @enum {string}
+         */
+        ReasoningEnded: "budget" | "answer_reserve" | "loop";
         /**
          * @description stop is an end token or a stop string, length the token limit, tool_calls a call of a tool.
          * @enum {string}
@@ -467,15 +589,16 @@ export interface components {
             system_fingerprint: string;
             /** @description In the first chunk, the seed that is used. */
             seed?: number;
-            /** @description One choice; none in the usage chunk. */
+            /** @description One choice; none in the usage chunk. Chunks of several choices alternate. */
             choices: components["schemas"]["ChunkChoice"][];
             /** @description With `include_usage`, null in every chunk but the last. */
             usage?: components["schemas"]["Usage"] | null;
             /** @description With `return_token_ids`, in the first chunk. */
             prompt_token_ids?: number[];
+            metrics?: components["schemas"]["CompletionMetrics"];
         };
         ChunkChoice: {
-            /** @description Always 0. */
+            /** @description Which of the choices this is. */
             index: number;
             delta: components["schemas"]["Delta"];
             /** @description Set in the chunk that ends the choice. */
@@ -484,6 +607,7 @@ export interface components {
             logprobs: components["schemas"]["ChoiceLogprobs"] | null;
             /** @description With `return_token_ids`, the tokens that this chunk brings. */
             token_ids?: number[];
+            reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
         /** @description Reasoning or content, never both. */
         Delta: {
@@ -614,6 +738,426 @@ export interface components {
                 code: string;
             };
         };
+        MessagesRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            messages: components["schemas"]["MessagesTurn"][];
+            /** @description Instructions; blocks are joined by line breaks. */
+            system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description Most tokens of the completion, reasoning included. Where the context has less room, the completion that fills it stops with model_context_window_exceeded. */
+            max_tokens: number;
+            /** @description Sends the message as server-sent events while it is made. */
+            stream?: boolean | null;
+            /** @description Strings that end the answer and are not part of it. Reasoning is not searched. */
+            stop_sequences?: string[] | null;
+            /** @description As in ChatCompletionRequest. */
+            temperature?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            top_p?: number | null;
+            /** @description As in ChatCompletionRequest; 0 switches it off. */
+            top_k?: number | null;
+            /** @description Whether the model reasons first. Without it, the chat template's default. */
+            thinking?: components["schemas"]["MessagesThinking"] | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["MessagesTool"][] | null;
+            /** @description Without it, auto. */
+            tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
+            /** @description Only the default effort is supported, and no format. */
+            output_config?: {
+                /** @description Only high, which is the default. */
+                effort?: string | null;
+            } | null;
+            /** @description Accepted; has no effect. */
+            metadata?: {
+                /** @description Accepted; has no effect. */
+                user_id?: string | null;
+            } | null;
+            /**
+             * @description Accepted; there is one tier.
+             * @enum {string|null}
+             */
+            service_tier?: "auto" | "standard_only" | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        /** @description A request without what concerns the completion alone. */
+        MessagesCountRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            messages: components["schemas"]["MessagesTurn"][];
+            /** @description Instructions; blocks are joined by line breaks. */
+            system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description Whether the model reasons first. Without it, the chat template's default. */
+            thinking?: components["schemas"]["MessagesThinking"] | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["MessagesTool"][] | null;
+            /** @description Without it, auto. */
+            tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
+            /** @description Only the default effort is supported, and no format. */
+            output_config?: {
+                /** @description Only high, which is the default. */
+                effort?: string | null;
+            } | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesCount: {
+            /** @description Tokens of the rendered conversation, tools and system text included. */
+            input_tokens: number;
+        };
+        MessagesTurn: components["schemas"]["MessagesUserTurn"] | components["schemas"]["MessagesAssistantTurn"] | components["schemas"]["MessagesSystemTurn"];
+        MessagesUserTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "user";
+            /** @description Text and results of tools. Results are put before the text, in the order of the calls. */
+            content: string | components["schemas"]["MessagesUserBlock"][];
+        };
+        MessagesAssistantTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "assistant";
+            /** @description What the model said, as it came; tool calls are rendered after the text. */
+            content: string | components["schemas"]["MessagesAssistantBlock"][];
+        };
+        MessagesSystemTurn: {
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "system";
+            /** @description Instructions; blocks are joined by line breaks. */
+            content: string | components["schemas"]["MessagesPlainBlock"][];
+        };
+        MessagesUserBlock: components["schemas"]["MessagesTextBlock"] | components["schemas"]["MessagesToolResultBlock"];
+        MessagesAssistantBlock: components["schemas"]["MessagesTextBlock"] | components["schemas"]["MessagesThinkingBlock"] | components["schemas"]["MessagesRedactedThinkingBlock"] | components["schemas"]["MessagesToolUseBlock"];
+        MessagesPlainBlock: components["schemas"]["MessagesTextBlock"];
+        MessagesTextBlock: {
+            /**
+             * @description The kind of block; the model reads text only.
+             * @enum {string}
+             */
+            type: "text";
+            /** @description The text. */
+            text: string;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesToolResultBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_result";
+            /** @description Id of the call; it must be one of the turn before. */
+            tool_use_id: string;
+            /** @description The result; blocks are joined by line breaks. */
+            content?: string | components["schemas"]["MessagesPlainBlock"][] | null;
+            /** @description The model is shown an error by the word `Error:` before the content. */
+            is_error?: boolean | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesThinkingBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "thinking";
+            /** @description Reasoning of this turn; whether the model sees it is the chat template's choice. */
+            thinking: string;
+            /** @description Accepted; not checked. */
+            signature?: string | null;
+        };
+        MessagesRedactedThinkingBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "redacted_thinking";
+            /** @description Accepted and left out; only the service that sealed it can read it. */
+            data: string;
+        };
+        MessagesToolUseBlock: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_use";
+            /** @description Names the call; its result refers to it. */
+            id: string;
+            /** @description Name of the tool. */
+            name: string;
+            /** @description Arguments of the call. */
+            input: {
+                [key: string]: unknown;
+            };
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesThinking: {
+            /**
+             * @description adaptive reasons as long as the model likes, enabled within a budget.
+             * @enum {string}
+             */
+            type: "enabled" | "disabled" | "adaptive";
+            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. Budgets are refused so far. */
+            budget_tokens?: number | null;
+            /**
+             * @description omitted leaves the text of the reasoning out; else it comes whole, it is not summarized.
+             * @enum {string|null}
+             */
+            display?: "summarized" | "omitted" | null;
+        };
+        MessagesTool: {
+            /** @description Name to call it by. */
+            name: string;
+            /** @description What it does. */
+            description?: string | null;
+            /** @description JSON Schema of its arguments. */
+            input_schema: {
+                [key: string]: unknown;
+            };
+            /**
+             * @description Only tools that the client runs.
+             * @enum {string|null}
+             */
+            type?: "custom" | null;
+            /** @description Accepted as null or false; arguments are not held to the schema. */
+            strict?: boolean | null;
+            /** @description Accepted; prefixes are cached by themselves. */
+            cache_control?: {
+                [key: string]: unknown;
+            } | null;
+        };
+        MessagesToolChoice: {
+            /**
+             * @description auto or none; any and tool are refused. none hides the tools and bans calls.
+             * @enum {string}
+             */
+            type: "auto" | "any" | "tool" | "none";
+            /** @description With tool, which. */
+            name?: string | null;
+            /** @description Only false is supported. */
+            disable_parallel_tool_use?: boolean | null;
+        };
+        Message: {
+            /** @description Names this message. */
+            id: string;
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            type: "message";
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "assistant";
+            /** @description The model's first served name. */
+            model: string;
+            /** @description Reasoning, then text, then calls of tools, as far as there are any. */
+            content: components["schemas"]["MessagesOutputBlock"][];
+            /** @description Why it ended; null in message_start. */
+            stop_reason: components["schemas"]["MessagesStopReason"] | null;
+            /** @description The stop sequence that ended it. */
+            stop_sequence: string | null;
+            usage: components["schemas"]["MessagesUsage"];
+        };
+        /**
+         * @description max_tokens is the limit that the request gave, model_context_window_exceeded the end of the context before that.
+         * @enum {string}
+         */
+        MessagesStopReason: "end_turn" | "max_tokens" | "stop_sequence" | "tool_use" | "model_context_window_exceeded";
+        MessagesOutputBlock: components["schemas"]["MessagesOutputThinking"] | components["schemas"]["MessagesOutputText"] | components["schemas"]["MessagesOutputToolUse"];
+        MessagesOutputThinking: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "thinking";
+            /** @description The reasoning. */
+            thinking: string;
+            /** @description Always empty; nothing here needs one. */
+            signature: string;
+        };
+        MessagesOutputText: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "text";
+            /** @description The answer. */
+            text: string;
+        };
+        MessagesOutputToolUse: {
+            /**
+             * @description The kind of block.
+             * @enum {string}
+             */
+            type: "tool_use";
+            /** @description Names the call; its result refers to it. */
+            id: string;
+            /** @description Name of the tool. */
+            name: string;
+            /** @description Arguments of the call. What is no JSON object, because it was cut or badly written, comes as it is under the one key INVALID_JSON. */
+            input: {
+                [key: string]: unknown;
+            };
+        };
+        MessagesUsage: {
+            /** @description Prompt tokens that had to be computed. */
+            input_tokens: number;
+            /** @description Prompt tokens that came from the prefix cache. */
+            cache_read_input_tokens: number;
+            /** @description Always 0; what is computed is cached at no cost. */
+            cache_creation_input_tokens: number;
+            /** @description Tokens that were generated, reasoning and control tokens included. */
+            output_tokens: number;
+            /** @description More about the output. */
+            output_tokens_details: {
+                /** @description Tokens of the reasoning. */
+                thinking_tokens: number;
+            };
+        };
+        MessagesEvent: components["schemas"]["MessageStartEvent"] | components["schemas"]["ContentBlockStartEvent"] | components["schemas"]["ContentBlockDeltaEvent"] | components["schemas"]["ContentBlockStopEvent"] | components["schemas"]["MessageDeltaEvent"] | components["schemas"]["MessageStopEvent"] | components["schemas"]["PingEvent"] | components["schemas"]["MessagesError"];
+        MessageStartEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_start";
+            message: components["schemas"]["Message"];
+        };
+        ContentBlockStartEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_start";
+            /** @description Position of the block in the content. */
+            index: number;
+            content_block: components["schemas"]["MessagesOutputBlock"];
+        };
+        ContentBlockDeltaEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_delta";
+            /** @description Position of the block in the content. */
+            index: number;
+            delta: components["schemas"]["ContentBlockDelta"];
+        };
+        ContentBlockStopEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "content_block_stop";
+            /** @description Position of the block in the content. */
+            index: number;
+        };
+        MessageDeltaEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_delta";
+            /** @description How the message ended. */
+            delta: {
+                stop_reason: components["schemas"]["MessagesStopReason"];
+                /** @description The stop sequence that ended it. */
+                stop_sequence: string | null;
+            };
+            usage: components["schemas"]["MessagesUsage"];
+        };
+        MessageStopEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "message_stop";
+        };
+        PingEvent: {
+            /**
+             * @description The type of this event.
+             * @enum {string}
+             */
+            type: "ping";
+        };
+        ContentBlockDelta: components["schemas"]["ThinkingDelta"] | components["schemas"]["SignatureDelta"] | components["schemas"]["TextDelta"] | components["schemas"]["InputJsonDelta"];
+        ThinkingDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "thinking_delta";
+            /** @description The next piece of the reasoning. */
+            thinking: string;
+        };
+        SignatureDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "signature_delta";
+            /** @description Always empty. */
+            signature: string;
+        };
+        TextDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "text_delta";
+            /** @description The next piece of the answer. */
+            text: string;
+        };
+        InputJsonDelta: {
+            /**
+             * @description The kind of piece.
+             * @enum {string}
+             */
+            type: "input_json_delta";
+            /** @description The next piece of the arguments, as the model wrote them. */
+            partial_json: string;
+        };
+        MessagesError: {
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            type: "error";
+            /** @description The error. */
+            error: {
+                /**
+                 * @description Class of the error.
+                 * @enum {string}
+                 */
+                type: "invalid_request_error" | "authentication_error" | "not_found_error" | "request_too_large" | "rate_limit_error" | "api_error" | "overloaded_error";
+                /** @description What is wrong and what to do. */
+                message: string;
+            };
+            /** @description Names the request, as the header request-id does. */
+            request_id: string;
+        };
     };
     responses: {
         /** @description What went wrong and what to do. */
@@ -623,6 +1167,15 @@ export interface components {
             };
             content: {
                 "application/json": components["schemas"]["Error"];
+            };
+        };
+        /** @description What went wrong and what to do. */
+        MessagesError: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/json": components["schemas"]["MessagesError"];
             };
         };
     };
@@ -821,6 +1374,57 @@ export interface operations {
                 };
             };
             default: components["responses"]["Error"];
+        };
+    };
+    createMessage: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["MessagesRequest"];
+            };
+        };
+        responses: {
+            /** @description The message; with `stream` server-sent events, each `data:` line a MessagesEvent under its type's name: message_start, then for each block content_block_start, content_block_delta and content_block_stop, then message_delta and message_stop. A ping keeps the connection alive. An error in mid-stream is an error event, after which the stream ends. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Message"];
+                    "text/event-stream": components["schemas"]["MessagesEvent"];
+                };
+            };
+            default: components["responses"]["MessagesError"];
+        };
+    };
+    countMessageTokens: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["MessagesCountRequest"];
+            };
+        };
+        responses: {
+            /** @description The count. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["MessagesCount"];
+                };
+            };
+            default: components["responses"]["MessagesError"];
         };
     };
 }

@@ -2,11 +2,14 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import { ApiError } from '../errors.js';
 import { ApiKeys } from './auth.js';
 import type { ApiContext } from './context.js';
+import type { Contract } from './contract.js';
 import { allowOrigins } from './cors.js';
 import { sendError } from './error-handler.js';
 import { makeHandlers } from './handlers.js';
 import { keepSeedSource } from './json-body.js';
-import { refuseUnsupported } from './unsupported.js';
+import { isMessagesUrl, requestIdOf } from './messages-error.js';
+import { refuseUnsupportedInMessages } from './messages-unsupported.js';
+import { isObject, refuseUnsupported, type Json } from './unsupported.js';
 import { toApiError } from './validation-error.js';
 
 declare module 'fastify' {
@@ -26,9 +29,12 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   const keys = new ApiKeys(config.apiKeys);
   app.decorateRequest('tenant', '');
   allowOrigins(app, config.corsOrigins);
+  app.addHook('onRequest', async (request, reply) => {
+    if (isMessagesUrl(request.url)) requestIdOf(reply);
+  });
   // Deny by default: unknown paths ask for the key too.
   app.addHook('onRequest', async (request) => {
-    if (!request.routeOptions.config.isPublic) request.tenant = keys.tenantOf(request.headers.authorization);
+    if (!request.routeOptions.config.isPublic) request.tenant = keys.tenantOf(request.headers);
   });
   app.addHook('onResponse', async (request, reply) => {
     context.metrics.observeResponse(request.routeOptions.config.operationId ?? 'none', reply.statusCode);
@@ -40,7 +46,6 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   app.setNotFoundHandler((request, reply) => refusePath(request, reply, context));
 
   const handlers = makeHandlers(context) as unknown as Record<string, RouteHandlerMethod>;
-  const knownFields = new Set(contract.propertiesOf('ChatCompletionRequest'));
   for (const { operationId, method, url, bodyRef, isPublic } of contract.operations) {
     const handler = handlers[operationId];
     if (!handler) throw new Error(`operation ${operationId} has no handler`);
@@ -52,7 +57,7 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
       config: routeConfig,
       ...(bodyRef === null
         ? {}
-        : { schema: { body: { $ref: bodyRef } }, preValidation: async (request) => checkFields(request, knownFields) }),
+        : { schema: { body: { $ref: bodyRef } }, preValidation: fieldCheck(operationId, bodyRef, contract) }),
     });
     // Ids with slashes, as they are on the hub.
     if (url === '/v1/models/:model') app.get('/v1/models/*', { config: routeConfig }, handler);
@@ -79,14 +84,23 @@ function invalidJson(error: Error): ApiError {
   return new ApiError('invalid_json', `The request body ${reason}.`);
 }
 
+/** operation -> what refuses known and unsupported fields of its body */
+const REFUSALS: Readonly<Record<string, (body: Json) => void>> = {
+  createChatCompletion: refuseUnsupported,
+  createMessage: refuseUnsupportedInMessages,
+  countMessageTokens: refuseUnsupportedInMessages,
+};
+
 /** What the schema cannot say: fields that change results elsewhere. Others are none of ours, and logged. */
-function checkFields(request: FastifyRequest, knownFields: ReadonlySet<string>): void {
-  const { body } = request;
-  if (typeof body !== 'object' || body === null || Array.isArray(body)) return;
-  refuseUnsupported(body as Record<string, unknown>);
-  const unknown = Object.keys(body).filter((name) => !knownFields.has(name));
-  if (unknown.length)
-    request.log.debug({ fields: unknown.map((name) => name.slice(0, 60)).slice(0, 20) }, 'fields without effect');
+function fieldCheck(operationId: string, bodyRef: string, contract: Contract) {
+  const knownFields = new Set(contract.propertiesOf(bodyRef.split('/').at(-1)!));
+  return async ({ body, log }: FastifyRequest): Promise<void> => {
+    if (!isObject(body)) return;
+    REFUSALS[operationId]?.(body);
+    const unknown = Object.keys(body).filter((name) => !knownFields.has(name));
+    if (unknown.length)
+      log.debug({ fields: unknown.map((name) => name.slice(0, 60)).slice(0, 20) }, 'fields without effect');
+  };
 }
 
 /** 405 where the path exists with another method. */

@@ -11,7 +11,7 @@ const MAX_BUFFERED_BYTES = 64 * 1024;
 
 /**
  * Server-sent events to one client. Whoever writes asks `isReady` first and merges what it has while that is false;
- * `onReady` is called when the client has caught up. Comment lines go out when nothing else does.
+ * `onReady` is called when the client has caught up. A heartbeat goes out when nothing else does.
  */
 export class SseWriter {
   readonly stream: Readable;
@@ -21,7 +21,8 @@ export class SseWriter {
   #lastWrite = performance.now();
   readonly #timer: NodeJS.Timeout;
 
-  constructor({ heartbeatMs, stallMs }: SseOptions) {
+  /** `heartbeat` is what goes out when nothing else does. */
+  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = ': keep-alive\n\n') {
     this.stream = new Readable({ highWaterMark: MAX_BUFFERED_BYTES, read: () => this.#wanted() });
     this.#timer = setInterval(
       () => {
@@ -29,7 +30,7 @@ export class SseWriter {
         if (!this.#isReady && now - this.#lastProgress >= stallMs) {
           this.stream.destroy(new Error(`the client has read nothing for ${stallMs} ms`));
         } else if (this.#isReady && now - this.#lastWrite >= heartbeatMs) {
-          this.comment('keep-alive');
+          this.#push(heartbeat);
         }
       },
       Math.min(1000, heartbeatMs, stallMs),
@@ -48,6 +49,10 @@ export class SseWriter {
 
   event(data: string): void {
     this.#push(`data: ${data}\n\n`);
+  }
+
+  namedEvent(name: string, data: string): void {
+    this.#push(`event: ${name}\ndata: ${data}\n\n`);
   }
 
   comment(text: string): void {

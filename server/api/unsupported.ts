@@ -1,45 +1,33 @@
 import { ApiError } from '../errors.js';
 
-interface Refusal {
+export interface Refusal {
   /** values that mean what this server does anyway */
   accepts?: readonly unknown[];
   advice: string;
 }
 
 const REMOVE = 'remove it';
-const THINKING = "to switch reasoning on or off use 'thinking' or 'chat_template_kwargs.thinking'";
 
 /** Fields that change results on other servers and are not supported here: refused, never ignored. */
-const REFUSED: Readonly<Record<string, Refusal>> = {
-  add_generation_prompt: { accepts: [true], advice: 'a generation prompt is always added; remove it' },
+export const REFUSED: Readonly<Record<string, Refusal>> = {
   allowed_token_ids: { advice: "use 'logit_bias' for a few tokens" },
   audio: { advice: 'only text is generated; remove it' },
   bad_words: { advice: "use 'logit_bias' with -100" },
   best_of: { accepts: [1], advice: REMOVE },
   chat_template: { advice: "the checkpoint's own template is used; remove it" },
-  continue_final_message: { accepts: [false], advice: REMOVE },
-  custom_params: { advice: REMOVE },
   documents: { advice: 'put the documents into a message' },
   echo: { accepts: [false], advice: REMOVE },
   function_call: { accepts: ['auto', 'none'], advice: "use 'tools' and 'tool_choice'" },
   functions: { advice: "use 'tools'" },
-  include_reasoning: { accepts: [true], advice: 'reasoning is always returned in its own field; remove it' },
   include_stop_str_in_output: { accepts: [false], advice: REMOVE },
   length_penalty: { accepts: [1], advice: REMOVE },
   logits_processors: { advice: REMOVE },
   prediction: { advice: REMOVE },
-  priority: { accepts: [0], advice: REMOVE },
   prompt_logprobs: { accepts: [false], advice: REMOVE },
-  reasoning: { advice: THINKING },
-  reasoning_effort: { advice: THINKING },
   repetition_detection: { advice: REMOVE },
-  separate_reasoning: { accepts: [true], advice: 'reasoning always comes in its own field; remove it' },
   service_tier: { accepts: ['auto', 'default'], advice: REMOVE },
   skip_special_tokens: { accepts: [true], advice: REMOVE },
   stop_regex: { advice: "use 'stop'" },
-  stream_reasoning: { accepts: [true], advice: REMOVE },
-  thinking_budget_tokens: { advice: "use 'max_completion_tokens'" },
-  thinking_token_budget: { accepts: [-1], advice: "use 'max_completion_tokens'" },
   truncate_prompt_tokens: { advice: 'shorten the conversation' },
   typical_p: { accepts: [1], advice: "use 'top_p' or 'min_p'" },
   use_beam_search: { accepts: [false], advice: REMOVE },
@@ -47,34 +35,29 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
   web_search_options: { advice: REMOVE },
 };
 
-type Json = Record<string, unknown>;
+export type Json = Record<string, unknown>;
+
+/** Throws ApiError for the first field with a value that is not accepted; `prefix` is where the fields are. */
+export function refuseFields(fields: Json, refused: Readonly<Record<string, Refusal>>, prefix = ''): void {
+  for (const [name, value] of Object.entries(fields)) {
+    const refusal = Object.hasOwn(refused, name) ? refused[name] : undefined;
+    if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
+    const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
+    const param = prefix + name;
+    throw new ApiError(
+      code,
+      `'${param}'${refusal.accepts ? ' with this value' : ''} is not supported: ${refusal.advice}.`,
+      param,
+    );
+  }
+}
 
 /** Throws ApiError for the first thing in a chat request that is known and not supported. */
 export function refuseUnsupported(body: Json): void {
-  for (const [name, value] of Object.entries(body)) {
-    const refusal = Object.hasOwn(REFUSED, name) ? REFUSED[name] : undefined;
-    if (!refusal || value === null || refusal.accepts?.includes(value)) continue;
-    const code = refusal.accepts ? 'unsupported_value' : 'unsupported_parameter';
-    throw new ApiError(
-      code,
-      `'${name}'${refusal.accepts ? ' with this value' : ''} is not supported: ${refusal.advice}.`,
-      name,
-    );
-  }
-  const { n, modalities } = body;
-  if (typeof n === 'number' && n > 1) {
-    throw new ApiError(
-      'unsupported_value',
-      `'n' must be 1: send the request ${n} times with different seeds instead.`,
-      'n',
-    );
-  }
+  refuseFields(body, REFUSED);
+  const { modalities } = body;
   if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
     throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');
-  }
-  if (isObject(body['stream_options']) && body['stream_options']['continuous_usage_stats'] === true) {
-    const param = 'stream_options.continuous_usage_stats';
-    throw new ApiError('unsupported_value', `'${param}' is not supported: use 'stream_options.include_usage'.`, param);
   }
   if (Array.isArray(body['messages'])) body['messages'].forEach(refuseMessage);
   if (Array.isArray(body['tools'])) body['tools'].forEach(refuseTool);
@@ -89,9 +72,6 @@ function refuseMessage(message: unknown, index: number): void {
       `'${param}.role' must be tool: functions are called tools here.`,
       `${param}.role`,
     );
-  }
-  if (message['prefix'] === true) {
-    throw new ApiError('unsupported_value', `'${param}.prefix' is not supported: remove it.`, `${param}.prefix`);
   }
   if (message['function_call'] !== undefined && message['function_call'] !== null) {
     throw new ApiError(
@@ -130,6 +110,6 @@ function refuseTool(tool: unknown, index: number): void {
   }
 }
 
-function isObject(value: unknown): value is Json {
+export function isObject(value: unknown): value is Json {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }

@@ -126,10 +126,18 @@ function tagsOf(error: ErrorObject): string {
   return names.flatMap((name) => BRANCH_TAGS[name] ?? []).join(', ');
 }
 
-/** schema name -> the roles it stands for; a test compares this with the document */
+/** schema name -> the values of the tag that it stands for; a test compares this with the document */
 export const BRANCH_TAGS: Record<string, string[]> = {
   SystemMessage: ['system', 'developer'],
   UserMessage: ['user'],
   AssistantMessage: ['assistant'],
   ToolMessage: ['tool'],
+  MessagesUserTurn: ['user'],
+  MessagesAssistantTurn: ['assistant'],
+  MessagesSystemTurn: ['system'],
+  MessagesTextBlock: ['text'],
+  MessagesToolResultBlock: ['tool_result'],
+  MessagesThinkingBlock: ['thinking'],
+  MessagesRedactedThinkingBlock: ['redacted_thinking'],
+  MessagesToolUseBlock: ['tool_use'],
 };

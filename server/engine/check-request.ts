@@ -1,5 +1,5 @@
 import { ApiError } from '../errors.js';
-import type { EngineRequest, SamplingParams } from './request.js';
+import type { EngineRequest, SamplingParams, ThinkingLimits } from './request.js';
 
 /** What an engine can take: known as soon as it is ready. */
 export interface RequestLimits {
@@ -43,6 +43,10 @@ export function checkRequest(request: EngineRequest, numOpen: number, limits: Re
   }
   for (const id of promptIds) checkTokenId(id, limits.vocabSize, 'messages');
   checkSampling(sampling, limits.vocabSize);
+  if (request.thinking !== undefined) checkThinking(request.thinking, request.markers.thinkEnd, limits.vocabSize);
+  if (!Number.isSafeInteger(request.priority ?? 0)) {
+    throw new ApiError('invalid_value', "'priority' must be a whole number.", 'priority');
+  }
   if (numOpen >= limits.maxOpen) {
     throw new ApiError('queue_full', `${numOpen} requests are running and waiting already; try again later.`);
   }
@@ -75,6 +79,20 @@ function checkSampling(sampling: SamplingParams, vocabSize: number): void {
     }
   }
   for (const id of sampling.stopTokenIds) checkTokenId(id, vocabSize, PARAM_NAMES.stopTokenIds);
+}
+
+function checkThinking(thinking: ThinkingLimits, thinkEnd: number, vocabSize: number): void {
+  const { budget, endIds, minAnswerTokens, loopTokens } = thinking;
+  for (const id of endIds) checkTokenId(id, vocabSize, 'thinking');
+  const isCount = (value: number) => Number.isInteger(value) && value >= 0;
+  const hasLimit = budget !== Infinity || minAnswerTokens > 0 || loopTokens > 0;
+  const isEnded = !hasLimit || (thinkEnd >= 0 && endIds.at(-1) === thinkEnd);
+  if (isEnded && (budget === Infinity || isCount(budget)) && isCount(minAnswerTokens) && isCount(loopTokens)) return;
+  throw new ApiError(
+    'invalid_value',
+    "'thinking' must have whole limits and end with the marker of its end.",
+    'thinking',
+  );
 }
 
 /** The runner takes float32: a value must still be in range when it is rounded to that. */

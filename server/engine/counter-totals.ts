@@ -1,4 +1,5 @@
 import type { EngineStats } from './request.js';
+import { MAX_DRAFTS } from './step-batch.js';
 
 type Counter = (typeof COUNTERS)[number];
 
@@ -9,18 +10,15 @@ const COUNTERS = [
   'generationTokens',
   'prefixCacheQueries',
   'prefixCacheHits',
+  'specNumDrafts',
+  'specNumDraftTokens',
+  'specNumAcceptedTokens',
 ] as const satisfies readonly (keyof EngineStats)[];
 
 /** The stats of a series of engine processes as one: counters go on counting, gauges are those of the living one. */
 export class CounterTotals {
-  #past: Record<Counter, number> = {
-    numSteps: 0,
-    numPreemptions: 0,
-    promptTokens: 0,
-    generationTokens: 0,
-    prefixCacheQueries: 0,
-    prefixCacheHits: 0,
-  };
+  /** counters of the processes that have ended */
+  #past: Pick<EngineStats, Counter | 'specAcceptedPerPos'> = noStats();
   #present: EngineStats = noStats();
 
   update(stats: EngineStats): void {
@@ -29,13 +27,16 @@ export class CounterTotals {
 
   /** The process that the present stats came from has ended. */
   close(): void {
-    for (const counter of COUNTERS) this.#past[counter] += this.#present[counter];
+    this.#past = this.stats();
     this.#present = noStats();
   }
 
   stats(): EngineStats {
     const stats = { ...this.#present };
     for (const counter of COUNTERS) stats[counter] += this.#past[counter];
+    stats.specAcceptedPerPos = stats.specAcceptedPerPos.map(
+      (count, depth) => count + this.#past.specAcceptedPerPos[depth]!,
+    );
     return stats;
   }
 }
@@ -54,5 +55,10 @@ function noStats(): EngineStats {
     generationTokens: 0,
     prefixCacheQueries: 0,
     prefixCacheHits: 0,
+    specNumDrafts: 0,
+    specNumDraftTokens: 0,
+    specNumAcceptedTokens: 0,
+    specAcceptedPerPos: new Array<number>(MAX_DRAFTS).fill(0),
+    numRestarts: 0,
   };
 }

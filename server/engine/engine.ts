@@ -41,7 +41,7 @@ export class Engine implements EngineHandle {
       if (event !== null) this.onEvents([event]);
       this.#wake();
     };
-    this.#state = { status: 'ready', ...options.info };
+    this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
     this.#loop = this.#run();
   }
 
@@ -152,6 +152,7 @@ export class Engine implements EngineHandle {
 
   async #runStep(plan: StepPlan): Promise<SequenceOutcome[]> {
     const result = await this.#runner.step(packStep(plan, this.#options.blockSize));
+    this.#scheduler.observe(plan, result);
     return unpackStep(plan, result, this.#options.limits.vocabSize);
   }
 

@@ -1,18 +1,21 @@
 import type { TokenLogprobs } from './request.js';
 import type { Sequence } from './sequence.js';
 import type { StepBatch, StepResult } from './step-batch.js';
-import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
+import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
 
-/** Lays a plan out as flat arrays. Tokens in blocks of the prefix cache get slot -1: they are there already. */
+/** Lays a plan out as flat arrays. Tokens whose latents are there already get slot -1. */
 export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const planned = plan.sequences;
   const samplings = planned.map(({ sequence }) => sequence.request.sampling);
-  const tokens = planned.flatMap(({ sequence, start, count }) => sequence.tokens.slice(start, start + count));
+  const tokens = planned.flatMap(({ sequence, start, count, draftIds }) => [
+    ...sequence.tokens.slice(start, start + count - draftIds.length),
+    ...draftIds,
+  ]);
   const positions = planned.flatMap(({ start, count }) => Array.from({ length: count }, (_, index) => start + index));
   const history = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : [...sequence.history]));
   const bias = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : biasOf(sequence)));
-  const blockTables = planned.map(({ sequence, start, count }) =>
-    sequence.blockTable.slice(0, Math.ceil((start + count) / blockSize)),
+  const blockTables = planned.map((part) =>
+    part.sequence.blockTable.slice(0, Math.ceil(coveredLength(part) / blockSize)),
   );
   return {
     tokenIds: Int32Array.from(tokens), // [T]
@@ -22,6 +25,8 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
     blockTableStart: startsOf(blockTables.map((table) => table.length)), // [S + 1]
     blockTable: Int32Array.from(blockTables.flat()), // [blockTableStart[S]]
     numSampled: Int32Array.from(planned, ({ numSampled }) => numSampled), // [S]
+    runMtp: Uint8Array.from(planned, ({ runMtp }) => Number(runMtp)), // [S]
+    numDrafts: Int32Array.from(planned, ({ numDrafts }) => numDrafts), // [S]
     temperature: Float32Array.from(samplings, ({ temperature }) => temperature), // [S]
     topP: Float32Array.from(samplings, ({ topP }) => topP), // [S]
     topK: Int32Array.from(samplings, ({ topK }) => topK), // [S]
@@ -44,23 +49,41 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   };
 }
 
+/** Positions that a part writes or may write: its tokens, and the MTP module's entries after them. */
+export function coveredLength({ start, count, numSampled, runMtp, numDrafts }: PlannedSequence): number {
+  return start + count + (runMtp && numSampled > 0 ? Math.max(numDrafts, 1) : 0);
+}
+
 /** One outcome per planned sequence. Throws where the result does not fit the plan. */
 export function unpackStep(plan: StepPlan, result: StepResult, vocabSize: number): SequenceOutcome[] {
   const numRows = plan.sequences.reduce((sum, { numSampled }) => sum + numSampled, 0);
   if (result.sampledIds.length !== numRows || result.nonFinite.length !== numRows) {
     throw new Error(`the runner returned ${result.sampledIds.length} sampled rows, not ${numRows}`);
   }
-  let row = 0;
-  return plan.sequences.map(({ sequence, numSampled }): SequenceOutcome => {
-    if (numSampled === 0) return { kind: 'computed' };
-    const index = row++;
-    if (result.nonFinite[index] === 1) return { kind: 'non_finite' };
-    const tokenId = result.sampledIds[index]!;
-    if (tokenId < 0 || tokenId >= vocabSize) {
-      return { kind: 'failed', message: `the runner sampled token ${tokenId} of a vocabulary of ${vocabSize}` };
+  if (result.draftStart.length !== plan.sequences.length + 1) {
+    throw new Error(`the runner returned drafts of ${result.draftStart.length - 1} sequences`);
+  }
+  const isToken = (id: number) => id >= 0 && id < vocabSize;
+  let nextRow = 0;
+  return plan.sequences.map((part, index): SequenceOutcome => {
+    if (part.numSampled === 0) return { kind: 'computed' };
+    const firstRow = nextRow;
+    nextRow += part.numSampled;
+    if (result.nonFinite[firstRow] === 1) return { kind: 'non_finite' };
+    const firstId = result.sampledIds[firstRow]!;
+    if (!isToken(firstId)) {
+      return { kind: 'failed', message: `the runner sampled token ${firstId} of a vocabulary of ${vocabSize}` };
     }
-    const { numLogprobs } = sequence.request.sampling;
-    return { kind: 'sampled', tokenId, logprobs: numLogprobs < 0 ? undefined : logprobsOf(result, index) };
+    const tokens: SampledToken[] = [];
+    for (let row = firstRow; row < nextRow; row++) {
+      const id = result.sampledIds[row]!;
+      if (result.nonFinite[row] === 1 || !isToken(id)) break;
+      const hasLogprobs = part.sequence.request.sampling.numLogprobs >= 0;
+      tokens.push({ id, logprobs: hasLogprobs ? logprobsOf(result, row) : undefined });
+      if (part.draftIds[row - firstRow] !== id) break; // rejected, or there is no further draft
+    }
+    const draftIds = [...result.draftIds.subarray(result.draftStart[index], result.draftStart[index + 1])];
+    return { kind: 'sampled', tokens, draftIds: draftIds.every(isToken) ? draftIds : [] };
   });
 }
 
@@ -77,7 +100,7 @@ function logprobsOf(result: StepResult, row: number): TokenLogprobs {
 function slotsOf({ sequence, start, count }: PlannedSequence, blockSize: number): number[] {
   return Array.from({ length: count }, (_, index) => {
     const position = start + index;
-    if (position < sequence.numShared) return -1;
+    if (position < sequence.numShared || position < sequence.numComputed) return -1;
     return sequence.blockTable[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
   });
 }

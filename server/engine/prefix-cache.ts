@@ -3,11 +3,13 @@ import { LRUCache } from 'lru-cache';
 import type { BlockPool } from './block-pool.js';
 
 /** What a published block holds. */
-interface CachedBlock {
+export interface CachedBlock {
   blockId: number;
   hash: string;
   parentHash: string;
   tokenIds: Int32Array; // [block_size]
+  /** whether all entries of the MTP module are there too */
+  hasMtp: boolean;
 }
 
 /**
@@ -17,6 +19,9 @@ interface CachedBlock {
  * The hash of a block is a chain: SHA-256 over the parent block's hash and the block's token ids; the first parent
  * is SHA-256 over the model's fingerprint and the request's salt. Only full, computed blocks with finite rows are
  * published, and a published block is never written again.
+ *
+ * Content may be published without the MTP module's entries, and again with them: the later block then replaces the
+ * earlier one, which is freed when its last user releases it.
  */
 export class PrefixCache {
   readonly #pool: BlockPool;
@@ -61,13 +66,15 @@ export class PrefixCache {
 
   /**
    * The longest run of published blocks for `tokens`, each with a reference taken. `hashes` are those of all its
-   * full blocks. A hit counts only where the stored token ids and the stored parent are the same too.
+   * full blocks. A hit counts only where the stored token ids and the stored parent are the same too, and the MTP
+   * module's entries are there if they are needed.
    */
-  takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[]): number[] {
+  takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
     const blockIds: number[] = []; // [num_hit]
     for (const [index, hash] of hashes.entries()) {
       const block = this.#byHash.get(hash);
       if (block === undefined || block.parentHash !== (hashes[index - 1] ?? rootHash)) break;
+      if (needsMtp && !block.hasMtp) break;
       const start = index * this.#blockSize;
       if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
       this.#idle.delete(block.blockId);
@@ -94,29 +101,46 @@ export class PrefixCache {
       const blockId = blockTable[index]!;
       if (this.#pool.release(blockId) > 0) continue;
       const cached = this.#byBlock.get(blockId);
-      if (cached === undefined) this.#pool.free(blockId);
-      else this.#idle.set(blockId, cached);
+      if (cached !== undefined && this.#byHash.get(cached.hash) === cached) this.#idle.set(blockId, cached);
+      else {
+        this.#byBlock.delete(blockId);
+        this.#pool.free(blockId);
+      }
     }
   }
 
-  /** Block `index` of a chain is full and computed: later sequences may share it. Does nothing where its content is known. */
+  /**
+   * Block `index` of a chain is full and computed: later sequences may share it. Does nothing where its content is
+   * known already, unless it is known without the MTP module's entries and this block has them.
+   */
   publish(
     blockId: number,
     index: number,
     hashes: readonly string[],
     rootHash: string,
     tokens: readonly number[],
+    hasMtp: boolean,
   ): void {
     const hash = hashes[index]!;
-    if (this.#byHash.has(hash) || this.#byBlock.has(blockId)) return;
+    const known = this.#byHash.get(hash);
+    if (this.#byBlock.has(blockId) || (known !== undefined && (known.hasMtp || !hasMtp))) return;
+    if (known !== undefined && this.#idle.delete(known.blockId)) {
+      this.#forget(known);
+      this.#pool.free(known.blockId);
+    }
     const parentHash = hashes[index - 1] ?? rootHash;
-    const block: CachedBlock = { blockId, hash, parentHash, tokenIds: this.#blockTokens(tokens, index) };
+    const block: CachedBlock = { blockId, hash, parentHash, tokenIds: this.#blockTokens(tokens, index), hasMtp };
     this.#byHash.set(hash, block);
     this.#byBlock.set(blockId, block);
   }
 
   isPublished(blockId: number): boolean {
     return this.#byBlock.has(blockId);
+  }
+
+  /** What is published now, replaced blocks that are still in use included: for checks. */
+  published(): readonly Readonly<CachedBlock>[] {
+    return [...this.#byBlock.values()];
   }
 
   /** free + referenced + cached-only == total */
@@ -129,15 +153,24 @@ export class PrefixCache {
     }
   }
 
-  /** Every published block is full, is referenced or cached-only, never both, and is found by its hash. */
+  /**
+   * Every published block is full, is referenced or cached-only, never both, and is found by its hash; unless it is
+   * referenced and was replaced by one with the MTP module's entries.
+   */
   checkInvariant(): void {
-    if (this.#byHash.size !== this.#byBlock.size) throw new Error('block invariant broken: hashes and blocks disagree');
+    for (const [hash, block] of this.#byHash) {
+      if (block.hash !== hash || this.#byBlock.get(block.blockId) !== block) {
+        throw new Error('block invariant broken: hashes and blocks disagree');
+      }
+    }
     for (const [blockId, block] of this.#byBlock) {
       if (block.tokenIds.length !== this.#blockSize) {
         throw new Error(`block invariant broken: published block ${blockId} is not full`);
       }
       const isIdle = this.#idle.has(blockId);
-      if (this.#byHash.get(block.hash) !== block || this.#pool.isFree(blockId)) {
+      const found = this.#byHash.get(block.hash);
+      const isReplaced = !isIdle && !block.hasMtp && found !== block;
+      if ((found !== block && !isReplaced) || this.#pool.isFree(blockId)) {
         throw new Error(`block invariant broken: published block ${blockId} is free or unknown by its hash`);
       }
       if (isIdle !== (this.#pool.references(blockId) === 0)) {

@@ -47,6 +47,7 @@ export class EngineClient implements EngineHandle {
   #child: ChildProcess | null = null;
   #outbox: ParentRequest[] = []; // [num_unsent]
   #numStartFailures = 0;
+  #numRestarts = 0;
   #backoffMs = MIN_BACKOFF_MS;
   #restart: NodeJS.Timeout | undefined;
   #startedAt = 0;
@@ -90,7 +91,7 @@ export class EngineClient implements EngineHandle {
   }
 
   stats(): EngineStats {
-    return this.#totals.stats();
+    return { ...this.#totals.stats(), numRestarts: this.#numRestarts };
   }
 
   ready(): Promise<void> {
@@ -165,7 +166,7 @@ export class EngineClient implements EngineHandle {
         this.#numStartFailures = 0;
         this.#lastStepAt = performance.now();
         if (this.#state.status === 'restarting') this.#options.log?.('The engine is ready again.');
-        this.#state = { status: 'ready', ...info };
+        this.#state = { status: 'ready', ...info, maxContext: limits.maxContext };
         this.#resolveReady();
         break;
       }
@@ -207,7 +208,10 @@ export class EngineClient implements EngineHandle {
     }
     if (performance.now() - this.#startedAt > STABLE_MS) this.#backoffMs = MIN_BACKOFF_MS;
     this.#options.log?.(`The engine is started again in ${this.#backoffMs} ms: ${reason}.`);
-    this.#restart = setTimeout(() => this.#start(), this.#backoffMs);
+    this.#restart = setTimeout(() => {
+      this.#numRestarts++;
+      this.#start();
+    }, this.#backoffMs);
     this.#backoffMs = Math.min(2 * this.#backoffMs, MAX_BACKOFF_MS);
   }
 

@@ -1,6 +1,6 @@
-import type { GrammarNode } from '../grammar/grammar.js';
-
 /** What goes into an engine and what comes out: plain values that can cross a process boundary. */
+import type { GrammarNode } from '../grammar/grammar.js';
+import type { ReasoningEnd } from './steering.js';
 
 export interface SamplingParams {
   temperature: number; // 0 is greedy
@@ -56,6 +56,21 @@ export interface EngineRequest {
   /** isolates the prefix cache; '' shares it */
   cacheSalt: string;
   grammar?: RequestGrammar;
+  /** lower runs first; 0 where it is left out */
+  priority?: number;
+  /** what ends reasoning before the model does; nothing where it is left out */
+  thinking?: ThinkingLimits;
+}
+
+export interface ThinkingLimits {
+  /** most reasoning tokens; when reached, `endIds` are forced, after the first sampled token at the earliest. Infinity: none */
+  budget: number;
+  /** the closing phrase, then the think end marker */
+  endIds: number[]; // [num_end]
+  /** tokens kept for the answer: reasoning ends when what is left after `endIds` reaches it. 0: none */
+  minAnswerTokens: number;
+  /** reasoning ends when an n-gram of 1..64 tokens repeats until the repeated tail has so many tokens. 0: off */
+  loopTokens: number;
 }
 
 export type FinishReason = 'stop' | 'length' | 'abort' | 'error';
@@ -68,7 +83,9 @@ export interface TokenLogprobs {
 export interface EmittedToken {
   id: number;
   phase: TokenPhase;
+  /** absent for forced tokens, which no row was sampled for */
   logprobs?: TokenLogprobs;
+  forced?: true;
 }
 
 /** One event per sequence and step. The last one, and only the last, has a finishReason. */
@@ -80,8 +97,12 @@ export interface EngineEvent {
   finishReason?: FinishReason;
   /** with finishReason 'stop': the token that ended it (-1 where the caller ended it) */
   stopTokenId?: number;
+  /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */
+  reasoningEnded?: ReasoningEnd;
   /** with finishReason 'error' */
   error?: { code: string; message: string };
+  /** where the engine speculates: drafts verified for this sequence so far, and how many were accepted */
+  speculative?: { draftTokens: number; acceptedTokens: number };
 }
 
 /** Counters and gauges for /metrics and /health; a snapshot. */
@@ -99,11 +120,25 @@ export interface EngineStats {
   generationTokens: number;
   prefixCacheQueries: number;
   prefixCacheHits: number;
+  /** verify rounds: times that drafts of a sequence were verified */
+  specNumDrafts: number;
+  specNumDraftTokens: number;
+  specNumAcceptedTokens: number;
+  specAcceptedPerPos: number[]; // [MAX_DRAFTS] of the drafts at each depth
+  /** engine processes started after the first */
+  numRestarts: number;
 }
 
 export type EngineState =
   | { status: 'loading'; loadedBytes: number; totalBytes: number }
-  | { status: 'ready'; device: string; weightBytes: number; cacheBytes: number }
+  | {
+      status: 'ready';
+      device: string;
+      weightBytes: number;
+      cacheBytes: number;
+      /** most tokens of prompt and completion: the smallest of positions, --max-model-len and cache */
+      maxContext: number;
+    }
   | { status: 'restarting'; reason: string; loadedBytes: number; totalBytes: number }
   | { status: 'failed'; reason: string }
   | { status: 'closed' };

@@ -1,10 +1,14 @@
 import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
+import { DraftPlanner } from './draft-planner.js';
+import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
-import { PrefixCache } from './prefix-cache.js';
-import type { EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
+import { PlanBuilder } from './plan-builder.js';
+import { PrefixCache, type CachedBlock } from './prefix-cache.js';
+import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
 import { Sequence } from './sequence.js';
+import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface SchedulerOptions {
@@ -18,16 +22,20 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
   grammars?: GrammarFollower;
+  /** who drafts how much; nobody where it is left out */
+  drafts?: DraftPolicy;
 }
 
 /**
- * Decides what each step computes. Waiting and running sequences are both in order of arrival, and every running
- * one is older than every waiting one: the youngest running sequence is preempted first and comes back first.
+ * Decides what each step computes. Waiting and running sequences are both in order of priority and arrival: the last
+ * running sequence is preempted first, and the first waiting one is admitted first.
  */
 export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #pool: BlockPool;
   readonly #cache: PrefixCache;
+  readonly #drafts: DraftPolicy;
+  readonly #speculation: DraftPlanner;
   readonly #open = new Map<string, Sequence>();
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
@@ -53,6 +61,8 @@ export class Scheduler {
     this.#options = options;
     this.#pool = new BlockPool(options.numBlocks);
     this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+    this.#drafts = options.drafts ?? new FixedDrafts(0);
+    this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
   }
 
   get isIdle(): boolean {
@@ -69,7 +79,7 @@ export class Scheduler {
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     this.#open.set(request.requestId, sequence);
-    this.#waiting.push(sequence);
+    insert(this.#waiting, sequence);
     if (request.grammar) this.#follow(sequence, request.grammar);
   }
 
@@ -84,22 +94,34 @@ export class Scheduler {
     return [...this.#open.keys()];
   }
 
-  /** The next step: decodes first, then running prefills, then waiting sequences; null where nothing is open. */
+  /**
+   * The next step: decodes first, with their drafts as far as every other sequence still gets its rows, then
+   * running prefills, then waiting sequences; null where nothing is open.
+   */
   schedule(): StepPlan | null {
-    const plan = new Map<Sequence, PlannedSequence>();
+    const { maxStepTokens, maxNumSeqs } = this.#options;
+    const plan = new PlanBuilder(maxStepTokens);
     const numPreemptions = this.#counters.numPreemptions;
     const decodes = this.#running.filter((sequence) => sequence.numPending === 1);
     const prefills = this.#running.filter((sequence) => sequence.numPending > 1);
-    for (const sequence of [...decodes, ...prefills]) {
-      if (sequence.status === 'running') this.#plan(sequence, plan);
-    }
+    for (const sequence of decodes) if (sequence.status === 'running') this.#plan(sequence, plan);
+    // Two rows, because a prefill that runs the MTP module computes one again.
+    const numOthers = Math.min(prefills.length + this.#waiting.length, maxNumSeqs - decodes.length);
+    this.#speculation.addDrafts(plan, plan.budget - 2 * numOthers, this.#running.length);
+    for (const sequence of prefills) if (sequence.status === 'running') this.#plan(sequence, plan);
     if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
-    if (plan.size === 0) {
+    this.#speculation.planMtp(plan.parts(), this.#running.length);
+    if (plan.parts().length === 0) {
       if (this.#running.some(({ awaitsMask }) => awaitsMask)) return null; // onGrammar tells when to go on
       if (this.#open.size > 0) throw new Error('no open sequence can make progress');
       return null;
     }
-    return { sequences: [...plan.values()] };
+    return { sequences: plan.parts() };
+  }
+
+  /** Takes over how long a step took. */
+  observe(plan: StepPlan, result: StepResult): void {
+    this.#speculation.observe(plan, result);
   }
 
   /** Takes over what a step computed: one event per sequence that has something to say. */
@@ -124,7 +146,14 @@ export class Scheduler {
       numCachedBlocks: this.#cache.numIdle,
       blockSize: this.#options.blockSize,
       ...this.#counters,
+      ...this.#speculation.counters(),
+      numRestarts: 0,
     };
+  }
+
+  /** What the prefix cache holds: for checks. */
+  published(): readonly Readonly<CachedBlock>[] {
+    return this.#cache.published();
   }
 
   /** The counts alone: cheap enough for every idle moment. */
@@ -137,13 +166,14 @@ export class Scheduler {
 
   /**
    * free + referenced + cached-only == total, each block is referenced as often as it stands in block tables, and
-   * running and waiting sequences are in order of arrival.
+   * running and waiting sequences are in order.
    */
   checkInvariant(): void {
     this.checkCounts();
-    const arrivals = [...this.#running, ...this.#waiting].map(({ arrival }) => arrival);
-    if (arrivals.some((arrival, index) => index > 0 && arrival < arrivals[index - 1]!)) {
-      throw new Error(`order of arrival broken: ${arrivals.join(', ')}`);
+    for (const queue of [this.#running, this.#waiting]) {
+      if (queue.some((sequence, index) => index > 0 && !queue[index - 1]!.precedes(sequence))) {
+        throw new Error(`order of sequences broken: ${queue.map(({ id }) => id).join(', ')}`);
+      }
     }
     this.#cache.checkInvariant();
     const references = new Int32Array(this.#pool.numBlocks); // [num_blocks]
@@ -165,12 +195,6 @@ export class Scheduler {
     }
   }
 
-  #budget(plan: Map<Sequence, PlannedSequence>): number {
-    let budget = this.#options.maxStepTokens;
-    for (const { count } of plan.values()) budget -= count;
-    return budget;
-  }
-
   /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
   #follow(sequence: Sequence, grammar: RequestGrammar): void {
     const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
@@ -184,20 +208,31 @@ export class Scheduler {
   }
 
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
-  #plan(sequence: Sequence, plan: Map<Sequence, PlannedSequence>): void {
+  #plan(sequence: Sequence, plan: PlanBuilder): void {
     if (sequence.awaitsMask) return;
-    const wanted = Math.min(sequence.numPending, this.#budget(plan));
+    const { numPending, numComputed } = sequence;
+    // A row that is computed again for the MTP module must leave room for one that is not.
+    if (sequence.nextStart < numComputed && plan.budget < 2) sequence.runsMtp = false;
+    const numAgain = numComputed - sequence.nextStart;
+    const wanted = Math.min(numPending, plan.budget - numAgain);
     const count = wanted > 0 ? this.#reserve(sequence, wanted, plan) : 0;
     if (count === 0) return;
-    const numSampled = count === sequence.numPending ? 1 : 0;
-    plan.set(sequence, { sequence, start: sequence.numComputed, count, numSampled });
+    plan.add({
+      sequence,
+      start: sequence.nextStart,
+      count: numAgain + count,
+      numSampled: count === numPending ? 1 : 0,
+      draftIds: [],
+      runMtp: sequence.runsMtp,
+      numDrafts: 0,
+    });
   }
 
   /**
    * Gives a sequence the blocks for its next tokens, preempting younger ones where none is left. Returns how many
    * tokens have room; fewer than wanted only where this sequence is itself the youngest.
    */
-  #reserve(sequence: Sequence, wanted: number, plan: Map<Sequence, PlannedSequence>): number {
+  #reserve(sequence: Sequence, wanted: number, plan: PlanBuilder): number {
     const { blockSize } = this.#options;
     const { blockTable, numComputed } = sequence;
     let numNeeded = Math.ceil((numComputed + wanted) / blockSize) - blockTable.length;
@@ -207,30 +242,30 @@ export class Scheduler {
         numNeeded = this.#cache.numAvailable;
         break;
       }
-      plan.delete(youngest);
+      plan.remove(youngest);
       this.#preempt(youngest);
     }
     for (let taken = 0; taken < numNeeded; taken++) blockTable.push(this.#cache.take()!);
     return Math.min(wanted, blockTable.length * blockSize - numComputed);
   }
 
-  /** Back to the head of the queue, to be recomputed with what it has generated as part of its prefill. */
+  /** Back into the queue, to be recomputed with what it has generated as part of its prefill. */
   #preempt(sequence: Sequence): void {
     this.#running.pop();
     this.#release(sequence);
     sequence.status = 'waiting';
     sequence.numPreemptions++;
     this.#counters.numPreemptions++;
-    this.#waiting.unshift(sequence);
+    insert(this.#waiting, sequence);
   }
 
   /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
-  #admit(plan: Map<Sequence, PlannedSequence>): void {
-    while (this.#running.length < this.#options.maxNumSeqs && this.#budget(plan) > 0) {
+  #admit(plan: PlanBuilder): void {
+    while (this.#running.length < this.#options.maxNumSeqs && plan.budget > 0) {
       const sequence = this.#waiting[0];
       if (sequence === undefined || !this.#takePrefix(sequence)) return;
       this.#waiting.shift();
-      this.#running.push(sequence);
+      insert(this.#running, sequence);
       sequence.status = 'running';
       this.#plan(sequence, plan);
     }
@@ -244,7 +279,10 @@ export class Scheduler {
     const { blockSize } = this.#options;
     const { tokens, rootHash, blockHashes } = sequence;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
-    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens);
+    const runsMtp = this.#drafts.wantsMtp(
+      Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
+    );
+    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens, runsMtp);
     const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
     // One block more for each running sequence, or it would be preempted as soon as they grow.
     if (numNeeded + this.#running.length > this.#cache.numAvailable) {
@@ -255,6 +293,9 @@ export class Scheduler {
     sequence.numShared = blockTable.length * blockSize;
     sequence.numComputed = Math.min(sequence.numShared, tokens.length - 1);
     sequence.numPublished = blockTable.length;
+    sequence.runsMtp = runsMtp;
+    if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
+    this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
       sequence.cachedTokens = sequence.numShared;
       this.#counters.prefixCacheQueries += sequence.promptLength;
@@ -263,7 +304,8 @@ export class Scheduler {
     return true;
   }
 
-  #commitSequence({ sequence, start, count }: PlannedSequence, outcome: SequenceOutcome): EngineEvent | null {
+  #commitSequence(part: PlannedSequence, outcome: SequenceOutcome): EngineEvent | null {
+    const { sequence, start, count, draftIds } = part;
     switch (outcome.kind) {
       case 'failed':
         return this.#finish(sequence, 'error', { error: { code: 'engine_failed', message: outcome.message } });
@@ -272,18 +314,32 @@ export class Scheduler {
           error: { code: 'non_finite_logits', message: 'The model computed a value that is no finite number.' },
         });
       case 'computed':
-        sequence.numComputed = start + count;
+        sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
         return null;
       case 'sampled': {
-        sequence.numComputed = start + count;
-        this.#publish(sequence);
+        this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
-        this.#counters.generationTokens++;
-        const token = sequence.append(outcome.tokenId, outcome.logprobs);
+        const tokens: EmittedToken[] = [];
+        let numTaken = 0;
+        for (const { id, logprobs } of outcome.tokens) {
+          tokens.push(sequence.append(id, logprobs));
+          numTaken++;
+          const forced = sequence.appendForced();
+          tokens.push(...forced);
+          // Behind reasoning each token needs the mask that the one before has led to.
+          if (forced.length > 0 || sequence.finishReason !== null || sequence.followsGrammar) break;
+        }
+        this.#counters.generationTokens += tokens.length;
+        // Rows up to the one that gave the last token taken; whatever was sampled after it is dropped.
+        const numComputed = start + count - draftIds.length + numTaken - 1;
+        sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
+        // Drafts follow the last token sampled; forced tokens take their place.
+        if (numTaken === tokens.length && !sequence.followsGrammar) sequence.draftIds = outcome.draftIds;
+        this.#publish(sequence);
         if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
-        if (sequence.finishReason === null) return this.#event(sequence, { tokens: [token] });
-        const stopTokenId = sequence.finishReason === 'stop' ? token.id : undefined;
-        return this.#finish(sequence, sequence.finishReason, { tokens: [token], stopTokenId });
+        if (sequence.finishReason === null) return this.#event(sequence, { tokens });
+        const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
+        return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
       }
     }
   }
@@ -293,22 +349,21 @@ export class Scheduler {
    * every latent it attended to; so the blocks of a prefill are published at its end, not chunk by chunk.
    */
   #publish(sequence: Sequence): void {
-    const { tokens, rootHash, blockHashes, blockTable, numComputed } = sequence;
-    const numFull = Math.floor(numComputed / this.#options.blockSize);
+    const { blockSize } = this.#options;
+    const { tokens, rootHash, blockHashes, blockTable, numComputed, numMtp } = sequence;
+    const numFull = Math.floor(numComputed / blockSize);
     if (sequence.numPublished >= numFull) return;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
     while (sequence.numPublished < numFull) {
       const index = sequence.numPublished++;
-      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens);
+      const hasMtp = numMtp >= (index + 1) * blockSize;
+      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens, hasMtp);
     }
   }
 
   #release(sequence: Sequence): void {
     this.#cache.release(sequence.blockTable);
-    sequence.blockTable = [];
-    sequence.numComputed = 0;
-    sequence.numShared = 0;
-    sequence.numPublished = 0;
+    sequence.reset();
   }
 
   #finish(sequence: Sequence, finishReason: FinishReason, rest: Partial<EngineEvent>): EngineEvent {
@@ -323,6 +378,27 @@ export class Scheduler {
   }
 
   #event(sequence: Sequence, rest: Partial<EngineEvent>): EngineEvent {
-    return { requestId: sequence.id, tokens: [], cachedTokens: Math.max(0, sequence.cachedTokens), ...rest };
+    const {
+      id,
+      cachedTokens,
+      reasoningEnded,
+      numDraftTokens: draftTokens,
+      numAcceptedTokens: acceptedTokens,
+    } = sequence;
+    return {
+      requestId: id,
+      tokens: [],
+      cachedTokens: Math.max(0, cachedTokens),
+      ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
+      ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...rest,
+    };
   }
+}
+
+/** Keeps a queue in order; most sequences belong to its end. */
+function insert(queue: Sequence[], sequence: Sequence): void {
+  let index = queue.length;
+  while (index > 0 && sequence.precedes(queue[index - 1]!)) index--;
+  queue.splice(index, 0, sequence);
 }

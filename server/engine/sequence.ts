@@ -1,6 +1,7 @@
 import type { GrammarCursor } from './grammar-cursor.js';
 import { PhaseTracker } from './phase-tracker.js';
 import type { EmittedToken, EngineRequest, FinishReason, TokenLogprobs } from './request.js';
+import { Steering, type ReasoningEnd } from './steering.js';
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
 
@@ -28,6 +29,14 @@ export class Sequence {
   /** blocks of this sequence's table that have been offered to the prefix cache, from the start */
   numPublished = 0;
   blockTable: number[] = []; // [num_blocks]
+  /** whether this sequence runs the MTP module; false from the first hole in its entries on */
+  runsMtp = false;
+  /** entries 1 .. numMtp-1 of the MTP module lie in the blocks; slot 0 holds nothing */
+  numMtp = 1;
+  /** drafts that the next step may verify */
+  draftIds: number[] = []; // [num_drafts]
+  numDraftTokens = 0;
+  numAcceptedTokens = 0;
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
@@ -35,6 +44,7 @@ export class Sequence {
   grammar: GrammarCursor | null = null;
 
   readonly #phases: PhaseTracker;
+  readonly #steering: Steering | null;
   readonly #stopIds: Set<number>;
   /** id -> times in the completion; kept only where a penalty needs it */
   readonly #history: Map<number, number> | null;
@@ -48,10 +58,17 @@ export class Sequence {
     this.maxTokens = Math.min(promptIds.length + sampling.maxTokens, maxContext);
     this.rootHash = rootHash;
     this.#phases = new PhaseTracker(request.markers, request.startPhase);
+    this.#steering = request.thinking === undefined ? null : new Steering(request.thinking);
     this.#stopIds = new Set(sampling.stopTokenIds);
     const hasPenalty =
       sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0 || sampling.repetitionPenalty !== 1;
     this.#history = hasPenalty ? new Map(promptIds.map((id) => [id, 0])) : null;
+  }
+
+  /** who runs first: lower priority, then earlier arrival */
+  precedes(other: Sequence): boolean {
+    const [own, its] = [this.request.priority ?? 0, other.request.priority ?? 0];
+    return own === its ? this.arrival < other.arrival : own < its;
   }
 
   get id(): string {
@@ -65,6 +82,22 @@ export class Sequence {
   /** Tokens that the next step has to compute before this sequence can be sampled. */
   get numPending(): number {
     return this.tokens.length - this.numComputed;
+  }
+
+  /**
+   * Where the next step starts: at the first token that is not computed, or at the one before where the MTP module
+   * needs its hidden state again for the entry that comes next.
+   */
+  get nextStart(): number {
+    return this.runsMtp ? Math.min(this.numComputed, this.numMtp - 1) : this.numComputed;
+  }
+
+  /** Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. */
+  get maxDrafts(): number {
+    const room = this.maxTokens - 1 - this.tokens.length;
+    const untilAllowed = this.request.sampling.minTokens - 1 - this.numCompletion;
+    if (this.followsGrammar) return 0; // the mask behind a draft is not known
+    return Math.max(0, untilAllowed >= 0 && this.#stopIds.size > 0 ? Math.min(room, untilAllowed) : room);
   }
 
   /** [distinct id, times in the completion]; empty where no penalty is set. */
@@ -105,6 +138,26 @@ export class Sequence {
     return this.followsGrammar ? this.grammar!.mask : null;
   }
 
+  /** A step has computed latents up to numComputed and entries of the MTP module up to numMtp. */
+  advance(numComputed: number, numMtp: number): void {
+    this.numComputed = numComputed;
+    this.numMtp = numMtp;
+    this.draftIds = [];
+    // One missing entry is made when the row before it is computed again; a longer hole stays.
+    if (numComputed >= numMtp + 1) this.runsMtp = false;
+  }
+
+  /** Forgets what was computed, to be computed again from the first token on. */
+  reset(): void {
+    this.blockTable = [];
+    this.numComputed = 0;
+    this.numShared = 0;
+    this.numPublished = 0;
+    this.runsMtp = false;
+    this.numMtp = 1;
+    this.draftIds = [];
+  }
+
   /** Appends a sampled token; the sequence may have finished with it. */
   append(tokenId: number, logprobs: TokenLogprobs | undefined): EmittedToken {
     const isStop = this.#stopIds.has(tokenId);
@@ -114,7 +167,23 @@ export class Sequence {
     else if (this.tokens.length >= this.maxTokens) this.finishReason = 'length';
     if (this.finishReason === null && this.followsGrammar) this.grammar!.accept([tokenId]);
     const phase = this.#phases.label(tokenId, isStop);
+    this.#steering?.observe(tokenId, phase);
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
+  }
+
+  /** Appends what is forced after the tokens so far. Whatever was sampled for the positions after them is void. */
+  appendForced(): EmittedToken[] {
+    if (this.#steering === null || this.finishReason !== null || this.#phases.phase !== 'reasoning') return [];
+    const forced: EmittedToken[] = [];
+    for (const id of this.#steering.forcedIds(this.maxTokens - this.tokens.length)) {
+      forced.push({ ...this.append(id, undefined), forced: true });
+      if (this.finishReason !== null) break;
+    }
+    return forced;
+  }
+
+  get reasoningEnded(): ReasoningEnd | null {
+    return this.#steering?.ended ?? null;
   }
 }
 

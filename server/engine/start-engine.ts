@@ -3,11 +3,12 @@ import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
 import { readCheckpoint } from '../model/checkpoint.js';
-import type { Checkpoint } from '../model/spec.js';
+import type { ModelSpec } from '../model/spec.js';
+import { AdaptiveDrafts } from './adaptive-drafts.js';
 import type { ComputeMode, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { Engine } from './engine.js';
-import { packStep } from './pack-step.js';
-import { Sequence } from './sequence.js';
+import { warmUp } from './warm-up.js';
 
 /** Everything an engine is started with: plain values, so that it can be sent to the engine process. */
 export interface EngineConfig {
@@ -28,7 +29,8 @@ export interface EngineConfig {
   maxNumSeqs: number;
   /** requests that may wait beyond maxNumSeqs */
   maxQueue: number;
-  loadMtp: boolean;
+  /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
+  speculativeTokens: number | 'auto';
 }
 
 export type LoadProgress = (loadedBytes: number, totalBytes: number) => void;
@@ -55,7 +57,8 @@ export async function startEngine(
     );
   }
   const device = resolveDevice(addon, config.device);
-  const loadMtp = config.loadMtp && spec.numMtpLayers > 0;
+  const drafts = draftPolicy(config.speculativeTokens, spec);
+  const loadMtp = drafts.isOn;
   const blockBytes = addon.cacheBytesPerToken({ spec, compute, device, loadMtp }) * blockSize;
   const usefulBlocks = maxNumSeqs * Math.ceil((maxModelLen ?? spec.maxPositionEmbeddings) / blockSize);
   const cacheMemory = config.cacheMemory ?? defaultCacheMemory(usefulBlocks * blockBytes, device);
@@ -79,7 +82,7 @@ export async function startEngine(
     loadMtp,
   };
   const { runner, info } = await loadRunner(addon, options, onProgress);
-  await warmUp(runner, checkpoint, blockSize);
+  await warmUp(runner, checkpoint, options, drafts instanceof AdaptiveDrafts ? drafts : null);
   return new Engine(runner, {
     blockSize,
     numBlocks,
@@ -90,6 +93,7 @@ export async function startEngine(
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,
     }),
+    drafts,
     info,
     limits: {
       vocabSize: spec.vocabSize,
@@ -97,6 +101,15 @@ export async function startEngine(
       maxOpen: maxNumSeqs + config.maxQueue,
     },
   });
+}
+
+/** Who drafts: nobody without an MTP module. */
+export function draftPolicy(speculativeTokens: number | 'auto', { numMtpLayers }: ModelSpec): DraftPolicy {
+  if (speculativeTokens === 'auto') return numMtpLayers > 0 ? new AdaptiveDrafts() : new FixedDrafts(0);
+  if (speculativeTokens === 0 || numMtpLayers > 0) return new FixedDrafts(speculativeTokens);
+  throw new StartupError(
+    `--speculative-tokens is ${speculativeTokens} but the checkpoint has no MTP layer (num_nextn_predict_layers); give 0 or auto.`,
+  );
 }
 
 /** Slots are int32 in a step batch. */
@@ -147,46 +160,5 @@ export async function loadRunner(
     }
   } catch (error) {
     throw new StartupError((error as Error).message);
-  }
-}
-
-/**
- * Computes one token before anybody is told that the engine is ready: it faults in what is mapped lazily. It writes
- * slot 0, which belongs to a free block.
- */
-async function warmUp(runner: NativeRunner, checkpoint: Checkpoint, blockSize: number): Promise<void> {
-  const sequence = new Sequence(
-    {
-      requestId: 'warm-up',
-      promptIds: [checkpoint.bosTokenId ?? 0],
-      sampling: {
-        temperature: 0,
-        topP: 1,
-        topK: 0,
-        minP: 0,
-        seed: 0n,
-        presencePenalty: 0,
-        frequencyPenalty: 0,
-        repetitionPenalty: 1,
-        logitBias: [],
-        stopTokenIds: [],
-        minTokens: 0,
-        maxTokens: 1,
-        numLogprobs: -1,
-      },
-      markers: { thinkStart: -1, thinkEnd: -1, toolCallsBegin: -1, toolCallsEnd: -1 },
-      startPhase: 'answer',
-      cacheSalt: '',
-    },
-    0,
-    2,
-    '',
-  );
-  sequence.blockTable = [0];
-  try {
-    await runner.step(packStep({ sequences: [{ sequence, start: 0, count: 1, numSampled: 1 }] }, blockSize));
-  } catch (error) {
-    await runner.close();
-    throw new StartupError(`The model cannot compute its first token: ${(error as Error).message}`);
   }
 }

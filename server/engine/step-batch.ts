@@ -3,7 +3,9 @@
  * S sequences, T tokens in all, R = sum(numSampled) sampled rows.
  *
  * Sequence s owns tokens qStart[s] .. qStart[s+1]-1. The last numSampled[s] of them are sampled: 0 in the
- * middle of a prefill, 1 otherwise (1 + drafts when a draft is verified).
+ * middle of a prefill, 1 otherwise (1 + drafts when drafts are verified: the first sampled row is the last confirmed
+ * token, the others are drafts). A draft is accepted where it equals the token sampled from the row before it and all
+ * drafts before it were accepted; whatever follows a rejected draft means nothing.
  */
 export interface StepBatch {
   tokenIds: Int32Array; // [T]
@@ -14,6 +16,14 @@ export interface StepBatch {
   blockTableStart: Int32Array; // [S + 1]
   blockTable: Int32Array; // [blockTableStart[S]] ids of the blocks covering positions 0 .. last
   numSampled: Int32Array; // [S]
+  /**
+   * 1: the MTP module's entries of this step's confirmed tokens are made: of every token but the sequence's first in
+   * this step, and of the last one sampled. The block table covers that token's position, and those of all drafts but
+   * the last.
+   */
+  runMtp: Uint8Array; // [S]
+  /** drafts wanted for the next step, 0 .. MAX_DRAFTS; above 0 only with runMtp and a sampled row */
+  numDrafts: Int32Array; // [S]
 
   // sampling, per sequence
   /** 0 is greedy */
@@ -29,7 +39,8 @@ export interface StepBatch {
   /** -1: none; 0: of the sampled token alone; k: also the k most likely */
   numLogprobs: Int32Array; // [S]
 
-  // token history of sequences with a penalty; empty range for the others
+  // token history of sequences with a penalty, up to their first sampled row; empty range for the others. The runner
+  // adds the drafts before a row to that row's history.
   historyStart: Int32Array; // [S + 1]
   historyIds: Int32Array; // [historyStart[S]] distinct ids seen so far in prompt or completion
   historyCounts: Int32Array; // [historyStart[S]] times in the completion (0: only in the prompt)
@@ -48,7 +59,7 @@ export interface StepBatch {
   logitRows: Int32Array; // [L]
   /**
    * token indices whose MTP logits come back: row j is made from token j and the hidden state of token j-1 of
-   * the same sequence, which must be in this step too. Non-empty runs the MTP module over the step.
+   * the same sequence, which must be in this step too, with runMtp.
    */
   draftLogitRows: Int32Array; // [D]
 }
@@ -65,6 +76,14 @@ export interface StepResult {
   nonFinite: Uint8Array; // [R]
   logits: Float32Array; // [L, vocab_size]
   draftLogits: Float32Array; // [D, vocab_size]
+  draftStart: Int32Array; // [S + 1]
+  /** drafts for the next step, fewer than asked for where the MTP module's logits are not finite */
+  draftIds: Int32Array; // [draftStart[S]]
   /** time on the engine thread, microseconds */
   stepMicros: number;
+  /** of stepMicros, what the MTP module took */
+  draftMicros: number;
 }
+
+/** Most drafts of a sequence in one step. */
+export const MAX_DRAFTS = 4;

@@ -1,11 +1,19 @@
 import { StartupError } from '../errors.js';
 import { Fields } from './fields.js';
+import { GQA_MODEL_TYPES, isGqa, readGqaConfig, type GqaModelType } from './gqa-config.js';
 import type { JsonObject } from './json-file.js';
 import { readRopeConfig } from './rope-config.js';
-import type { ModelSpec, ScoringFunc, TopkMethod } from './spec.js';
+import type { ModelSpec, ModelType, ScoringFunc, TopkMethod } from './spec.js';
 
-const MODEL_TYPES = ['deepseek_v3', 'deepseek_v2'] as const;
-const ARCHITECTURES = { deepseek_v3: 'DeepseekV3ForCausalLM', deepseek_v2: 'DeepseekV2ForCausalLM' } as const;
+type DeepseekModelType = Exclude<ModelType, GqaModelType>;
+
+const MODEL_TYPES: readonly ModelType[] = ['deepseek_v3', 'deepseek_v2', ...GQA_MODEL_TYPES];
+const ARCHITECTURES: Record<ModelType, string> = {
+  deepseek_v3: 'DeepseekV3ForCausalLM',
+  deepseek_v2: 'DeepseekV2ForCausalLM',
+  llama: 'LlamaForCausalLM',
+  qwen2: 'Qwen2ForCausalLM',
+};
 const TOPK_METHODS: readonly TopkMethod[] = ['noaux_tc', 'greedy', 'group_limited_greedy'];
 const SCORING_FUNCS: readonly ScoringFunc[] = ['sigmoid', 'softmax'];
 
@@ -22,7 +30,7 @@ interface FamilyDefaults {
  * What a family means by a key that its config.json leaves out. Undefined: the key is required, because readers of
  * these checkpoints disagree about it.
  */
-const FAMILY_DEFAULTS: Record<(typeof MODEL_TYPES)[number], FamilyDefaults> = {
+const FAMILY_DEFAULTS: Record<DeepseekModelType, FamilyDefaults> = {
   deepseek_v3: { topkMethod: 'noaux_tc', scoringFunc: 'sigmoid' },
   deepseek_v2: {
     topkMethod: 'greedy',
@@ -40,18 +48,49 @@ export function readModelConfig(config: JsonObject, file: string): ModelSpec {
   const modelType = fields.oneOf('model_type', MODEL_TYPES);
   checkArchitecture(fields, modelType);
   fields.oneOf('hidden_act', ['silu', 'swish'], 'silu');
-  const defaults = FAMILY_DEFAULTS[modelType];
-  const rope = readRopeConfig(fields);
-  const numRoutedExperts = fields.count('n_routed_experts', 0, 0);
-  const hasExperts = numRoutedExperts > 0;
-  const spec: ModelSpec = {
+  const common: CommonSpec = {
     modelType,
     vocabSize: fields.count('vocab_size', 1),
     hiddenSize: fields.count('hidden_size', 1),
     intermediateSize: fields.count('intermediate_size', 1),
-    moeIntermediateSize: hasExperts ? fields.count('moe_intermediate_size', 1) : 0,
     numHiddenLayers: fields.count('num_hidden_layers', 1),
     numAttentionHeads: fields.count('num_attention_heads', 1),
+    maxPositionEmbeddings: fields.count('max_position_embeddings', 1),
+    rmsNormEps: fields.positive('rms_norm_eps', 1e-6),
+    ...readRopeConfig(fields, modelType),
+    tieWordEmbeddings: fields.boolean('tie_word_embeddings', false),
+    weightBlockSize: readWeightBlockSize(fields),
+  };
+  if (isGqa(modelType)) return { ...common, ...readGqaConfig(fields, modelType) };
+  const spec = { ...common, ...readDeepseekConfig(fields, modelType) };
+  checkConsistency(fields, spec);
+  return spec;
+}
+
+type CommonSpec = Pick<
+  ModelSpec,
+  | 'modelType'
+  | 'vocabSize'
+  | 'hiddenSize'
+  | 'intermediateSize'
+  | 'numHiddenLayers'
+  | 'numAttentionHeads'
+  | 'maxPositionEmbeddings'
+  | 'rmsNormEps'
+  | 'ropeTheta'
+  | 'yarn'
+  | 'llama3'
+  | 'ropeLinearFactor'
+  | 'tieWordEmbeddings'
+  | 'weightBlockSize'
+>;
+
+function readDeepseekConfig(fields: Fields, modelType: DeepseekModelType): Omit<ModelSpec, keyof CommonSpec> {
+  const defaults = FAMILY_DEFAULTS[modelType];
+  const numRoutedExperts = fields.count('n_routed_experts', 0, 0);
+  const hasExperts = numRoutedExperts > 0;
+  return {
+    moeIntermediateSize: hasExperts ? fields.count('moe_intermediate_size', 1) : 0,
     numSharedExperts: hasExperts ? fields.count('n_shared_experts', 0, 0) : 0,
     numRoutedExperts,
     numExpertsPerToken: hasExperts ? fields.count('num_experts_per_tok', 1) : 0,
@@ -68,18 +107,13 @@ export function readModelConfig(config: JsonObject, file: string): ModelSpec {
     qkNopeHeadDim: fields.count('qk_nope_head_dim', 1),
     qkRopeHeadDim: fields.count('qk_rope_head_dim', 2),
     vHeadDim: fields.count('v_head_dim', 1),
+    numKeyValueHeads: 0,
+    headDim: 0,
     attentionBias: fields.boolean('attention_bias', false),
-    maxPositionEmbeddings: fields.count('max_position_embeddings', 1),
-    rmsNormEps: fields.positive('rms_norm_eps', 1e-6),
-    ropeTheta: rope.theta,
+    mlpBias: false,
     ropeInterleave: fields.boolean('rope_interleave', true),
-    yarn: rope.yarn,
-    tieWordEmbeddings: fields.boolean('tie_word_embeddings', false),
     numMtpLayers: fields.count('num_nextn_predict_layers', 0, 0),
-    weightBlockSize: readWeightBlockSize(fields),
   };
-  checkConsistency(fields, spec);
-  return spec;
 }
 
 /** An explicit null is how configs say that there are no groups. */
@@ -87,7 +121,7 @@ function readGroups(fields: Fields, key: string, defaults: FamilyDefaults): numb
   return fields.count(key, 1, fields.isNull(key) ? 1 : defaults.numGroups);
 }
 
-function checkArchitecture(fields: Fields, modelType: keyof typeof ARCHITECTURES): void {
+function checkArchitecture(fields: Fields, modelType: ModelType): void {
   const architectures = fields.raw('architectures');
   if (architectures === undefined) return;
   const supported = ARCHITECTURES[modelType];

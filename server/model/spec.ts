@@ -26,12 +26,24 @@ export interface YarnScaling {
   originalMaxPositionEmbeddings: number;
 }
 
+/** Long wavelengths are stretched by factor, short ones stay, a linear ramp lies between. */
+export interface Llama3Scaling {
+  factor: number;
+  lowFreqFactor: number;
+  highFreqFactor: number;
+  originalMaxPositionEmbeddings: number;
+}
+
+export type ModelType = 'deepseek_v3' | 'deepseek_v2' | 'llama' | 'qwen2';
 export type TopkMethod = 'noaux_tc' | 'greedy' | 'group_limited_greedy';
 export type ScoringFunc = 'sigmoid' | 'softmax';
 
-/** Architecture of a deepseek_v3 / deepseek_v2 decoder. Names follow the checkpoint's config.json. */
+/**
+ * Architecture of a decoder. Names follow the checkpoint's config.json. deepseek_* have MLA, llama and qwen2
+ * grouped-query attention (GQA); what belongs to the other kind of attention is 0.
+ */
 export interface ModelSpec {
-  modelType: 'deepseek_v3' | 'deepseek_v2';
+  modelType: ModelType;
   vocabSize: number;
   hiddenSize: number;
   intermediateSize: number;
@@ -56,12 +68,23 @@ export interface ModelSpec {
   qkNopeHeadDim: number;
   qkRopeHeadDim: number;
   vHeadDim: number;
+  /** GQA */
+  numKeyValueHeads: number;
+  /** GQA */
+  headDim: number;
+  /** of q_a, kv_a, o (MLA); q, k, v, o (llama); q, k, v (qwen2) */
   attentionBias: boolean;
+  /** of gate, up, down; llama only */
+  mlpBias: boolean;
   maxPositionEmbeddings: number;
   rmsNormEps: number;
   ropeTheta: number;
   ropeInterleave: boolean;
+  /** at most one of yarn, llama3 and ropeLinearFactor stretches the rotary embedding */
   yarn: YarnScaling | null;
+  llama3: Llama3Scaling | null;
+  /** positions are divided by it; 1: they are not */
+  ropeLinearFactor: number;
   tieWordEmbeddings: boolean;
   /** MTP modules after the decoder layers; 0 where the checkpoint has none */
   numMtpLayers: number;

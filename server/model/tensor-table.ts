@@ -1,3 +1,4 @@
+import { isGqa } from './gqa-config.js';
 import type { ModelSpec } from './spec.js';
 
 /** A tensor that a checkpoint of some spec must hold. */
@@ -53,10 +54,11 @@ function linear(name: string, rows: number, columns: number): ExpectedTensor {
 function addLayer(table: ExpectedTensor[], spec: ModelSpec, layer: number): void {
   const prefix = `model.layers.${layer}.`;
   table.push(plain(`${prefix}input_layernorm.weight`, spec.hiddenSize));
-  addAttention(table, spec, `${prefix}self_attn.`);
+  if (isGqa(spec.modelType)) addGqa(table, spec, `${prefix}self_attn.`);
+  else addMla(table, spec, `${prefix}self_attn.`);
   table.push(plain(`${prefix}post_attention_layernorm.weight`, spec.hiddenSize));
   if (!isMoeLayer(spec, layer)) {
-    addMlp(table, `${prefix}mlp.`, spec.hiddenSize, spec.intermediateSize);
+    addMlp(table, `${prefix}mlp.`, spec.hiddenSize, spec.intermediateSize, spec.mlpBias);
     return;
   }
   table.push(plain(`${prefix}mlp.gate.weight`, spec.numRoutedExperts, spec.hiddenSize));
@@ -71,7 +73,16 @@ function addLayer(table: ExpectedTensor[], spec: ModelSpec, layer: number): void
   }
 }
 
-function addAttention(table: ExpectedTensor[], spec: ModelSpec, prefix: string): void {
+function addGqa(table: ExpectedTensor[], spec: ModelSpec, prefix: string): void {
+  const queryRows = spec.numAttentionHeads * spec.headDim;
+  const keyRows = spec.numKeyValueHeads * spec.headDim;
+  addLinear(table, `${prefix}q_proj`, queryRows, spec.hiddenSize, spec.attentionBias);
+  addLinear(table, `${prefix}k_proj`, keyRows, spec.hiddenSize, spec.attentionBias);
+  addLinear(table, `${prefix}v_proj`, keyRows, spec.hiddenSize, spec.attentionBias);
+  addLinear(table, `${prefix}o_proj`, spec.hiddenSize, queryRows, spec.attentionBias && spec.modelType === 'llama');
+}
+
+function addMla(table: ExpectedTensor[], spec: ModelSpec, prefix: string): void {
   const queryRows = spec.numAttentionHeads * (spec.qkNopeHeadDim + spec.qkRopeHeadDim);
   const latentRows = spec.kvLoraRank + spec.qkRopeHeadDim;
   if (spec.qLoraRank > 0) {
@@ -92,8 +103,13 @@ function addAttention(table: ExpectedTensor[], spec: ModelSpec, prefix: string):
   if (spec.attentionBias) table.push(plain(`${prefix}o_proj.bias`, spec.hiddenSize));
 }
 
-function addMlp(table: ExpectedTensor[], prefix: string, hidden: number, width: number): void {
-  table.push(linear(`${prefix}gate_proj`, width, hidden));
-  table.push(linear(`${prefix}up_proj`, width, hidden));
-  table.push(linear(`${prefix}down_proj`, hidden, width));
+function addMlp(table: ExpectedTensor[], prefix: string, hidden: number, width: number, hasBias = false): void {
+  addLinear(table, `${prefix}gate_proj`, width, hidden, hasBias);
+  addLinear(table, `${prefix}up_proj`, width, hidden, hasBias);
+  addLinear(table, `${prefix}down_proj`, hidden, width, hasBias);
+}
+
+function addLinear(table: ExpectedTensor[], name: string, rows: number, columns: number, hasBias: boolean): void {
+  table.push(linear(name, rows, columns));
+  if (hasBias) table.push(plain(`${name}.bias`, rows));
 }

@@ -24,7 +24,30 @@ export interface TemplateInput {
   tools: unknown[] | null;
   /** undefined leaves it to the template */
   thinking?: boolean;
+  /** what the completion begins with, after the template's text */
+  prefix?: TurnPrefix;
+  /** the conversation as it is, without the opening of the assistant's turn */
+  noGenerationPrompt?: boolean;
 }
+
+/** The beginning of an assistant's turn that the model goes on with. */
+export interface TurnPrefix {
+  reasoning: string | null;
+  /** '' where the reasoning itself goes on */
+  content: string;
+}
+
+/** The instruction that R1-Zero was trained on (arXiv 2501.12948, table 1): other words are another model. */
+const R1_ZERO = `{{- bos_token or '' -}}
+A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.
+{%- for m in messages %}
+{%- if m.role == 'assistant' %} Assistant: <answer> {{ m.content or '' }} </answer>
+{%- elif m.role == 'tool' %} User: {{ m.content }}
+{%- elif m.role == 'system' %} {{ m.content }}
+{%- else %} User: {{ m.content }}{% if not loop.last %}.{% endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}. Assistant:{% endif %}`;
 
 /** Rendered text longer than this is refused: no context holds it. */
 const MAX_RENDERED_CHARACTERS = 64 * 1024 * 1024;
@@ -50,6 +73,11 @@ export class ChatTemplate {
     this.hasThinkingSwitch = /\b(enable_)?thinking\b/.test(source);
     const split = /\.split\(\s*(['"])<\/think>\1\s*(,\s*1\s*)?\)/.exec(source);
     this.#cutsReasoning = split ? (split[2] ? 'first' : 'last') : null;
+  }
+
+  /** R1-Zero's template: plain text around the question. Earlier turns are put before it in the same words. */
+  static r1Zero(config: Record<string, unknown>): ChatTemplate {
+    return new ChatTemplate(R1_ZERO, specialTokensOf(config));
   }
 
   /** chat_template.jinja wins over tokenizer_config.json, as in Transformers. */
@@ -88,7 +116,7 @@ export class ChatTemplate {
         messages: input.messages,
         ...(input.tools ? { tools: input.tools } : {}),
         ...(input.thinking === undefined ? {} : { thinking: input.thinking, enable_thinking: input.thinking }),
-        add_generation_prompt: true,
+        add_generation_prompt: input.noGenerationPrompt !== true,
       });
     } catch (error) {
       throw new ApiError(

@@ -1,5 +1,6 @@
 import type { ChatTemplate, TemplateInput, TemplateMessage } from './chat-template.js';
 import type { Tokenizer } from './tokenizer.js';
+import { toolFormatOf, withToolsPrompt, type ToolFormat } from './tool-format.js';
 
 /** Characters that Unicode keeps out of interchange: the break mark is made of them. */
 const FIRST_NONCHARACTER = 0xfdd0;
@@ -12,18 +13,23 @@ const NUM_NONCHARACTERS = 32;
 export class ConversationEncoder {
   readonly #tokenizer: Tokenizer;
   readonly #template: ChatTemplate;
+  readonly #toolFormat: ToolFormat | null;
 
   constructor(tokenizer: Tokenizer, template: ChatTemplate) {
     this.#tokenizer = tokenizer;
     this.#template = template;
+    this.#toolFormat = toolFormatOf(tokenizer, template.source);
   }
 
   /** Throws ApiError where the template refuses the conversation. */
   encode(input: TemplateInput): number[] {
     const mark = breakMarkFor(input);
     const breakIn = (text: string): string => this.#tokenizer.breakAddedTokens(text, mark);
-    const messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
     const tools = input.tools && (mapStrings(input.tools, breakIn) as unknown[]);
+    let messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
+    if (tools && !this.#template.rendersTools && this.#toolFormat) {
+      messages = withToolsPrompt(messages, tools, this.#toolFormat);
+    }
     const rendered = this.#template.render({ ...input, messages, tools });
     return this.#tokenizer.encodeRendered(rendered, mark);
   }

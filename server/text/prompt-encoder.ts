@@ -1,8 +1,11 @@
 import type { PhaseMarkers } from '../engine/request.js';
-import { ChatTemplate, type TemplateInput } from './chat-template.js';
+import { ChatTemplate, type TemplateInput, type TurnPrefix } from './chat-template.js';
 import { ConversationEncoder } from './conversation-encoder.js';
 import { EncodeThread } from './encode-thread.js';
+import { OutputParser, type StopScope, type TokenParser } from './output-parser.js';
+import { TagParser } from './tag-parser.js';
 import { Tokenizer } from './tokenizer.js';
+import { toolFormatOf, type ToolFormat } from './tool-format.js';
 import type { ToolMarkers } from './tool-call-parser.js';
 
 export interface EncodedPrompt {
@@ -10,6 +13,9 @@ export interface EncodedPrompt {
   /** whether the completion begins inside reasoning, read off the ids */
   startPhase: 'reasoning' | 'answer';
 }
+
+/** marked: phases are tokens; r1-zero: phases are tags in the text, and the template is that model's */
+export type OutputForm = 'marked' | 'r1-zero';
 
 /** Larger conversations are rendered and tokenized in a thread: the HTTP thread must not stand still. */
 const MAX_INLINE_SIZE = 64 * 1024;
@@ -22,39 +28,33 @@ export class PromptEncoder {
   readonly tokenizer: Tokenizer;
   readonly markers: PhaseMarkers;
   readonly toolMarkers: ToolMarkers;
+  /** how the model writes calls; null where its vocabulary has no marks for them */
+  readonly toolFormat: ToolFormat | null;
+  readonly form: OutputForm;
   /** whether the chat template asks for `thinking` or `enable_thinking` */
   readonly hasThinkingSwitch: boolean;
   /** whether the chat template shows tools to the model */
   readonly rendersTools: boolean;
-  /** whether the template writes a call's arguments in a fence, as V3's and R1's do */
-  readonly fencesToolCalls: boolean;
   readonly #encoder: ConversationEncoder;
   readonly #thread: EncodeThread;
   readonly #assistantMarker: number;
 
-  constructor(tokenizer: Tokenizer, template: ChatTemplate) {
+  constructor(tokenizer: Tokenizer, template: ChatTemplate, form: OutputForm = 'marked') {
     this.tokenizer = tokenizer;
     this.hasThinkingSwitch = template.hasThinkingSwitch;
     this.rendersTools = template.rendersTools;
-    this.fencesToolCalls = template.source.includes('```json');
+    this.form = form;
     this.#assistantMarker = tokenizer.addedId('<｜Assistant｜>');
-    const tools = [
-      tokenizer.addedId('<｜tool▁calls▁begin｜>'),
-      tokenizer.addedId('<｜tool▁calls▁end｜>'),
-      tokenizer.addedId('<｜tool▁call▁begin｜>'),
-      tokenizer.addedId('<｜tool▁call▁end｜>'),
-      tokenizer.addedId('<｜tool▁sep｜>'),
-    ];
-    const [toolCallsBegin, toolCallsEnd, callBegin, callEnd, separator] = (
-      tools.includes(-1) ? [-1, -1, -1, -1, -1] : tools
-    ) as [number, number, number, number, number];
+    this.toolFormat = toolFormatOf(tokenizer, template.source);
+    const isTagged = form === 'r1-zero';
     this.markers = {
-      thinkStart: tokenizer.addedId('<think>'),
-      thinkEnd: tokenizer.addedId('</think>'),
-      toolCallsBegin,
-      toolCallsEnd,
+      thinkStart: isTagged ? -1 : tokenizer.addedId('<think>'),
+      thinkEnd: isTagged ? -1 : tokenizer.addedId('</think>'),
+      toolCallsBegin: -1,
+      toolCallsEnd: -1,
+      ...(isTagged ? {} : this.toolFormat?.phase),
     };
-    this.toolMarkers = { callBegin, callEnd, separator };
+    this.toolMarkers = this.toolFormat?.markers ?? { callBegin: -1, callEnd: -1, separator: -1 };
     this.#encoder = new ConversationEncoder(tokenizer, template);
     this.#thread = new EncodeThread({
       files: tokenizer.files,
@@ -63,9 +63,17 @@ export class PromptEncoder {
     });
   }
 
-  static read(folder: string): PromptEncoder {
+  static read(folder: string, form: OutputForm = 'marked'): PromptEncoder {
     const tokenizer = Tokenizer.read(folder);
-    return new PromptEncoder(tokenizer, ChatTemplate.read(folder, tokenizer.files.config));
+    const { config } = tokenizer.files;
+    const template = form === 'r1-zero' ? ChatTemplate.r1Zero(config) : ChatTemplate.read(folder, config);
+    return new PromptEncoder(tokenizer, template, form);
+  }
+
+  /** A parser for one completion's tokens. */
+  parser(stops: readonly string[], stopScope: StopScope): TokenParser {
+    if (this.form === 'r1-zero') return new TagParser(this.tokenizer, stops);
+    return new OutputParser(this.tokenizer, this.toolMarkers, stops, stopScope);
   }
 
   /** A lower bound of a text's tokens, without tokenizing it. */
@@ -77,7 +85,29 @@ export class PromptEncoder {
   async encode(input: TemplateInput): Promise<EncodedPrompt> {
     const isLarge = sizeOf([input.messages, input.tools]) > MAX_INLINE_SIZE;
     const ids = isLarge ? await this.#thread.encode(input) : this.#encoder.encode(input);
+    if (input.thinking === false && !this.hasThinkingSwitch) this.#closeThinking(ids);
+    if (input.prefix) this.#begin(ids, input.prefix);
     return { ids, startPhase: this.startPhaseOf(ids) };
+  }
+
+  /** A model without a switch does not think where the prompt has done it already. */
+  #closeThinking(ids: number[]): void {
+    const { thinkStart, thinkEnd } = this.markers;
+    if (thinkStart < 0 || thinkEnd < 0) return;
+    if (this.startPhaseOf(ids) === 'answer') ids.push(thinkStart, ...this.tokenizer.encodeText('\n'));
+    ids.push(...this.tokenizer.encodeText('\n'), thinkEnd, ...this.tokenizer.encodeText('\n\n'));
+  }
+
+  /** Appends the beginning of the assistant's turn; what it says cannot become a control token. */
+  #begin(ids: number[], { reasoning, content }: TurnPrefix): void {
+    const { thinkStart, thinkEnd } = this.markers;
+    if (reasoning) {
+      if (this.startPhaseOf(ids) === 'answer') ids.push(thinkStart);
+      ids.push(...this.tokenizer.encodeText(reasoning));
+    }
+    if (content === '') return;
+    if (this.startPhaseOf(ids) === 'reasoning') ids.push(thinkEnd);
+    ids.push(...this.tokenizer.encodeText(content));
   }
 
   /** The last think marker after the last assistant marker says where the completion begins. */

@@ -1,4 +1,5 @@
 import { Detokenizer } from './detokenizer.js';
+import { DsmlParser } from './dsml-parser.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Token ids inside a tool phase; -1 where the vocabulary has no such token. */
@@ -6,6 +7,8 @@ export interface ToolMarkers {
   callBegin: number;
   callEnd: number;
   separator: number;
+  /** the marker around each word of V3.2's tags; the others are -1 then */
+  dsml?: number;
 }
 
 export interface ToolCallDelta {
@@ -14,6 +17,8 @@ export interface ToolCallDelta {
   index: number;
   /** set once, in a call's first delta */
   name?: string;
+  /** where the model itself names its calls, with the name */
+  id?: string;
   arguments: string;
 }
 
@@ -23,21 +28,43 @@ export interface RawToolText {
   text: string;
 }
 
+/** Tokens of a tool phase -> calls, of one model's form. */
+export interface ToolPhaseParser {
+  readonly numCalls: number;
+  /** calls whose end has come */
+  readonly numEnded: number;
+  push(id: number): (ToolCallDelta | RawToolText)[];
+  /** the tool phase is over: what is unfinished is handed out */
+  end(): (ToolCallDelta | RawToolText)[];
+}
+
+export function makeToolPhaseParser(tokenizer: Tokenizer, markers: ToolMarkers): ToolPhaseParser {
+  return markers.dsml === undefined ? new ToolCallParser(tokenizer, markers) : new DsmlParser(tokenizer, markers.dsml);
+}
+
 /** V3 and R1 write `function<sep>NAME\n```json\n{...}\n```; V3.1 writes `NAME<sep>{...}`. */
-const FENCED_CALL = /^([^\n]+)\n```json\n([\s\S]*?)\n?```\s*$/;
+const FENCE_BEGIN = /^([^\n]+)\n```json\n/;
+/** might be the fence's end, or the beginning of it */
+const FENCE_TAIL = /\s*`{0,3}\s*$/;
+const FENCE_END = /\n?```\s*$/;
+
+/** Kimi-K2 names its calls functions.NAME:INDEX, and wants that name back with the result. */
+const KIMI_ID = /^functions\.(.+):\d+$/s;
 
 /**
- * Tokens of a tool phase -> calls. Marks are known by id, so text can hold anything. V3.1 arguments stream; a
- * fenced call comes whole when it ends.
+ * Calls between marks, as V3, R1, V3.1 and Kimi-K2 write them. Marks are known by id, so text can hold anything.
+ * Arguments are handed out as they come, except for what may be the end of a fence.
  */
-export class ToolCallParser {
+export class ToolCallParser implements ToolPhaseParser {
   readonly #tokenizer: Tokenizer;
   readonly #markers: ToolMarkers;
-  #state: 'outside' | 'name' | 'arguments' | 'fenced' = 'outside';
+  #state: 'outside' | 'name' | 'arguments' | 'fence' | 'fenced' = 'outside';
   #text: Detokenizer;
   #name = '';
-  #fenced = '';
+  /** what came after `function<sep>` up to the fence, then what may be the fence's end */
+  #heldBack = '';
   #numCalls = 0;
+  #numEnded = 0;
 
   constructor(tokenizer: Tokenizer, markers: ToolMarkers) {
     this.#tokenizer = tokenizer;
@@ -47,6 +74,10 @@ export class ToolCallParser {
 
   get numCalls(): number {
     return this.#numCalls;
+  }
+
+  get numEnded(): number {
+    return this.#numEnded;
   }
 
   push(id: number): (ToolCallDelta | RawToolText)[] {
@@ -62,20 +93,25 @@ export class ToolCallParser {
     return this.#onText(this.#text.push(id));
   }
 
-  /** the tool phase is over: what is unfinished is handed out */
   end(): (ToolCallDelta | RawToolText)[] {
     return this.#finishCall(false);
   }
 
   #beginArguments(): ToolCallDelta[] {
     this.#name += this.#text.end();
-    if (this.#name.trim() === 'function') {
-      this.#state = 'fenced';
+    const written = this.#name.trim();
+    if (written === 'function') {
+      this.#state = 'fence';
       return [];
     }
     this.#state = 'arguments';
+    const name = KIMI_ID.exec(written)?.[1];
+    return [name === undefined ? this.#newCall(written, '') : { ...this.#newCall(name, ''), id: written }];
+  }
+
+  #newCall(name: string, args: string): ToolCallDelta {
     this.#numCalls += 1;
-    return [{ kind: 'tool_call', index: this.#numCalls - 1, name: this.#name.trim(), arguments: '' }];
+    return { kind: 'tool_call', index: this.#numCalls - 1, name, arguments: args };
   }
 
   #onText(text: string): (ToolCallDelta | RawToolText)[] {
@@ -83,33 +119,43 @@ export class ToolCallParser {
       case 'name':
         this.#name += text;
         return [];
-      case 'fenced':
-        this.#fenced += text;
-        return [];
       case 'arguments':
         return text === '' ? [] : [{ kind: 'tool_call', index: this.#numCalls - 1, arguments: text }];
+      case 'fence': {
+        this.#heldBack += text;
+        const match = FENCE_BEGIN.exec(this.#heldBack);
+        if (!match) return [];
+        this.#state = 'fenced';
+        const first = this.#heldBack.slice(match[0].length);
+        this.#heldBack = '';
+        return [this.#newCall(match[1]!.trim(), ''), ...this.#onText(first)];
+      }
+      case 'fenced': {
+        const all = this.#heldBack + text;
+        const end = FENCE_TAIL.exec(all)!.index;
+        this.#heldBack = all.slice(end);
+        return this.#argumentsOf(all.slice(0, end));
+      }
       case 'outside':
         return text.trim() === '' ? [] : [{ kind: 'content', text }];
     }
   }
 
+  #argumentsOf(text: string): ToolCallDelta[] {
+    return text === '' ? [] : [{ kind: 'tool_call', index: this.#numCalls - 1, arguments: text }];
+  }
+
   #finishCall(isEnded: boolean): (ToolCallDelta | RawToolText)[] {
     const deltas = this.#onText(this.#text.end());
     this.#text = new Detokenizer(this.#tokenizer);
-    if (this.#state === 'fenced') {
-      const match = FENCED_CALL.exec(this.#fenced);
-      if (isEnded && match) {
-        this.#numCalls += 1;
-        deltas.push({ kind: 'tool_call', index: this.#numCalls - 1, name: match[1]!.trim(), arguments: match[2]! });
-      } else if (this.#fenced) {
-        deltas.push({ kind: 'content', text: this.#fenced });
-      }
-    } else if (this.#state === 'name' && this.#name) {
-      deltas.push({ kind: 'content', text: this.#name });
-    }
+    const rest = this.#heldBack;
+    if (this.#state === 'fenced') deltas.push(...this.#argumentsOf(isEnded ? rest.replace(FENCE_END, '') : rest));
+    else if (this.#state === 'fence' && rest) deltas.push({ kind: 'content', text: rest });
+    else if (this.#state === 'name' && this.#name) deltas.push({ kind: 'content', text: this.#name });
+    if (isEnded && (this.#state === 'fenced' || this.#state === 'arguments')) this.#numEnded += 1;
     this.#state = 'outside';
     this.#name = '';
-    this.#fenced = '';
+    this.#heldBack = '';
     return deltas;
   }
 }

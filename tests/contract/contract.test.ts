@@ -51,13 +51,21 @@ test('every field of the document is described, and every operation has an id', 
     for (const node of Object.values<any>(path)) assert.ok(node.operationId);
 });
 
-test('the roles that errors name are those of the document', () => {
+test('the tags that errors name are those of the document', () => {
   const { schemas } = parse(readFileSync(DOCUMENT, 'utf8')).components;
-  const branches = schemas.ChatMessage.oneOf.map((branch: { $ref: string }) => branch.$ref.split('/').at(-1));
-  assert.deepEqual(
-    BRANCH_TAGS,
-    Object.fromEntries(branches.map((name: string) => [name, schemas[name].properties.role.enum])),
-  );
+  const tags: Record<string, string[]> = {};
+  const visit = (name: string): void =>
+    walk(schemas[name], (node) => {
+      const branches = node['x-tag'] === undefined ? [] : node['oneOf'].map((branch: any) => nameOf(branch.$ref));
+      for (const branch of branches) {
+        tags[branch] = schemas[branch].properties[node['x-tag']].enum;
+        visit(branch);
+      }
+      if (typeof node['$ref'] === 'string') visit(nameOf(node['$ref']));
+    });
+  const nameOf = (ref: string): string => ref.split('/').at(-1)!;
+  for (const { bodyRef } of Contract.read().operations) if (bodyRef) visit(nameOf(bodyRef));
+  assert.deepEqual(BRANCH_TAGS, tags);
 });
 
 test('the document says the version of the package', () => {

@@ -16,7 +16,7 @@ export class FakeEngine implements EngineHandle {
   readonly aborted: string[] = [];
   script: Script;
   submitError: Error | null = null;
-  engineState: EngineState = { status: 'ready', device: 'fake', weightBytes: 1, cacheBytes: 1 };
+  engineState: EngineState = { status: 'ready', device: 'fake', weightBytes: 1, cacheBytes: 1, maxContext: 4096 };
   numOpen = 0;
   readonly #ended = new Set<string>();
 
@@ -82,7 +82,12 @@ export class FakeEngine implements EngineHandle {
       promptTokens: 11,
       generationTokens: 12,
       prefixCacheQueries: 13,
+      specNumDrafts: 0,
+      specNumDraftTokens: 0,
+      specNumAcceptedTokens: 0,
+      specAcceptedPerPos: [0, 0, 0, 0],
       prefixCacheHits: 4,
+      numRestarts: 0,
     };
   }
 

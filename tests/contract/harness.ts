@@ -53,8 +53,12 @@ export function startHarness(
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
   const { drain, sse } = options;
+  const config = configOf(...(options.args ?? []));
+  if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
+    engine.engineState.maxContext = config.maxModelLen;
+  }
   const app = buildApp({
-    config: configOf(...(options.args ?? [])),
+    config,
     checkpoint,
     prompts,
     engine,

@@ -15,7 +15,7 @@ const client = new EngineClient({
     maxStepTokens: 32,
     maxNumSeqs: 16,
     maxQueue: 100,
-    loadMtp: false,
+    speculativeTokens: 0,
   },
 });
 await client.ready();

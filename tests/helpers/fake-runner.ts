@@ -14,15 +14,21 @@ export interface FakeRunnerOptions {
 
 const EMPTY = -1;
 const NAN = -2;
+/** what a draft that is not confirmed leaves in the MTP module's cache */
+const PROVISIONAL = -3;
 
 /**
  * A runner whose latent cache holds token ids and whose "model" is a hash of the whole prefix as read back through
  * the block table: any error in chunking, block tables, sharing, preemption or positions changes its output. It also
  * asserts what a native runner relies on: budgets, slots, and that no block is written that another sequence reads.
+ *
+ * Its MTP module keeps for each position a hash of the prefix that its entry is made from, and drafts only where every
+ * entry is there and right. Drafts are sometimes what the target will sample, a hash says when.
  */
 export class FakeRunner implements StepRunner {
   readonly options: FakeRunnerOptions;
   readonly #cache: Int32Array; // [num_blocks, block_size]
+  readonly #mtpCache: Int32Array; // [num_blocks, block_size] hashes of prefixes
   /** a step with this token in it is refused */
   throwOn = -1;
   /** the next steps come out non-finite, and so does whatever reads what they wrote */
@@ -31,10 +37,13 @@ export class FakeRunner implements StepRunner {
   isBroken = false;
   numSteps = 0;
   maxSequences = 0;
+  /** drafts of each sequence that got any, in order of the steps */
+  readonly drafted: number[][] = [];
 
   constructor(options: FakeRunnerOptions) {
     this.options = options;
     this.#cache = new Int32Array(options.numBlocks * options.blockSize).fill(EMPTY);
+    this.#mtpCache = new Int32Array(options.numBlocks * options.blockSize).fill(EMPTY);
   }
 
   async step(batch: StepBatch): Promise<StepResult> {
@@ -56,11 +65,22 @@ export class FakeRunner implements StepRunner {
     this.maxSequences = Math.max(this.maxSequences, numSequences);
     this.#checkSharing(batch);
     const prefixes = Array.from({ length: numSequences }, (_, index) => this.#writeAndRead(batch, index));
-    const rows = prefixes.flatMap((prefix, index) => (batch.numSampled[index] === 1 ? [{ prefix, index }] : []));
+    const rows = prefixes.flatMap((prefix, index) => {
+      const count = batch.numSampled[index]!;
+      return Array.from({ length: count }, (_, row) => {
+        const length = prefix.length - count + 1 + row;
+        return { prefix: prefix.slice(0, length), index, drafts: prefix.slice(prefix.length - count + 1, length) };
+      });
+    });
     const isNan = rows.map(({ prefix }) => prefix.includes(NAN));
-    const sampled = rows.map(({ prefix, index }, row) =>
-      isNan[row] ? -1 : sampleFromBatch(prefix, batch, index, this.options.vocabSize),
+    const sampled = rows.map(({ prefix, index, drafts }, row) =>
+      isNan[row] ? -1 : sampleFromBatch(prefix, drafts, batch, index, this.options.vocabSize),
     );
+    const drafts = prefixes.map((prefix, index) => {
+      const row = batch.numSampled.subarray(0, index).reduce((sum, count) => sum + count, 0);
+      return this.#runMtp(batch, index, prefix, sampled.slice(row, row + batch.numSampled[index]!));
+    });
+    const draftEnds = drafts.map((_, index) => drafts.slice(0, index + 1).flat().length);
     return {
       sampledIds: Int32Array.from(sampled), // [R]
       sampledLogprobs: Float32Array.from(sampled, (id) => -id / 8), // [R]
@@ -70,8 +90,61 @@ export class FakeRunner implements StepRunner {
       nonFinite: Uint8Array.from(isNan, Number), // [R]
       logits: new Float32Array(0), // [0]
       draftLogits: new Float32Array(0), // [0]
+      draftStart: Int32Array.from([0, ...draftEnds]), // [S + 1]
+      draftIds: Int32Array.from(drafts.flat()), // [draftStart[S]]
       stepMicros: 1,
+      draftMicros: 0,
     };
+  }
+
+  /** The content of a block, and whether the MTP module's entries of all its positions belong to the prefix before. */
+  readBlock(blockId: number, prefix: number[]): { tokenIds: number[]; hasMtp: boolean } {
+    const { blockSize } = this.options;
+    const slots = Array.from({ length: blockSize }, (_, offset) => blockId * blockSize + offset);
+    const start = prefix.length - blockSize;
+    return {
+      tokenIds: slots.map((slot) => this.#cache[slot]!),
+      hasMtp: slots.every(
+        (slot, offset) => start + offset === 0 || this.#mtpCache[slot] === entryOf(prefix, start + offset),
+      ),
+    };
+  }
+
+  /** Makes one sequence's entries and its drafts; asserts that what it drafts from has no hole. */
+  #runMtp(batch: StepBatch, index: number, prefix: number[], sampled: number[]): number[] {
+    const numDrafts = batch.numDrafts[index]!;
+    if (batch.runMtp[index] === 0) {
+      assert.equal(numDrafts, 0, 'drafts come from the MTP module');
+      return [];
+    }
+    const { blockSize, vocabSize } = this.options;
+    const table = blockTableOf(batch, index);
+    const slotOf = (position: number) => {
+      assert.ok(position < table.length * blockSize, 'the block table covers what the MTP module writes');
+      return table[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
+    };
+    const start = batch.positions[batch.qStart[index]!]!;
+    const numOwn = prefix.length - Math.max(0, sampled.length - 1); // confirmed before this step
+    let numConfirmed = numOwn;
+    while (numConfirmed < prefix.length && prefix[numConfirmed] === sampled[numConfirmed - numOwn]) numConfirmed++;
+    const last = sampled.length === 0 ? EMPTY : sampled[numConfirmed - numOwn]!;
+    const confirmed = [...prefix.slice(0, numConfirmed), ...(last >= 0 ? [last] : [])];
+    for (let position = start + 1; position < confirmed.length; position++) {
+      this.#mtpCache[slotOf(position)] = entryOf(confirmed, position);
+    }
+    if (last < 0) return [];
+    for (let position = 1; position < confirmed.length; position++) {
+      assert.equal(this.#mtpCache[slotOf(position)], entryOf(confirmed, position), `entry ${position} is there`);
+    }
+    const drafts: number[] = [];
+    for (let depth = 0; depth < numDrafts; depth++) {
+      if (depth > 0) this.#mtpCache[slotOf(confirmed.length + depth - 1)] = PROVISIONAL;
+      const before = [...sampled.slice(0, confirmed.length - numOwn), ...drafts];
+      const right = sampleFromBatch([...confirmed, ...drafts], before, batch, index, vocabSize);
+      drafts.push(hashOf([...confirmed, ...drafts]) % 4 === 0 ? (right + 1) % vocabSize : right);
+    }
+    if (numDrafts > 0) this.drafted.push(drafts);
+    return drafts;
   }
 
   /** No slot is written twice, and no block is written that stands in another sequence's table. */
@@ -115,7 +188,10 @@ export class FakeRunner implements StepRunner {
         this.#cache[slot] = this.isPoisoned ? NAN : batch.tokenIds[token]!;
       }
     }
-    assert.equal(table.length, Math.ceil((last + 1) / blockSize), 'the block table covers the positions exactly');
+    const numProvisional =
+      batch.runMtp[index] === 1 && batch.numSampled[index]! > 0 ? Math.max(1, batch.numDrafts[index]!) : 0;
+    const length = last + 1 + numProvisional;
+    assert.equal(table.length, Math.ceil(length / blockSize), 'the block table covers the positions exactly');
     return Array.from({ length: last + 1 }, (_, position) => this.#cache[slotOf(position)]!);
   }
 }
@@ -124,14 +200,34 @@ function blockTableOf(batch: StepBatch, index: number): Int32Array {
   return batch.blockTable.subarray(batch.blockTableStart[index], batch.blockTableStart[index + 1]);
 }
 
-function sampleFromBatch(prefix: number[], batch: StepBatch, index: number, vocabSize: number): number {
+/** The entry of the MTP module at a position: made from its token, and from the hidden state before it. */
+function entryOf(prefix: readonly number[], position: number): number {
+  return hashOf(prefix.slice(0, position + 1));
+}
+
+function hashOf(prefix: readonly number[]): number {
+  let hash = 0x2545f491;
+  for (const id of prefix) hash = Math.imul(hash ^ id, 0x01000193) ^ (hash >>> 15);
+  return (hash >>> 1) & 0x3fffffff;
+}
+
+/** `drafts`: the end of the prefix that the batch's history does not hold. */
+function sampleFromBatch(
+  prefix: number[],
+  drafts: number[],
+  batch: StepBatch,
+  index: number,
+  vocabSize: number,
+): number {
   const [historyStart, historyEnd] = [batch.historyStart[index]!, batch.historyStart[index + 1]!];
   let numCounted = -1;
   if (historyEnd > historyStart) {
     const ids = batch.historyIds.subarray(historyStart, historyEnd);
-    assert.deepEqual(new Set(ids), new Set(prefix), 'the history holds each id of the sequence');
+    const seen = prefix.slice(0, prefix.length - drafts.length);
+    assert.deepEqual(new Set(ids), new Set(seen), 'the history holds each id of the sequence');
     assert.equal(new Set(ids).size, ids.length, 'the history holds each id once');
     numCounted = batch.historyCounts.subarray(historyStart, historyEnd).reduce((sum, count) => sum + count, 0);
+    numCounted += drafts.length;
   }
   const banned = new Set<number>();
   for (let entry = batch.biasStart[index]!; entry < batch.biasStart[index + 1]!; entry++) {

@@ -42,6 +42,8 @@ function batchOf(ids: number[]): StepBatch {
     blockTableStart: Int32Array.of(0, numBlocks),
     blockTable: Int32Array.from({ length: numBlocks }, (_, i) => i),
     numSampled: Int32Array.of(1),
+    runMtp: Uint8Array.of(1),
+    numDrafts: Int32Array.of(1),
     temperature: Float32Array.of(0),
     topP: Float32Array.of(1),
     topK: Int32Array.of(0),

@@ -67,15 +67,25 @@ void time_linear(const SpeedCase& c) {
          2.0 * static_cast<double>(c.rows * c.cols * c.tokens), c.min_gb_per_s, c.min_tflops);
 }
 
-const bool linear_speed = add_cuda_test("speed of linear layers", [] {
+const bool linear_speed = [] {
   const Dtype fp8 = Dtype::kF8E4M3, bf16 = Dtype::kBF16;
-  for (const int64_t tokens : {1, 8, 16, 32, 64, 128}) time_linear({24576, 1536, fp8, tokens, 0, 0});
-  for (const int64_t tokens : {1, 8, 32}) time_linear({2112, 7168, fp8, tokens, 0, 0});
-  for (const int64_t tokens : {1, 8, 32, 128}) time_linear({7168, 16384, fp8, tokens, 0, 0});
-  for (const int64_t tokens : {1, 8, 32, 128}) time_linear({3648, 2048, fp8, tokens, 0, 0});
-  for (const int64_t tokens : {1, 8, 32}) time_linear({65536, 2048, bf16, tokens, 0, 0});
-  for (const int64_t tokens : {512, 4096}) time_linear({4096, 7168, fp8, tokens, 0, 0});
-});
+  const auto add = [](int64_t rows, int64_t cols, Dtype dtype, const std::vector<int64_t>& tokens) {
+    for (const int64_t count : tokens) {
+      add_cuda_test("speed of linear " + std::to_string(rows) + "x" + std::to_string(cols) + ", " +
+                        std::to_string(count),
+                    [=] {
+                      time_linear({rows, cols, dtype, count, 0, 0});
+                    });
+    }
+  };
+  add(24576, 1536, fp8, {1, 8, 16, 32, 64, 128});
+  add(2112, 7168, fp8, {1, 8, 32});
+  add(7168, 16384, fp8, {1, 8, 16, 32, 128});
+  add(3648, 2048, fp8, {1, 8, 32, 128});
+  add(65536, 2048, bf16, {1, 8, 32, 64});
+  add(4096, 7168, fp8, {512, 4096});
+  return true;
+}();
 
 const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
   CudaRandom random{1};
@@ -191,17 +201,23 @@ void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len
          2.0 * static_cast<double>(batch * heads) * keys * 1088, min_gb_per_s, min_tflops);
 }
 
-const bool attention_speed = add_cuda_test("speed of latent attention", [] {
-  time_attention(16, 1, 1024, 1, 0, 0);
-  time_attention(16, 1, 8192, 1, 0, 0);
-  time_attention(128, 1, 8192, 1, 0, 0);
-  time_attention(16, 32, 4096, 1, 0, 0);
-  time_attention(16, 128, 1024, 1, 0, 0);
-  time_attention(16, 128, 4096, 1, 0, 0);
-  time_attention(128, 32, 4096, 1, 0, 0);
-  time_attention(16, 1, 2048, 2048, 0, 0);
-  time_attention(128, 1, 2048, 1024, 0, 0);
-});
+const bool attention_speed = [] {
+  const auto add = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len) {
+    add_cuda_test("speed of attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
+                      std::to_string(q_len) + " of " + std::to_string(context),
+                  [=] { time_attention(heads, batch, context, q_len, 0, 0); });
+  };
+  add(16, 1, 1024, 1);
+  add(16, 1, 8192, 1);
+  add(128, 1, 8192, 1);
+  add(16, 32, 4096, 1);
+  add(16, 128, 1024, 1);
+  add(16, 128, 4096, 1);
+  add(128, 32, 4096, 1);
+  add(16, 1, 2048, 2048);
+  add(128, 1, 2048, 1024);
+  return true;
+}();
 
 }  // namespace
 }  // namespace rodin::test

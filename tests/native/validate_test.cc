@@ -33,6 +33,8 @@ StepBatch make_batch() {
   batch.block_table_start = {0, 2, 5};
   batch.block_table = {7, 2, 1, 7, 9};
   batch.num_sampled = {0, 1};
+  batch.run_mtp = {1, 1};
+  batch.num_drafts = {0, 3};
   batch.temperature = {0, 1};
   batch.top_p = {1, 0.9f};
   batch.top_k = {0, 5};
@@ -101,6 +103,23 @@ const std::vector<BadBatch> kBadBatches = {
      }},
     {"num_sampled[0] is 5", [](StepBatch& b, RunnerOptions&) { b.num_sampled[0] = 5; }},
     {"num_sampled[1] is -1", [](StepBatch& b, RunnerOptions&) { b.num_sampled[1] = -1; }},
+    {"run_mtp has 1", [](StepBatch& b, RunnerOptions&) { b.run_mtp.pop_back(); }},
+    {"run_mtp[1] is 2", [](StepBatch& b, RunnerOptions&) { b.run_mtp[1] = 2; }},
+    {"num_drafts has 3", [](StepBatch& b, RunnerOptions&) { b.num_drafts.push_back(0); }},
+    {"num_drafts[1] is 5", [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = 5; }},
+    {"num_drafts[1] is -1", [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = -1; }},
+    {"has no sampled row", [](StepBatch& b, RunnerOptions&) { b.num_drafts[0] = 1; }},
+    {"does not run the MTP module", [](StepBatch& b, RunnerOptions&) { b.run_mtp[1] = 0; }},
+    {"does not reach position 12 of the MTP module",
+     [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = 4; }},
+    {"MTP module's entries of sequence 1 reach position 11",
+     [](StepBatch&, RunnerOptions& o) { o.spec.max_position_embeddings = 11; }},
+    {"slot 37 of the MTP module",
+     [](StepBatch& b, RunnerOptions&) {
+       b.block_table[1] = 9;
+       b.slot_mapping = {-1, 36, 37, 38, -1};
+     }},
+    {"draft_logit_rows has token 1 of sequence 0", [](StepBatch& b, RunnerOptions&) { b.run_mtp[0] = 0; }},
     {"temperature has 1", [](StepBatch& b, RunnerOptions&) { b.temperature.pop_back(); }},
     {"temperature[1]", [](StepBatch& b, RunnerOptions&) { b.temperature[1] = kNan; }},
     {"temperature[1]", [](StepBatch& b, RunnerOptions&) { b.temperature[1] = -1; }},

@@ -33,7 +33,7 @@ const CONFIG: EngineConfig = {
   maxStepTokens: 256,
   maxNumSeqs: 64,
   maxQueue: 64,
-  loadMtp: false,
+  speculativeTokens: 0,
 };
 
 /** Runs a test against its own engine and checks the block invariant behind it. */

@@ -24,7 +24,7 @@ function makeClient(model: string, options: Partial<EngineClientOptions> = {}): 
     maxStepTokens: 32,
     maxNumSeqs: 16,
     maxQueue: 100,
-    loadMtp: false,
+    speculativeTokens: 0,
   };
   return new EngineClient({ config, entry: ENTRY, ...options });
 }
@@ -63,7 +63,13 @@ test('requests go to the engine process and come back as they would in this one'
     assert.equal(client.state().status, 'loading');
     assert.throws(() => client.submit(makeRequest('early', [1])), { code: 'model_loading' });
     await client.ready();
-    assert.deepEqual(client.state(), { status: 'ready', device: 'fake', weightBytes: 1, cacheBytes: 2 });
+    assert.deepEqual(client.state(), {
+      status: 'ready',
+      device: 'fake',
+      weightBytes: 1,
+      cacheBytes: 2,
+      maxContext: 256,
+    });
     assert.equal(client.stats().numBlocks, 64);
     const requests = Array.from({ length: 64 }, (_, index) =>
       makeRequest(`r${index}`, [index, 3, 5], { maxTokens: 20, temperature: 1, seed: 2n ** 63n + BigInt(index) }),
@@ -129,6 +135,7 @@ test('kill -9: every stream ends with an error at once, and another process serv
     await until(() => client.state().status === 'ready', 'another engine');
     assert.ok(generationTokens > 0 && client.stats().generationTokens === generationTokens, 'counters go on counting');
     assert.notEqual(client.pid, firstPid);
+    assert.equal(client.stats().numRestarts, 1);
     const request = makeRequest('again', [1, 2], { maxTokens: 5 });
     assert.deepEqual(idsOf(await collect(client.submit(request))), expectedTokens(request, 97, 256));
     assert.equal(lines.length, 2);

@@ -249,6 +249,7 @@ test('phases are labelled from token ids', () => {
   assert.equal(label('answer', [9, 1, 9, 2, 9]), 'acrca');
   assert.equal(label('answer', [9, 3, 9, 2, 1, 9, 4, 9, 0]), 'acttttcac');
   assert.equal(label('reasoning', [9, 3, 9, 0]), 'rctc');
+  assert.equal(label('reasoning', [9, 3, 9, 4, 9, 2, 9]), 'rctcrca');
   const none = new PhaseTracker({ thinkStart: -1, thinkEnd: -1, toolCallsBegin: -1, toolCallsEnd: -1 }, 'answer');
   assert.equal(none.label(2, false), 'answer');
 });

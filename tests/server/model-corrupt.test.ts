@@ -203,12 +203,13 @@ const CASES: Record<string, [source: string, damage: (copy: CheckpointCopy) => v
   ...Object.fromEntries(
     (
       [
-        ['model_type', 'llama', /"model_type" is "llama".*deepseek_v3/],
+        ['model_type', 'qwen3', /"model_type" is "qwen3".*deepseek_v3.*qwen2/],
         ['model_type', undefined, /"model_type" is absent/],
         ['architectures', ['DeepseekV3ForSequenceClassification'], /"architectures".*DeepseekV3ForCausalLM/],
         ['hidden_act', 'gelu', /"hidden_act" is "gelu".*"silu"/],
         ['topk_method', 'random', /"topk_method" is "random".*noaux_tc/],
         ['scoring_func', 'relu', /"scoring_func" is "relu".*sigmoid/],
+        ['rope_scaling', { type: 'linear', factor: 2 }, /"rope_scaling\.type" is "linear".*yarn/],
         ['rope_scaling', { type: 'dynamic', factor: 2 }, /"rope_scaling\.type" is "dynamic".*yarn/],
         ['rope_scaling', { type: 'yarn', factor: 2 }, /original_max_position_embeddings" is absent/],
         ['rope_scaling', { rope_type: 'yarn', factor: 2, attention_factor: 3 }, /attention_factor.*not supported/],

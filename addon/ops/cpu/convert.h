@@ -1,5 +1,5 @@
-// Exact widening of the storage types, and rounding to bf16. Internal linkage on purpose: this header is
-// compiled with different instruction sets, and the linker must not share one copy among them.
+// Exact widening of the storage types, and rounding to the 16-bit ones. Internal linkage on purpose: this
+// header is compiled with different instruction sets, and the linker must not share one copy among them.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,14 @@ static inline uint32_t bits_of_float(float value) {
 
 static inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 
+static inline float float_of_f16(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // The magnitude's bits read as a float are the value * 2^-112, denormals included.
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * 0x1p112f));
+}
+
 // Round to nearest, ties to even; a NaN stays a NaN.
 static inline uint16_t bf16_of_float(float value) {
   const uint32_t bits = bits_of_float(value);
@@ -31,12 +39,19 @@ static inline uint16_t bf16_of_float(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-static inline float float_of_f16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t magnitude = bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // The magnitude's bits read as a float are the value * 2^-112, denormals included.
-  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * 0x1p112f));
+// Round to nearest, ties to even; above the range infinity, and a NaN stays a NaN.
+static inline uint16_t f16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14: adding 1/2 leaves the value * 2^24, rounded, in the low bits.
+    return static_cast<uint16_t>(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
 // s eeee mmm, bias 7, no infinity, 0x7f is NaN.

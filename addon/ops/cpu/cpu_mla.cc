@@ -51,7 +51,7 @@ void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights&
       float* latent = kv.row<float>(t);
       kernels_.rms_norm(latent, mla.kv_a_norm, eps, shape.lora_rank, latent);
       apply_rope(latent + shape.lora_rank, angles, shape.rope_dim, shape.rope_interleave);
-      kernels_.to_bf16(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
+      kernels_.to_f16(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
     }
   });
 }

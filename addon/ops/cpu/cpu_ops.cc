@@ -35,6 +35,10 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     buffers_.push_back(pointer);
     bytes += size;
   };
+  if (limits.gqa.num_heads > 0) {
+    gqa_ = std::make_unique<CpuGqa>(kernels_, pool_, limits.gqa, limits.max_step_tokens);
+    bytes += gqa_->bytes();
+  }
   const MlaShape& mla = limits.mla;
   const int64_t tokens = limits.max_step_tokens;
   const int64_t slots = limits.num_experts > 0 ? limits.experts_per_token : 0;
@@ -148,6 +152,16 @@ void CpuOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& o
       run_linear(weight1, tasks1, task - tasks0.num_tasks, x.rows, out_rows1_, worker);
     }
   });
+}
+
+void CpuOps::gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape&, const Tensor& rope_table,
+                            const StepIndex& index, const CacheLayer& cache) {
+  gqa_->rope_store(q, kv, rope_table, index, cache);
+}
+
+void CpuOps::gqa_attention(const Tensor& q, const GqaShape&, const StepIndex& index, const CacheLayer& cache,
+                           const Tensor& out) {
+  gqa_->attention(q, index, cache, out);
 }
 
 void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {

@@ -1,18 +1,18 @@
 // CpuOps: the fast CPU path. Activations and sums are float32, weights stay as they are in memory, latents
-// are cached in bf16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
+// are cached in f16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
 // path); this class cuts the work into tasks, which never changes a result.
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "ops/cpu/cpu_gqa.h"
 #include "ops/cpu/host_ops.h"
 #include "ops/cpu/kernels.h"
 
 namespace rodin {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class CpuOps final : public HostOps {
  public:
@@ -21,7 +21,7 @@ class CpuOps final : public HostOps {
   ~CpuOps() override;
 
   std::string name() const override;
-  Dtype cache_dtype() const override { return Dtype::kBF16; }
+  Dtype cache_dtype() const override { return Dtype::kF16; }
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
@@ -35,6 +35,11 @@ class CpuOps final : public HostOps {
   void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                       const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
+  bool has_gqa() const override { return true; }
+  void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache) override;
+  void gqa_attention(const Tensor& q, const GqaShape& shape, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
   void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
              const Tensor& expert_weights) override;
@@ -97,6 +102,7 @@ class CpuOps final : public HostOps {
                    Worker& worker);
 
   const Kernels& kernels_;
+  std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
   std::vector<void*> buffers_;   // everything from alloc() below
   std::vector<Worker> workers_;  // [num_threads]
 

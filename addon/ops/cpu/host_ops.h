@@ -10,6 +10,8 @@
 
 namespace rodin {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 class HostOps : public Ops {
  public:
   explicit HostOps(int num_threads) : pool_(num_threads) {}

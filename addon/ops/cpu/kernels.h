@@ -53,12 +53,28 @@ struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
   int64_t num_rows = 0;             // 1 .. kQueryTile
   const uint16_t* const* keys =
-      nullptr;  // [kKeyTile] bf16 rows of [latent_dim]; only first .. end - 1 are read
+      nullptr;  // [kKeyTile] f16 rows of [latent_dim]; only first .. end - 1 are read
   int64_t first = 0;
   int64_t end = 0;
   int64_t latent_dim = 0;
   int64_t lora_rank = 0;
   float* const* out = nullptr;  // [num_rows] rows of [lora_rank]
+  float* max = nullptr;         // [num_rows]
+  float* sum = nullptr;         // [num_rows]
+};
+
+// One tile of grouped-query attention for query rows that share a kv head and see the same keys, over keys
+// j = first .. end - 1: s_j = scale * q . key_j, then max, sum and out (of value_j) as above.
+struct AttendGqaArgs {
+  const float* const* q = nullptr;        // [num_rows] rows of [head_dim]
+  int64_t num_rows = 0;                   // any number
+  const uint16_t* const* keys = nullptr;  // [kKeyTile] f16 rows of [head_dim]; only first .. end - 1 are read
+  int64_t value_at = 0;                   // value_j = key_j + value_at
+  int64_t first = 0;
+  int64_t end = 0;
+  int64_t head_dim = 0;
+  float scale = 1;
+  float* const* out = nullptr;  // [num_rows] rows of [head_dim]
   float* max = nullptr;         // [num_rows]
   float* sum = nullptr;         // [num_rows]
 };
@@ -81,7 +97,8 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weights, int64_t num, const float* shared,
                        int64_t n, float* out);
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
-  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  void (*to_f16)(const float* x, int64_t n, uint16_t* out);
+  void (*attend_gqa)(const AttendGqaArgs& args);
 };
 
 const Kernels& kernels_portable();

@@ -97,8 +97,13 @@ void widen_row(const Weight& weight, int64_t row, float* out) {
   }
 }
 
-void to_bf16(const float* x, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = bf16_of_float(x[i]);
+void to_f16(const float* x, int64_t n, uint16_t* out) {
+  for_vectors(n, [&](int64_t i, int64_t count) {
+    if (count == kLanes) return store_f16(out + i, load(x + i));
+    uint16_t buffer[16];  // [16]
+    store_f16(buffer, load_tail(x + i, count));
+    memcpy(out + i, buffer, static_cast<size_t>(count) * sizeof(uint16_t));
+  });
 }
 
 }  // namespace

@@ -100,35 +100,53 @@ inline void dot_tile(const char* const* w, const float* const* scale, float fact
   }
 }
 
-// kAccumulators sums from R = kAccumulators / M weight rows and M tokens. `data` and `data_row0` are where
-// the rows lie (the weight itself, or a panel of widened rows).
+// Where some rows and their block scales lie. Rows past the last repeat it: they are computed and dropped.
+template <int N>
+struct RowPointers {
+  const char* data[N];    // [N]
+  const float* scale[N];  // [N]
+
+  // Rows first .. first + N - 1 of a weight whose data starts with row `data_row0`; the last is end - 1.
+  RowPointers(const Rows& weight, const Rows& at, int64_t data_row0, int64_t first, int64_t end) {
+    int64_t block = first / weight.block_rows;
+    int64_t next_block = (block + 1) * weight.block_rows;
+    for (int i = 0; i < N; ++i) {
+      if (first + i >= end) {
+        data[i] = data[i - 1];
+        scale[i] = scale[i - 1];
+        continue;
+      }
+      if (first + i == next_block) {
+        ++block;
+        next_block += weight.block_rows;
+      }
+      data[i] = at.row(first + i - data_row0);
+      scale[i] = weight.scale ? weight.scale + block * weight.scale_cols : nullptr;
+    }
+  }
+};
+
+// kAccumulators sums from R = kAccumulators / M weight rows and M tokens, stored from row `row` on.
 template <class Read, bool kIsScaled, int M>
-inline void linear_group(const LinearArgs& args, const Rows& rows, const Rows& data, int64_t data_row0,
-                         float factor, int64_t row, int64_t token) {
+inline void linear_group(const LinearArgs& args, const Rows& rows, const char* const* w,
+                         const float* const* scale, float factor, int64_t row, const float* const* x,
+                         int64_t token) {
   constexpr int kRows = kAccumulators / M;
   constexpr int kTileRows = M == 1 ? 8 : 4;
-  const int64_t end_row = args.row0 + args.rows;
   V sums[kAccumulators];
-  const float* x[M];  // [M]
-  for (int t = 0; t < M; ++t) x[t] = args.x[min_of(token + t, args.m - 1)];
   for (int first = 0; first < kRows; first += kTileRows) {
-    const char* w[kTileRows];       // [kTileRows]
-    const float* scale[kTileRows];  // [kTileRows]
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t n = min_of(row + first + r, end_row - 1);  // rows past the end are computed and dropped
-      w[r] = data.row(n - data_row0);
-      scale[r] = rows.row_scale(n);
-    }
-    dot_tile<Read, kIsScaled, kTileRows, M>(w, scale, factor, x, rows.cols, rows.block_cols,
+    dot_tile<Read, kIsScaled, kTileRows, M>(w + first, scale + first, factor, x, rows.cols, rows.block_cols,
                                             sums + first * M);
   }
   float results[kAccumulators];  // [kRows, M]
   reduce(sums, results);
+  const int64_t num_rows = min_of(kRows, args.row0 + args.rows - row);
+  const int64_t num_tokens = min_of(M, args.m - token);
   const float* bias = args.weight->bias;
-  for (int r = 0; r < kRows && row + r < end_row; ++r) {
-    for (int t = 0; t < M && token + t < args.m; ++t) {
-      const float sum = results[r * M + t];
-      args.out[token + t][row + r - args.out_row0] = bias ? sum + bias[row + r] : sum;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    float* out = args.out[token + t] + (row - args.out_row0);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      out[r] = bias ? results[r * M + t] + bias[row + r] : results[r * M + t];
     }
   }
 }
@@ -145,40 +163,51 @@ inline void widen_rows(const Rows& rows, int64_t row0, int64_t count, int64_t st
   }
 }
 
-template <class Read, bool kIsScaled>
-inline void linear_of(const LinearArgs& args) {
-  const Rows rows = rows_of<Read>(*args.weight);
-  const int64_t end_row = args.row0 + args.rows;
-  if (args.m <= kTileTokens) {
-    for (int64_t row = args.row0; row < end_row;) {
-      if (args.m == 1) {
-        linear_group<Read, kIsScaled, 1>(args, rows, rows, 0, Read::kFactor, row, 0);
-        row += kAccumulators;
-      } else if (args.m == 2) {
-        linear_group<Read, kIsScaled, 2>(args, rows, rows, 0, Read::kFactor, row, 0);
-        row += kAccumulators / 2;
-      } else {
-        linear_group<Read, kIsScaled, kTileTokens>(args, rows, rows, 0, Read::kFactor, row, 0);
-        row += kAccumulators / kTileTokens;
-      }
-    }
-    return;
+// At most kTileTokens tokens: each row is read, widened and used at once.
+template <class Read, bool kIsScaled, int M>
+inline void linear_few(const LinearArgs& args, const Rows& rows) {
+  constexpr int kRows = kAccumulators / M;
+  const int64_t end = args.row0 + args.rows;
+  const float* x[M];  // [M]
+  for (int t = 0; t < M; ++t) x[t] = args.x[min_of(t, args.m - 1)];
+  for (int64_t row = args.row0; row < end; row += kRows) {
+    const RowPointers<kRows> at(rows, rows, 0, row, end);
+    linear_group<Read, kIsScaled, M>(args, rows, at.data, at.scale, Read::kFactor, row, x, 0);
   }
-  // Many tokens: widen some rows once, then the same sums over them for every token.
-  constexpr int kRows = kAccumulators / kTileTokens;
+}
+
+// Many tokens: some rows are widened once, then the same sums run over them for every token.
+template <class Read, bool kIsScaled>
+inline void linear_many(const LinearArgs& args, const Rows& rows) {
+  constexpr int M = kTileTokens;
+  constexpr int kRows = kAccumulators / M;
+  const int64_t end = args.row0 + args.rows;
   const int64_t stride = ceil_div(rows.cols, kPanelAlign) * kPanelAlign;
   Rows panel = rows;
   panel.data = reinterpret_cast<const char*>(args.panel);
   panel.row_bytes = stride * static_cast<int64_t>(sizeof(float));
-  for (int64_t first = args.row0; first < end_row; first += kPanelRows) {
-    const int64_t end = min_of(first + kPanelRows, end_row);
-    widen_rows<Read>(rows, first, end - first, stride, args.panel);
-    for (int64_t token = 0; token < args.m; token += kTileTokens) {
-      for (int64_t row = first; row < end; row += kRows) {
-        linear_group<ReadF32, kIsScaled, kTileTokens>(args, rows, panel, first, Read::kFactor, row, token);
+  for (int64_t first = args.row0; first < end; first += kPanelRows) {
+    const int64_t count = min_of(kPanelRows, end - first);
+    const RowPointers<kPanelRows> at(rows, panel, first, first, first + count);
+    widen_rows<Read>(rows, first, count, stride, args.panel);
+    for (int64_t token = 0; token < args.m; token += M) {
+      const float* x[M];  // [M]
+      for (int t = 0; t < M; ++t) x[t] = args.x[min_of(token + t, args.m - 1)];
+      for (int64_t r = 0; r < count; r += kRows) {
+        linear_group<ReadF32, kIsScaled, M>(args, rows, at.data + r, at.scale + r, Read::kFactor, first + r,
+                                            x, token);
       }
     }
   }
+}
+
+template <class Read, bool kIsScaled>
+inline void linear_of(const LinearArgs& args) {
+  const Rows rows = rows_of<Read>(*args.weight);
+  if (args.m == 1) return linear_few<Read, kIsScaled, 1>(args, rows);
+  if (args.m == 2) return linear_few<Read, kIsScaled, 2>(args, rows);
+  if (args.m <= kTileTokens) return linear_few<Read, kIsScaled, kTileTokens>(args, rows);
+  linear_many<Read, kIsScaled>(args, rows);
 }
 
 void linear(const LinearArgs& args) {
@@ -267,8 +296,14 @@ inline void absorb_tokens(const AbsorbArgs& args, const Rows& rows, const Rows& 
   for (int r = 0; r < R; ++r) scaled[r] = args.scaled + r * args.rows;
   int64_t block = 0;
   for (int64_t col = 0; col < rows.cols; col += rows.block_cols, ++block) {
+    const float* row_scale = rows.row_scale(args.row0) + block;
+    int64_t next_block = (args.row0 / rows.block_rows + 1) * rows.block_rows - args.row0;
     for (int64_t d = 0; d < args.rows; ++d) {
-      const float scale = rows.row_scale(args.row0 + d)[block] * read_factor;
+      if (d == next_block) {
+        row_scale += rows.scale_cols;
+        next_block += rows.block_rows;
+      }
+      const float scale = *row_scale * read_factor;
       for (int r = 0; r < R; ++r) args.scaled[r * args.rows + d] = a[r][d] * scale;
     }
     mix_columns<Read, R>(scaled, row_of, 0, args.rows, col, min_of(col + rows.block_cols, rows.cols),

@@ -56,6 +56,9 @@ inline V load_bf16(const char* p) {
 inline V load_f16(const char* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline void store_f16(uint16_t* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+}
 // e4m3 with its bits shifted into those of f16 is the value * 2^-8, denormals included.
 inline V load_e4m3(const char* p) {
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -129,6 +132,9 @@ inline V load_bf16(const char* p) {
 }
 inline V load_f16(const char* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_f16(uint16_t* p, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
 }
 inline V load_e4m3(const char* p) {
   const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -210,7 +216,19 @@ inline V load_bf16(const char* p) {
 inline V load_f16(const char* p) {
   uint16_t bits[4];  // [kLanes]
   memcpy(bits, p, sizeof bits);
-  return V{float_of_f16(bits[0]), float_of_f16(bits[1]), float_of_f16(bits[2]), float_of_f16(bits[3])};
+  const I wide = {bits[0], bits[1], bits[2], bits[3]};
+  const I magnitude = (wide & 0x7fff) << 13;
+  V v;
+  memcpy(&v, &magnitude, sizeof v);
+  v *= 0x1p112f;  // denormals included; infinity and NaN have become 2^16 and above
+  I result;
+  memcpy(&result, &v, sizeof result);
+  result |= (((wide & 0x8000) << 16) | (((wide & 0x7fff) >= 0x7c00) & 0x7f800000));
+  memcpy(&v, &result, sizeof v);
+  return v;
+}
+inline void store_f16(uint16_t* p, V v) {
+  for (int i = 0; i < 4; ++i) p[i] = f16_of_float(v[i]);
 }
 // Denormals included: the bits read as a float are the value * 2^-120.
 inline V load_e4m3(const char* p) {

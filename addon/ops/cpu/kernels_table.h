@@ -3,13 +3,14 @@
 
 #include "ops/cpu/kernels_attention.h"
 #include "ops/cpu/kernels_elementwise.h"
+#include "ops/cpu/kernels_gqa.h"
 
 namespace rodin {
 namespace {
 
 constexpr Kernels kKernels = {
-    kPathName, linear,   absorb,  attend,  combine,      rms_norm,  add_to,
-    scale_by,  silu_mul, sigmoid, softmax, weighted_sum, widen_row, to_bf16,
+    kPathName, linear,  absorb,  attend,       combine,   rms_norm, add_to,     scale_by,
+    silu_mul,  sigmoid, softmax, weighted_sum, widen_row, to_f16,   attend_gqa,
 };
 
 }  // namespace

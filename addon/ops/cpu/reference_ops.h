@@ -27,6 +27,11 @@ class ReferenceOps final : public HostOps {
                       const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
+  bool has_gqa() const override { return true; }
+  void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache) override;
+  void gqa_attention(const Tensor& q, const GqaShape& shape, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
   void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
              const Tensor& expert_weights) override;
   void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,

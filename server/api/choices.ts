@@ -1,0 +1,112 @@
+import type { FastifyBaseLogger } from 'fastify';
+import type { ChatOutput, Usage } from './chat-output.js';
+import type { ChatJob } from './chat-request.js';
+import { Completion } from './completion.js';
+import type { ApiContext } from './context.js';
+import type { components } from './openapi.js';
+
+type CompletionMetrics = components['schemas']['CompletionMetrics'];
+
+/** One of a response's choices; its completion is null until its prompt's first choice has had its first event. */
+export interface Choice {
+  readonly index: number;
+  readonly job: ChatJob;
+  completion: Completion | null;
+}
+
+/**
+ * The choices of one request, in groups of one prompt each. The first of a group leads: the others are submitted at
+ * its first event, when the prefix cache holds the prompt. One failure ends them all.
+ */
+export class Choices {
+  readonly all: readonly Choice[];
+  readonly #groups: readonly (readonly Choice[])[];
+  readonly #submit: (job: ChatJob) => Completion;
+  #isAborted = false;
+
+  /** Submits the first of each group. Throws ApiError where the engine does not take one. */
+  constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, log: FastifyBaseLogger, startedAt: number) {
+    this.#submit = (job) => new Completion(job, context, log, startedAt);
+    let index = 0;
+    this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
+    this.all = this.#groups.flat();
+    try {
+      for (const [leader] of this.#groups) leader!.completion = this.#submit(leader!.job);
+    } catch (error) {
+      this.abort();
+      throw error;
+    }
+  }
+
+  get isAborted(): boolean {
+    return this.#isAborted;
+  }
+
+  /** The client is gone, or one choice has failed. */
+  abort(): void {
+    this.#isAborted = true;
+    for (const { completion } of this.all) completion?.abort();
+  }
+
+  /** Ids of the engine's requests that have been submitted. */
+  requestIds(): string[] {
+    return this.all.filter(({ completion }) => completion !== null).map(({ job }) => job.engineRequest.requestId);
+  }
+
+  /** Runs all to their ends; `onEvent` is told after each event, its choice's last one included. Throws ApiError. */
+  async run(onEvent: (choice: Choice, output: ChatOutput) => void): Promise<void> {
+    try {
+      await Promise.all(this.#groups.map((group) => this.#runGroup(group, onEvent)));
+    } catch (error) {
+      this.abort();
+      throw error;
+    }
+  }
+
+  /** Prompts count once each, however many choices share one. */
+  get usage(): Usage {
+    let [promptTokens, cachedTokens, completionTokens, reasoningTokens] = [0, 0, 0, 0];
+    for (const group of this.#groups) {
+      promptTokens += group[0]!.job.engineRequest.promptIds.length;
+      cachedTokens += group[0]!.completion?.output.cachedTokens ?? 0;
+      for (const { completion } of group) {
+        completionTokens += completion?.output.numTokens ?? 0;
+        reasoningTokens += completion?.output.numReasoning ?? 0;
+      }
+    }
+    return {
+      prompt_tokens: promptTokens,
+      completion_tokens: completionTokens,
+      total_tokens: promptTokens + completionTokens,
+      prompt_tokens_details: { cached_tokens: cachedTokens },
+      completion_tokens_details: { reasoning_tokens: reasoningTokens },
+      prompt_cache_hit_tokens: cachedTokens,
+      prompt_cache_miss_tokens: promptTokens - cachedTokens,
+    };
+  }
+
+  /** Drafts of all choices; null where nothing speculates. */
+  get metrics(): CompletionMetrics {
+    const parts = this.all.flatMap(({ completion }) => completion?.output.metrics.speculative ?? []);
+    if (parts.length === 0) return { speculative: null };
+    const sum = (field: 'draft_tokens' | 'accepted_tokens') => parts.reduce((total, part) => total + part[field], 0);
+    return { speculative: { draft_tokens: sum('draft_tokens'), accepted_tokens: sum('accepted_tokens') } };
+  }
+
+  async #runGroup(group: readonly Choice[], onEvent: (choice: Choice, output: ChatOutput) => void): Promise<void> {
+    const [leader, ...others] = group as [Choice, ...Choice[]];
+    const advance = async (choice: Choice): Promise<boolean> => {
+      const completion = choice.completion!;
+      const goesOn = await completion.advance();
+      if (goesOn || completion.output.finishReason !== null) onEvent(choice, completion.output);
+      return goesOn;
+    };
+    const leaderGoesOn = await advance(leader);
+    if (this.#isAborted) return;
+    for (const choice of others) choice.completion = this.#submit(choice.job);
+    const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
+      while (goesOn) goesOn = await advance(choice);
+    };
+    await Promise.all([finish(leader, leaderGoesOn), ...others.map((choice) => finish(choice, true))]);
+  }
+}

@@ -1,0 +1,107 @@
+import { CostModel } from './cost-model.js';
+import type { DraftPolicy, StepCost } from './draft-policy.js';
+import { MAX_DRAFTS } from './step-batch.js';
+
+/** acceptance that is assumed before anything was verified, and how many drafts that is worth */
+const PRIOR_ACCEPTANCE = 0.8;
+const PRIOR_COUNT = 4;
+/** drafts that an average of acceptance reaches back */
+const MEMORY = 128;
+/** drafts verified before speculation is first given up */
+const MIN_VERIFIED = 24;
+/** where drafting does not pay, one new sequence in so many tries it again, for so many drafts */
+const PROBE_INTERVAL = 64;
+const PROBE_DRAFTS = 16;
+/** gain at which a sequence starts to run the MTP module, whose prefill is not counted */
+const MIN_GAIN = 1.05;
+/** steps in a row without gain after which sequences stop running the MTP module */
+const MAX_USELESS_STEPS = 16;
+/** every so many steps one draft more or fewer is tried, so that both sides of the best number stay known */
+const EXPLORE_INTERVAL = 32;
+
+/** The number of drafts that makes most tokens a microsecond, from measured acceptance and measured costs. */
+export class AdaptiveDrafts implements DraftPolicy {
+  readonly isOn = true;
+  readonly #costs = new CostModel();
+  readonly #acceptance: number[] = new Array<number>(MAX_DRAFTS).fill(PRIOR_ACCEPTANCE); // [MAX_DRAFTS]
+  readonly #numVerified: number[] = new Array<number>(MAX_DRAFTS).fill(0); // [MAX_DRAFTS]
+  #numSteps = 0;
+  #numUselessSteps = 0;
+  #numSkipped = 0;
+  #probeDrafts = 0;
+
+  wantsMtp(numSequences: number): boolean {
+    if (!this.#costs.isKnown) return true;
+    if (this.#best(numSequences, numSequences, MIN_GAIN) > 0) return true;
+    return this.#isUnsure && this.#best(numSequences, numSequences, 1, 1) > 0 ? true : this.#isProbeDue;
+  }
+
+  admit(runsMtp: boolean): void {
+    if (!runsMtp) this.#numSkipped++;
+    else if (this.#isProbeDue) {
+      this.#numSkipped = 0;
+      this.#probeDrafts = PROBE_DRAFTS;
+    }
+  }
+
+  numDrafts(numSequences: number, numDrafting: number): number | null {
+    if (!this.#costs.isKnown) return 1;
+    this.#numSteps++;
+    const best = this.#best(numSequences, numDrafting, 1);
+    if (best > 0) {
+      this.#numUselessSteps = 0;
+      return this.#explore(best);
+    }
+    if (this.#isUnsure || this.#probeDrafts > 0) return 1;
+    return ++this.#numUselessSteps > MAX_USELESS_STEPS ? null : 0;
+  }
+
+  observeVerify(numDrafted: number, numAccepted: number): void {
+    this.#probeDrafts = Math.max(0, this.#probeDrafts - numDrafted);
+    for (let depth = 0; depth < Math.min(numDrafted, numAccepted + 1); depth++) {
+      const count = Math.min(PRIOR_COUNT + ++this.#numVerified[depth]!, MEMORY);
+      const isAccepted = depth < numAccepted ? 1 : 0;
+      this.#acceptance[depth]! += (isAccepted - this.#acceptance[depth]!) / count;
+    }
+  }
+
+  observeStep(cost: StepCost): void {
+    this.#costs.observe(cost);
+  }
+
+  get #isUnsure(): boolean {
+    return this.#numVerified[0]! < MIN_VERIFIED;
+  }
+
+  get #isProbeDue(): boolean {
+    return this.#numSkipped >= PROBE_INTERVAL;
+  }
+
+  /** Drafts with the highest rate that is at least `minGain` times the rate without; 0 where there is none. */
+  #best(numSequences: number, numDrafting: number, minGain: number, acceptance?: number): number {
+    let best = 0;
+    let bestRate = (minGain * numSequences) / this.#costs.step(numSequences, numDrafting, 0);
+    let expected = 1; // tokens of a drafting sequence
+    let chance = 1; // that all drafts so far are accepted
+    for (let count = 1; count <= MAX_DRAFTS; count++) {
+      chance *= acceptance ?? this.#acceptanceAt(count - 1);
+      expected += chance;
+      const numTokens = numSequences - numDrafting + numDrafting * expected;
+      const rate = numTokens / this.#costs.step(numSequences, numDrafting, count);
+      if (rate > bestRate) [best, bestRate] = [count, rate];
+    }
+    return best;
+  }
+
+  /** A depth that was never verified is taken to be like the one before. */
+  #acceptanceAt(depth: number): number {
+    while (depth > 0 && this.#numVerified[depth] === 0) depth--;
+    return this.#acceptance[depth]!;
+  }
+
+  #explore(best: number): number {
+    if (this.#numSteps % EXPLORE_INTERVAL !== 0) return best;
+    const isUp = (this.#numSteps / EXPLORE_INTERVAL) % 2 === 0;
+    return Math.min(MAX_DRAFTS, Math.max(1, isUp ? best + 1 : best - 1));
+  }
+}

@@ -1,0 +1,89 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { FLAGS, type Flag } from '../../server/flags.js';
+import { Reference, maxDifference } from '../helpers/reference.js';
+import { Server, rodin } from './server.js';
+
+const ROOT = fileURLToPath(new URL('../..', import.meta.url));
+const README = readFileSync(join(ROOT, 'README.md'), 'utf8');
+const PACKAGE = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'));
+
+function row(flag: Flag): string {
+  const name = flag.value === undefined ? `--${flag.name}` : `--${flag.name} ${flag.value}`;
+  const fallback = flag.defaultText ?? (flag.default === null ? '' : String(flag.default));
+  return `| \`${name}\` | ${fallback} | ${flag.help} |`;
+}
+
+test("README's table of flags is the program's", () => {
+  const expected = FLAGS.filter((flag) => flag.commands.includes('serve')).map(row);
+  const actual = README.split('\n').filter((line) => line.startsWith('| `--'));
+  assert.deepEqual(actual, expected);
+});
+
+test("README's commands are the package's", () => {
+  assert.match(README, /npm start +#/);
+  assert.match(README, /npm test +#/);
+  assert.equal(PACKAGE.scripts.start, 'node dist/main.js serve');
+  assert.equal(PACKAGE.bin.rodin, 'dist/main.js');
+});
+
+test('--help of each command names each of its flags once', async () => {
+  for (const command of ['serve', 'logits'] as const) {
+    const { code, stdout } = await rodin(command, '--help');
+    assert.equal(code, 0);
+    for (const { name, commands } of FLAGS) {
+      const mentions = stdout.match(new RegExp(`^ +--${name}(?=[ \\n])`, 'gm'))?.length ?? 0;
+      assert.equal(mentions, commands.includes(command) ? 1 : 0, `--${name} in ${command} --help`);
+    }
+  }
+});
+
+test("README's request is answered as README says", async () => {
+  const body = /-d '(\{"model".*\})'/.exec(README)?.[1];
+  assert.ok(body);
+  const server = await Server.start();
+  try {
+    const response = await fetch(`${server.url}/v1/chat/completions`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body,
+    });
+    const { choices } = (await response.json()) as any;
+    assert.match(choices[0].message.content, /36351/);
+    assert.match(choices[0].message.reasoning_content, /36351/);
+  } finally {
+    assert.equal(await server.stop(), 0);
+  }
+});
+
+test("README's logits command writes the expected logits", async () => {
+  const command = /^node dist\/main\.js (logits .*)$/m.exec(README)?.[1];
+  assert.ok(command);
+  const folder = mkdtempSync(join(tmpdir(), 'rodin-'));
+  try {
+    const fixture = join(ROOT, 'tests/fixtures/v3-fp8-mtp');
+    const reference = new Reference(fixture);
+    const prompts = reference.prompts();
+    const input = join(folder, 'in.jsonl');
+    const output = join(folder, 'out.jsonl');
+    writeFileSync(input, prompts.map((ids) => `${JSON.stringify({ ids })}\n`).join(''));
+    const args = command.replace('DIR', fixture).replace('IN.jsonl', input).replace('OUT.jsonl', output).split(/ +/);
+    const { code, stderr } = await rodin(...args);
+    assert.equal(code, 0, stderr);
+    const lines = readFileSync(output, 'utf8').trimEnd().split('\n');
+    assert.equal(lines.length, prompts.length);
+    for (const [index, line] of lines.entries()) {
+      const { ids, logits, draft_logits: draftLogits } = JSON.parse(line);
+      assert.deepEqual(ids, prompts[index]);
+      assert.ok(maxDifference(logits, reference.rows(`logits.${index}`)) <= 5e-3);
+      if (!reference.has(`draft_logits.${index}`)) assert.deepEqual(draftLogits, []);
+      else assert.ok(maxDifference(draftLogits, reference.rows(`draft_logits.${index}`)) <= 5e-3);
+    }
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+});

@@ -1,0 +1,160 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { AdaptiveDrafts } from '../../server/engine/adaptive-drafts.js';
+import { CostModel } from '../../server/engine/cost-model.js';
+
+/** A made-up machine: what its steps cost, and how likely a draft at each depth is accepted. */
+interface Machine {
+  main: (numRows: number) => number;
+  draft: (numDrafting: number, numDrafts: number) => number;
+  acceptance: number[]; // [MAX_DRAFTS] given that the drafts before were accepted
+}
+
+/** Sequences that all run for `length` tokens, `width` at a time. */
+class Simulation {
+  readonly policy: AdaptiveDrafts;
+  readonly machine: Machine;
+  micros = 0;
+  numTokens = 0;
+  #random = 12345;
+
+  constructor(machine: Machine, warmUp = true) {
+    this.machine = machine;
+    this.policy = new AdaptiveDrafts();
+    if (!warmUp) return;
+    for (const numRows of [1, 2, 3, 4, 5, 8, 16, 32]) {
+      for (const numDrafts of numRows === 1 ? [1, 2] : [0]) this.#observe(numRows, numDrafts === 0 ? 0 : 1, numDrafts);
+    }
+  }
+
+  /** Runs `count` sequences and returns the time of each token. */
+  run(count: number, width: number, length: number): number {
+    const [micros, numTokens] = [this.micros, this.numTokens];
+    for (let done = 0; done < count; done += width) {
+      const sequences = Array.from({ length: width }, () => {
+        const runsMtp = this.policy.wantsMtp(width);
+        this.policy.admit(runsMtp);
+        return { runsMtp, numDrafts: 0, left: length };
+      });
+      while (sequences.some(({ left }) => left > 0)) this.#step(sequences.filter(({ left }) => left > 0));
+    }
+    return (this.micros - micros) / (this.numTokens - numTokens);
+  }
+
+  #step(sequences: { runsMtp: boolean; numDrafts: number; left: number }[]): void {
+    const numRows = sequences.reduce((sum, { numDrafts }) => sum + 1 + numDrafts, 0);
+    for (const sequence of sequences) {
+      let numAccepted = 0;
+      while (numAccepted < sequence.numDrafts && this.#isAccepted(numAccepted)) numAccepted++;
+      if (sequence.numDrafts > 0) this.policy.observeVerify(sequence.numDrafts, numAccepted);
+      const numTokens = Math.min(sequence.left, 1 + numAccepted);
+      sequence.left -= numTokens;
+      this.numTokens += numTokens;
+      sequence.numDrafts = 0;
+    }
+    const drafting = sequences.filter(({ runsMtp }) => runsMtp);
+    const numDrafts = drafting.length > 0 ? this.policy.numDrafts(sequences.length, drafting.length) : 0;
+    for (const sequence of drafting) {
+      if (numDrafts === null) sequence.runsMtp = false;
+      else sequence.numDrafts = numDrafts;
+    }
+    const numDrafting = numDrafts === null ? 0 : drafting.length;
+    this.micros += this.#observe(numRows, numDrafting, numDrafts ?? 0);
+  }
+
+  #observe(numRows: number, numDrafting: number, numDrafts: number): number {
+    const noise = 0.9 + 0.2 * this.#uniform();
+    const mainMicros = noise * this.machine.main(numRows);
+    const draftMicros = numDrafting === 0 ? 0 : noise * this.machine.draft(numDrafting, Math.max(1, numDrafts));
+    this.policy.observeStep({
+      numRows,
+      mainMicros,
+      numDrafting: numDrafts > 0 ? numDrafting : 0,
+      numDrafts,
+      draftMicros,
+    });
+    return mainMicros + draftMicros;
+  }
+
+  #isAccepted(depth: number): boolean {
+    return this.#uniform() < this.machine.acceptance[depth]!;
+  }
+
+  #uniform(): number {
+    this.#random = (Math.imul(this.#random, 1664525) + 1013904223) >>> 0;
+    return this.#random / 2 ** 32;
+  }
+}
+
+/** A machine that reads weights once a step, whatever the rows; and one whose time goes with the rows. */
+const BOUND_BY_BYTES = {
+  main: (numRows: number) => 1000 + 20 * numRows,
+  draft: (numDrafting: number, numDrafts: number) => (60 + numDrafting) * numDrafts,
+};
+const BOUND_BY_ROWS = {
+  main: (numRows: number) => 100 + 300 * numRows,
+  draft: (numDrafting: number, numDrafts: number) => (10 + 50 * numDrafting) * numDrafts,
+};
+
+test('all drafts accepted, and rows almost free: as many drafts as there may be', () => {
+  const simulation = new Simulation({ ...BOUND_BY_BYTES, acceptance: [0.98, 0.98, 0.98, 0.98] });
+  const perToken = simulation.run(20, 1, 300);
+  const best = (BOUND_BY_BYTES.main(5) + BOUND_BY_BYTES.draft(1, 4)) / 4.9;
+  assert.ok(perToken < 1.1 * best, `${perToken} against ${best}`);
+});
+
+test('a first draft that is good and a second that is not: one draft', () => {
+  const simulation = new Simulation({
+    ...BOUND_BY_BYTES,
+    main: (rows) => 800 + 150 * rows,
+    acceptance: [0.98, 0.1, 0.1, 0.1],
+  });
+  const perToken = simulation.run(20, 1, 300);
+  const best = (800 + 300 + BOUND_BY_BYTES.draft(1, 1)) / 1.98;
+  assert.ok(perToken < 1.05 * best, `${perToken} against ${best}`);
+});
+
+for (const [name, costs] of Object.entries({ BOUND_BY_BYTES, BOUND_BY_ROWS })) {
+  test(`${name}: no draft accepted costs at most 3 %, at any width`, () => {
+    for (const width of [1, 4, 32]) {
+      const simulation = new Simulation({ ...costs, acceptance: [0.005, 0, 0, 0] });
+      const perToken = simulation.run(20 * width, width, 200);
+      const without = costs.main(width) / width;
+      assert.ok(perToken < 1.03 * without, `width ${width}: ${perToken} against ${without}`);
+    }
+  });
+}
+
+test('rows that cost what tokens cost: no drafts, however good they are', () => {
+  const simulation = new Simulation({ ...BOUND_BY_ROWS, acceptance: [0.9, 0.9, 0.9, 0.9] });
+  const perToken = simulation.run(20 * 32, 32, 100);
+  const without = BOUND_BY_ROWS.main(32) / 32;
+  assert.ok(perToken < 1.03 * without, `${perToken} against ${without}`);
+});
+
+test('what becomes acceptable is found again', () => {
+  const simulation = new Simulation({ ...BOUND_BY_BYTES, acceptance: [0, 0, 0, 0] });
+  simulation.run(100, 1, 100);
+  simulation.machine.acceptance = [0.95, 0.95, 0.95, 0.95];
+  simulation.run(300, 1, 100);
+  assert.ok(simulation.run(20, 1, 100) < 500, 'half the time of a step for each token');
+});
+
+test('costs: between counts that were observed, beyond them, and shifted together', () => {
+  const costs = new CostModel();
+  assert.equal(costs.isKnown, false);
+  const observe = (numRows: number, mainMicros: number, numDrafts = 0, draftMicros = 0) =>
+    costs.observe({ numRows, mainMicros, numDrafting: numDrafts === 0 ? 0 : 1, numDrafts, draftMicros });
+  observe(1, 100);
+  observe(3, 140);
+  observe(1, 100, 1, 20);
+  observe(1, 100, 2, 30);
+  assert.equal(costs.isKnown, true);
+  assert.equal(costs.main(2), 120);
+  assert.equal(costs.main(5), 180);
+  assert.equal(costs.step(1, 1, 1), 120 + 20);
+  assert.equal(costs.step(1, 1, 2), 140 + 30);
+  assert.equal(costs.step(1, 1, 3), 160 + 40);
+  for (let repeat = 0; repeat < 200; repeat++) observe(1, 200);
+  assert.ok(Math.abs(costs.main(3)! - 280) < 1, 'what slows one step down slows all');
+});
