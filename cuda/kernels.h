@@ -357,7 +357,7 @@ struct SampleParams {
   const float* bias_values = nullptr;
   const int32_t* history_ids = nullptr;
   const int32_t* history_counts = nullptr;
-  const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
+  const int32_t* masks = nullptr;            // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
   SampleOutcome* results = nullptr;          // [R]

@@ -169,7 +169,7 @@ struct Part {
 
 StepBatch make_batch(const std::vector<Part>& parts, float temperature = 0) {
   StepBatch batch;
-  batch.q_start = batch.block_table_start = batch.history_start = batch.bias_start = {0};
+  batch.q_start = batch.block_table_start = batch.history_start = batch.bias_start = batch.mask_start = {0};
   for (const Part& part : parts) {
     for (int64_t p = part.begin; p < part.end; ++p) {
       batch.token_ids.push_back((*part.ids)[static_cast<size_t>(p)]);
@@ -195,6 +195,7 @@ StepBatch make_batch(const std::vector<Part>& parts, float temperature = 0) {
     batch.num_logprobs.push_back(3);
     batch.history_start.push_back(0);
     batch.bias_start.push_back(0);
+    batch.mask_start.push_back(0);
   }
   return batch;
 }
