@@ -127,7 +127,9 @@ function embed({ rules }: Grammar, builder: GrammarBuilder): GrammarNode {
         return { kind: node.kind, items: node.items.map(moved) };
       case 'repeat':
         return { ...node, item: moved(node.item) };
-      default:
+      case 'text':
+      case 'class':
+      case 'control':
         return node;
     }
   };
