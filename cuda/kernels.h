@@ -350,14 +350,14 @@ struct SampleNoiseChunk {
 };
 
 struct SampleParams {
-  const float* logits = nullptr;    // [R, V]
-  float* adjusted = nullptr;        // [R, V] rows with bias, history or mask
+  const float* logits = nullptr;   // [R, V]
+  float* adjusted = nullptr;       // [R, V] rows with bias, history or mask
   const SampleRow* rows = nullptr;  // [R]
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   const int32_t* history_ids = nullptr;
   const int32_t* history_counts = nullptr;
-  const int32_t* masks = nullptr;            // bit id % 32 of word id / 32 of a row's words, 1 is allowed
+  const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
   SampleOutcome* results = nullptr;          // [R]

@@ -50,7 +50,7 @@ export class ChatOutput {
   constructor(job: ChatJob, prompts: PromptEncoder) {
     this.#job = job;
     this.#prompts = prompts;
-    this.#parser = prompts.parser(job.stops, job.stopScope);
+    this.#parser = prompts.parser(job.stops, job.stopScope, job.isPlain);
   }
 
   get finishReason(): FinishReason | null {

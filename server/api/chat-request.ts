@@ -22,15 +22,17 @@ export interface ChatJob {
   id: string;
   engineRequest: EngineRequest;
   stops: readonly string[];
+  stopScope: StopScope;
   /** the field that said the answer's format; null where the answer is free */
   formatParam: string | null;
-  stopScope: StopScope;
   isStream: boolean;
   includeUsage: boolean;
   /** usage so far in every chunk */
   hasContinuousUsage: boolean;
   returnTokenIds: boolean;
   returnMetrics: boolean;
+  /** no conversation: everything is text */
+  isPlain: boolean;
   reasoningView: ReasoningView;
   /** false: in one piece, when it has ended */
   streamsReasoning: boolean;
@@ -57,9 +59,6 @@ export async function readChatRequest(
   const stops = readStops(body.stop);
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
-  const wish = readThinking(body);
-  checkThinking(wish, body, context);
-  checkTurn(body);
   const format = answerFormat(body, context.formats.read(body), context.formats, context.prompts);
   if (format && context.prompts.form === 'r1-zero') {
     const message = "This model's reasoning is marked in its text, so its answer alone cannot be held to a format.";
@@ -69,6 +68,9 @@ export async function readChatRequest(
     const message = `'ignore_eos' would go on behind the end of what '${format.param}' asks for; remove it.`;
     throw new ApiError('invalid_value', message, 'ignore_eos');
   }
+  const wish = readThinking(body);
+  checkThinking(wish, body, context);
+  checkTurn(body);
   const { ids: promptIds, startPhase } = await readConversation(body, wish, context);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
@@ -88,13 +90,14 @@ export async function readChatRequest(
       ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
     stops,
-    formatParam: format?.param ?? null,
     stopScope: body.stop_scope ?? 'answer',
+    formatParam: format?.param ?? null,
     isStream: body.stream === true,
     includeUsage: body.stream_options?.include_usage === true,
     hasContinuousUsage: body.stream_options?.continuous_usage_stats === true,
     returnTokenIds: body.return_token_ids === true,
     returnMetrics: body.metrics === true,
+    isPlain: false,
     reasoningView: readReasoningView(body, context),
     streamsReasoning: body.stream_reasoning !== false,
     hasOneCall: body.parallel_tool_calls === false,

@@ -6,6 +6,8 @@ import { indexPage } from './index-page.js';
 import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
+import { createCompletion } from './text-completion.js';
+import { detokenize, tokenize } from './tokens.js';
 
 /** What a handler finds in the request, by the contract. */
 interface RouteOf<Operation> {
@@ -24,6 +26,9 @@ export function makeHandlers(context: ApiContext) {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
+    createCompletion: (request, reply) => createCompletion(context, request, reply),
+    tokenize: (request) => tokenize(context, request),
+    detokenize: (request) => detokenize(context, request),
     listModels: () => listModels(context),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),

@@ -27,7 +27,7 @@ export function toChatMessages(
   messages: readonly Schemas['MessagesTurn'][],
 ): ChatMessage[] {
   const chat: ChatMessage[] = [];
-  if (system) chat.push({ role: 'system', content: partsOf(system) });
+  if (system?.length) chat.push({ role: 'system', content: partsOf(system) });
   const turns = joinTurns(messages);
   let callIds: string[] = []; // [num_calls] that wait for their results
   for (const turn of turns) {

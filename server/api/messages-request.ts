@@ -34,6 +34,9 @@ export async function readMessagesRequest(
     top_k: body.top_k ?? null,
     stop: body.stop_sequences ?? null,
     stream: body.stream ?? null,
+    parallel_tool_calls: !body.tool_choice?.disable_parallel_tool_use,
+    // Blocks keep reasoning apart, whatever --reasoning-format says of chats.
+    separate_reasoning: true,
   };
   const chat = await readChatRequest(chatBody, tenant, context, true);
   const fillsContext = body.max_tokens > chat.engineRequest.sampling.maxTokens;

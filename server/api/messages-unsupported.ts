@@ -63,9 +63,6 @@ export function refuseUnsupportedInMessages(body: Json): void {
     if (choice['type'] === 'any' || choice['type'] === 'tool') {
       refuse('tool_choice.type', 'calls cannot be forced; use auto or none');
     }
-    if (choice['disable_parallel_tool_use'] === true) {
-      refuse('tool_choice.disable_parallel_tool_use', 'the model may always make several calls; remove it');
-    }
   }
   if (Array.isArray(tools)) tools.forEach(refuseTool);
 }

@@ -21,6 +21,57 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/completions": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Completes prompts as they are, without a chat template; streamed or whole. */
+        post: operations["createCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/tokenize": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Token ids of a text or a conversation. */
+        post: operations["tokenize"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/detokenize": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Text of token ids. */
+        post: operations["detokenize"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/models": {
         parameters: {
             query?: never;
@@ -234,7 +285,7 @@ export interface components {
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
             tool_choice?: string | Record<string, never> | null;
-            /** @description false ends the completion after its first call. */
+            /** @description With false the answer has at most one call. */
             parallel_tool_calls?: boolean | null;
             /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. An answer cut by the token limit is incomplete. */
             response_format?: {
@@ -352,6 +403,158 @@ export interface components {
             } | null;
             /** @description Accepted; nothing is stored. */
             store?: boolean | null;
+        };
+        CompletionRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description A text, token ids, or a list of up to 64 texts or lists of token ids. Control tokens written in a text are control tokens: it is all that the model sees. */
+            prompt: string | (string | number | number[])[];
+            /** @description Puts the tokenizer's first token before texts, where it has one. Default true. */
+            add_special_tokens?: boolean | null;
+            /** @description Puts the prompt before its completion. */
+            echo?: boolean | null;
+            /** @description Log-probabilities of the tokens and of that many most likely ones at each position. */
+            logprobs?: number | null;
+            /** @description Sends the completion as server-sent events while it is made. */
+            stream?: boolean | null;
+            /** @description Only with `stream`. */
+            stream_options?: components["schemas"]["StreamOptions"] | null;
+            /** @description Most tokens of a completion. Default 16. */
+            max_tokens?: number | null;
+            /** @description Tokens before the completion may end by itself. */
+            min_tokens?: number | null;
+            /** @description 0 takes the most likely token. Without it, what the checkpoint's generation_config.json says, else 1. */
+            temperature?: number | null;
+            /** @description Samples from the most likely tokens that together have this probability. Default as for temperature. */
+            top_p?: number | null;
+            /** @description Samples from that many most likely tokens; 0 and -1 switch it off. Default as for temperature, else off. */
+            top_k?: number | null;
+            /** @description Drops tokens less likely than this share of the most likely one. Default as for temperature, else 0. */
+            min_p?: number | null;
+            /** @description Taken from the logits of tokens that the completion already has. */
+            presence_penalty?: number | null;
+            /** @description Taken from a token's logit for each time that the completion has it. */
+            frequency_penalty?: number | null;
+            /** @description Divides (or multiplies, where negative) the logits of tokens in prompt or completion; 1 switches it off. */
+            repetition_penalty?: number | null;
+            /** @description Token id to a number added to its logit. */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /** @description Any 64-bit integer. The same request with the same seed gives the same completion. Without it one is drawn; the response says which. */
+            seed?: number | null;
+            /** @description Strings that end the text and are not part of it. */
+            stop?: string | string[] | null;
+            /** @description Token ids that end the completion. */
+            stop_token_ids?: number[] | null;
+            /** @description Goes on after the model's own end token, up to the token limit. */
+            ignore_eos?: boolean | null;
+            /** @description Number of choices for each prompt. They share its prefill; choice i of a prompt has the seed plus i. */
+            n?: number | null;
+            /** @description Also returns the token ids of prompt and completion. */
+            return_token_ids?: boolean | null;
+            /** @description Requests share cached prefixes only with requests of the same salt. */
+            cache_salt?: string | null;
+            /** @description Requests with lower numbers leave the queue first. Default 0. */
+            priority?: number | null;
+            /** @description Accepted; has no effect. */
+            user?: string | null;
+        };
+        Completion: {
+            /** @description Names this completion. */
+            id: string;
+            /**
+             * @description The type of this object, of chunks too.
+             * @enum {string}
+             */
+            object: "text_completion";
+            /** @description Unix time in seconds. */
+            created: number;
+            /** @description The model's first served name. */
+            model: string;
+            /** @description As in ChatCompletion. */
+            system_fingerprint: string;
+            /** @description The seed of each prompt's first choice; in streams of the choice whose first chunk has it. */
+            seed?: number;
+            /** @description The choices, prompt by prompt; in a stream a piece of one, or none beside the usage. */
+            choices: components["schemas"]["CompletionChoice"][];
+            /** @description Of all prompts and choices; in streams as in ChatCompletionChunk. */
+            usage?: components["schemas"]["Usage"] | null;
+        };
+        CompletionChoice: {
+            /** @description Number of the prompt times `n`, plus number of the choice. */
+            index: number;
+            /** @description The completion, after its prompt where `echo` asks for that. */
+            text: string;
+            /**
+             * @description stop is an end token or a stop string, length the token limit; null where there is more.
+             * @enum {string|null}
+             */
+            finish_reason: "stop" | "length" | null;
+            /** @description Where asked for. */
+            logprobs: components["schemas"]["CompletionLogprobs"] | null;
+            /** @description With `return_token_ids`, the completion's tokens. */
+            token_ids?: number[];
+            /** @description With `return_token_ids`, the prompt's tokens. */
+            prompt_token_ids?: number[];
+        };
+        CompletionLogprobs: {
+            /** @description The tokens as text. */
+            tokens: string[];
+            /** @description As in TokenLogprob. */
+            token_logprobs: number[];
+            /** @description The most likely tokens at each position, and the sampled one; null where none were asked for. */
+            top_logprobs: {
+                [key: string]: number;
+            }[] | null;
+            /** @description Where each token begins in the completion, in UTF-16 units. */
+            text_offset: number[];
+        };
+        TokenizeRequest: {
+            /** @description Id of a served model. */
+            model?: string | null;
+            /** @description A text, as in CompletionRequest. */
+            prompt?: string | null;
+            /** @description As in CompletionRequest. */
+            add_special_tokens?: boolean | null;
+            /** @description A conversation, in place of a text. */
+            messages?: components["schemas"]["ChatMessage"][] | null;
+            /** @description false leaves out the opening of the assistant's turn. */
+            add_generation_prompt?: boolean | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["Tool"][] | null;
+            /** @description true goes on with the last message, which is the assistant's; `add_generation_prompt` must be false then. An assistant's last message without tool calls is gone on with in any case. */
+            continue_final_message?: boolean | null;
+            /** @description none (off), minimal, low, medium, high, xhigh or max (no limit), or a number from 0 to 1: the share of the completion's tokens that reasoning may take, 1/32, 1/8, 1/4, 1/2 and 3/4 for the words in between. */
+            reasoning_effort?: string | number | null;
+            /** @description Whether the model reasons before it answers. */
+            enable_thinking?: boolean | null;
+            /** @description Switches reasoning on or off, as on the hosted DeepSeek API. */
+            thinking?: components["schemas"]["Thinking"] | null;
+            /** @description Switches of the chat template. */
+            chat_template_kwargs?: components["schemas"]["ChatTemplateKwargs"] | null;
+            /** @description Also returns the text of each token. */
+            return_token_strs?: boolean | null;
+        };
+        TokenizeResponse: {
+            /** @description Number of tokens. */
+            count: number;
+            /** @description Longest prompt and completion together, in tokens. */
+            max_model_len: number;
+            /** @description The token ids. */
+            tokens: number[];
+            /** @description With `return_token_strs`, the tokens as text. */
+            token_strs: string[] | null;
+        };
+        DetokenizeRequest: {
+            /** @description Id of a served model. */
+            model?: string | null;
+            /** @description Token ids. */
+            tokens: number[];
+        };
+        DetokenizeResponse: {
+            /** @description Their text. */
+            prompt: string;
         };
         StreamOptions: {
             /** @description Sends a last chunk without choices that holds the usage. */
@@ -917,7 +1120,7 @@ export interface components {
              * @enum {string}
              */
             type: "enabled" | "disabled" | "adaptive";
-            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. Budgets are refused so far. */
+            /** @description Most tokens of reasoning; needed with enabled, and less than max_tokens. */
             budget_tokens?: number | null;
             /**
              * @description omitted leaves the text of the reasoning out; else it comes whole, it is not summarized.
@@ -954,7 +1157,7 @@ export interface components {
             type: "auto" | "any" | "tool" | "none";
             /** @description With tool, which. */
             name?: string | null;
-            /** @description Only false is supported. */
+            /** @description The first call ends the message. */
             disable_parallel_tool_use?: boolean | null;
         };
         Message: {
@@ -1207,6 +1410,82 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["ChatCompletion"];
                     "text/event-stream": components["schemas"]["ChatCompletionChunk"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    createCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["CompletionRequest"];
+            };
+        };
+        responses: {
+            /** @description The result. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Completion"];
+                    "text/event-stream": components["schemas"]["Completion"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    tokenize: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["TokenizeRequest"];
+            };
+        };
+        responses: {
+            /** @description The result. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["TokenizeResponse"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    detokenize: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["DetokenizeRequest"];
+            };
+        };
+        responses: {
+            /** @description The result. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["DetokenizeResponse"];
                 };
             };
             default: components["responses"]["Error"];

@@ -85,8 +85,9 @@ function invalidJson(error: Error): ApiError {
 }
 
 /** operation -> what refuses known and unsupported fields of its body */
-const REFUSALS: Readonly<Record<string, (body: Json) => void>> = {
+const REFUSALS: Readonly<Record<string, (body: Json, knownFields: ReadonlySet<string>) => void>> = {
   createChatCompletion: refuseUnsupported,
+  createCompletion: (body, knownFields) => refuseUnsupported(body, knownFields, true),
   createMessage: refuseUnsupportedInMessages,
   countMessageTokens: refuseUnsupportedInMessages,
 };
@@ -96,7 +97,7 @@ function fieldCheck(operationId: string, bodyRef: string, contract: Contract) {
   const knownFields = new Set(contract.propertiesOf(bodyRef.split('/').at(-1)!));
   return async ({ body, log }: FastifyRequest): Promise<void> => {
     if (!isObject(body)) return;
-    REFUSALS[operationId]?.(body);
+    REFUSALS[operationId]?.(body, knownFields);
     const unknown = Object.keys(body).filter((name) => !knownFields.has(name));
     if (unknown.length)
       log.debug({ fields: unknown.map((name) => name.slice(0, 60)).slice(0, 20) }, 'fields without effect');

@@ -35,6 +35,19 @@ export const REFUSED: Readonly<Record<string, Refusal>> = {
   web_search_options: { advice: REMOVE },
 };
 
+/** The same for /v1/completions, beside what is refused everywhere. */
+export const REFUSED_TEXT: Readonly<Record<string, Refusal>> = {
+  suffix: { accepts: [''], advice: 'these models complete at the end alone; put everything into the prompt' },
+  prompt_embeds: { advice: "send 'prompt'" },
+  ...Object.fromEntries(
+    [
+      ...['structured_outputs', 'response_format', 'guided_json', 'guided_regex', 'guided_choice', 'guided_grammar'],
+      ...['json_schema', 'regex', 'ebnf', 'grammar', 'tools', 'tool_choice', 'reasoning_effort', 'reasoning'],
+      ...['thinking', 'thinking_token_budget', 'chat_template_kwargs', 'messages'],
+    ].map((name) => [name, { advice: 'it belongs to conversations; use /v1/chat/completions' }]),
+  ),
+};
+
 export type Json = Record<string, unknown>;
 
 /** Throws ApiError for the first field with a value that is not accepted; `prefix` is where the fields are. */
@@ -52,9 +65,10 @@ export function refuseFields(fields: Json, refused: Readonly<Record<string, Refu
   }
 }
 
-/** Throws ApiError for the first thing in a chat request that is known and not supported. */
-export function refuseUnsupported(body: Json): void {
-  refuseFields(body, REFUSED);
+/** Throws ApiError for the first thing in a request that is known and not supported by its operation. */
+export function refuseUnsupported(body: Json, knownFields: ReadonlySet<string>, isText = false): void {
+  const refused: Readonly<Record<string, Refusal>> = isText ? { ...REFUSED, ...REFUSED_TEXT } : REFUSED;
+  refuseFields(Object.fromEntries(Object.entries(body).filter(([name]) => !knownFields.has(name))), refused);
   const { modalities } = body;
   if (Array.isArray(modalities) && modalities.some((modality) => modality !== 'text')) {
     throw new ApiError('unsupported_value', '\'modalities\' must be ["text"]: only text is generated.', 'modalities');

@@ -16,8 +16,8 @@ const PROBE_DRAFTS = 16;
 const MIN_GAIN = 1.05;
 /** steps in a row without gain after which sequences stop running the MTP module */
 const MAX_USELESS_STEPS = 16;
-/** every so many steps one draft more or fewer is tried, so that both sides of the best number stay known */
-const EXPLORE_INTERVAL = 32;
+/** every so many steps another number of drafts is tried: in turn one more, one fewer, none */
+const EXPLORE_INTERVAL = 16;
 
 /** The number of drafts that makes most tokens a microsecond, from measured acceptance and measured costs. */
 export class AdaptiveDrafts implements DraftPolicy {
@@ -99,9 +99,10 @@ export class AdaptiveDrafts implements DraftPolicy {
     return this.#acceptance[depth]!;
   }
 
+  /** Now and then another number than the best, so that what it would cost stays known. */
   #explore(best: number): number {
     if (this.#numSteps % EXPLORE_INTERVAL !== 0) return best;
-    const isUp = (this.#numSteps / EXPLORE_INTERVAL) % 2 === 0;
-    return Math.min(MAX_DRAFTS, Math.max(1, isUp ? best + 1 : best - 1));
+    const others = [Math.min(best + 1, MAX_DRAFTS), best - 1, 0];
+    return others[(this.#numSteps / EXPLORE_INTERVAL) % others.length]!;
   }
 }

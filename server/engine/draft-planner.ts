@@ -61,8 +61,8 @@ export class DraftPlanner {
         part.runMtp = false;
         continue;
       }
-      // Drafts would be verified without the masks behind them.
-      const wanted = sequence.followsGrammar ? 0 : Math.max(0, Math.min(numDrafts, sequence.maxTokens - 2 - end));
+      const room = sequence.followsGrammar ? 0 : sequence.maxTokens - 2 - end;
+      const wanted = Math.max(0, Math.min(numDrafts, room));
       part.numDrafts = Math.min(wanted, this.#cover(sequence, end + wanted, numRunning) - end);
     }
   }
@@ -80,7 +80,7 @@ export class DraftPlanner {
   }
 
   /** Tells the policy what a step without prefill has cost. */
-  observe({ sequences }: StepPlan, { stepMicros, draftMicros }: StepResult): void {
+  observe({ sequences }: StepPlan, { stepMicros, draftMicros }: StepResult, totalMicros: number): void {
     const drafting = sequences.filter(({ numDrafts }) => numDrafts > 0);
     const numDrafts = drafting[0]?.numDrafts ?? 0;
     const isDecode = sequences.every(({ count, numSampled }) => count === numSampled);
@@ -88,6 +88,7 @@ export class DraftPlanner {
     this.#policy.observeStep({
       numRows: sequences.reduce((sum, { count }) => sum + count, 0),
       mainMicros: stepMicros - draftMicros,
+      otherMicros: Math.max(0, totalMicros - stepMicros),
       numDrafting: drafting.length,
       numDrafts,
       draftMicros,

@@ -23,6 +23,8 @@ export interface StepCost {
   /** of the decoder layers */
   numRows: number;
   mainMicros: number;
+  /** from one step to the next: scheduling, and the way to the engine thread and back */
+  otherMicros: number;
   /** sequences that drafted, and drafts that each of them got */
   numDrafting: number;
   numDrafts: number;

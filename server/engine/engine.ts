@@ -28,6 +28,8 @@ export class Engine implements EngineHandle {
   #state: EngineState;
   #wake: () => void = () => {};
   #numFailedSteps = 0;
+  /** when the step before ended, milliseconds; 0 where the loop was idle since */
+  #lastResultAt = 0;
   /** Called with the events of each step, in this process's stead of streams; set before the first request. */
   onEvents: (events: EngineEvent[]) => void = (events) => this.#pushToStreams(events);
   /** Called once when the loop has stopped for good because the runner is broken. */
@@ -123,6 +125,7 @@ export class Engine implements EngineHandle {
   /** Until the next request, or close(). */
   #idle(): Promise<void> {
     this.#scheduler.checkCounts();
+    this.#lastResultAt = 0;
     return new Promise((resolve) => {
       this.#wake = resolve;
     });
@@ -152,7 +155,9 @@ export class Engine implements EngineHandle {
 
   async #runStep(plan: StepPlan): Promise<SequenceOutcome[]> {
     const result = await this.#runner.step(packStep(plan, this.#options.blockSize));
-    this.#scheduler.observe(plan, result);
+    const now = performance.now();
+    if (this.#lastResultAt > 0) this.#scheduler.observe(plan, result, 1000 * (now - this.#lastResultAt));
+    this.#lastResultAt = now;
     return unpackStep(plan, result, this.#options.limits.vocabSize);
   }
 

@@ -55,11 +55,11 @@ export interface EngineRequest {
   startPhase: 'reasoning' | 'answer';
   /** isolates the prefix cache; '' shares it */
   cacheSalt: string;
-  grammar?: RequestGrammar;
   /** lower runs first; 0 where it is left out */
   priority?: number;
   /** what ends reasoning before the model does; nothing where it is left out */
   thinking?: ThinkingLimits;
+  grammar?: RequestGrammar;
 }
 
 export interface ThinkingLimits {

@@ -20,10 +20,10 @@ export interface SchedulerOptions {
   limits: RequestLimits;
   /** names the weights in the prefix cache's hashes */
   fingerprint: string;
-  /** follows the grammars of sequences; without it requests with a grammar are refused */
-  grammars?: GrammarFollower;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** follows the grammars of sequences; without it requests with a grammar are refused */
+  grammars?: GrammarFollower;
 }
 
 /**
@@ -119,9 +119,9 @@ export class Scheduler {
     return { sequences: plan.parts() };
   }
 
-  /** Takes over how long a step took. */
-  observe(plan: StepPlan, result: StepResult): void {
-    this.#speculation.observe(plan, result);
+  /** Takes over how long a step took, from the end of the one before to its own end. */
+  observe(plan: StepPlan, result: StepResult, totalMicros: number): void {
+    this.#speculation.observe(plan, result, totalMicros);
   }
 
   /** Takes over what a step computed: one event per sequence that has something to say. */

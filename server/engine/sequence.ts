@@ -92,11 +92,14 @@ export class Sequence {
     return this.runsMtp ? Math.min(this.numComputed, this.numMtp - 1) : this.numComputed;
   }
 
-  /** Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. */
+  /**
+   * Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. None
+   * in an answer with a grammar, where each position has a mask of its own.
+   */
   get maxDrafts(): number {
+    if (this.followsGrammar) return 0;
     const room = this.maxTokens - 1 - this.tokens.length;
     const untilAllowed = this.request.sampling.minTokens - 1 - this.numCompletion;
-    if (this.followsGrammar) return 0; // the mask behind a draft is not known
     return Math.max(0, untilAllowed >= 0 && this.#stopIds.size > 0 ? Math.min(room, untilAllowed) : room);
   }
 

@@ -89,11 +89,11 @@ export async function startEngine(
     maxStepTokens,
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
+    drafts,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,
     }),
-    drafts,
     info,
     limits: {
       vocabSize: spec.vocabSize,

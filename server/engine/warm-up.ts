@@ -40,6 +40,7 @@ export async function warmUp(
         }
         timed.observeStep({
           numRows,
+          otherMicros: 0,
           mainMicros: Math.min(...results.map(({ stepMicros, draftMicros }) => stepMicros - draftMicros)),
           numDrafting: numDrafts === 0 ? 0 : 1,
           numDrafts,

@@ -70,15 +70,33 @@ export class PromptEncoder {
     return new PromptEncoder(tokenizer, template, form);
   }
 
-  /** A parser for one completion's tokens. */
-  parser(stops: readonly string[], stopScope: StopScope): TokenParser {
-    if (this.form === 'r1-zero') return new TagParser(this.tokenizer, stops);
+  /** A parser for one completion's tokens; in plain text there are no tags. */
+  parser(stops: readonly string[], stopScope: StopScope, isPlain = false): TokenParser {
+    if (this.form === 'r1-zero' && !isPlain) return new TagParser(this.tokenizer, stops);
     return new OutputParser(this.tokenizer, this.toolMarkers, stops, stopScope);
   }
 
   /** A lower bound of a text's tokens, without tokenizing it. */
   minTokensOf(text: string): number {
     return Math.ceil(Buffer.byteLength(text) / this.tokenizer.maxTokenBytes);
+  }
+
+  /**
+   * A prompt that is no conversation: control tokens written in it are taken for what they are, because such a prompt
+   * is all that the model sees. `addsSpecial` puts the first token before it where the tokenizer says so.
+   */
+  encodeRaw(text: string, addsSpecial: boolean): number[] {
+    const ids = this.tokenizer.encodeRendered(text);
+    const { add_bos_token: addsBos, bos_token: bos } = this.tokenizer.files.config as Record<string, unknown>;
+    const content = typeof bos === 'string' ? bos : (bos as { content?: string } | null | undefined)?.content;
+    const bosId = content === undefined ? -1 : this.tokenizer.addedId(content);
+    return addsSpecial && addsBos === true && bosId >= 0 && ids[0] !== bosId ? [bosId, ...ids] : ids;
+  }
+
+  /** Text of token ids, control tokens as they are written. */
+  textOf(ids: readonly number[]): string {
+    const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+    return ids.map((id) => decoder.decode(this.tokenizer.bytesOf(id), { stream: true })).join('') + decoder.decode();
   }
 
   /** Rejects with ApiError where the template refuses the conversation. */

@@ -122,12 +122,13 @@ export class Tokenizer {
   }
 
   /** A rendered template: added tokens where they stand unbroken, ordinary text (marks taken out) between them. */
-  encodeRendered(rendered: string, mark: string): number[] {
+  encodeRendered(rendered: string, mark = ''): number[] {
     const ids: number[] = [];
     let start = 0;
     let trimNext = false;
     const ordinary = (end: number, trimEnd: boolean): void => {
-      let text = rendered.slice(start, end).replaceAll(mark, '');
+      let text = rendered.slice(start, end);
+      if (mark !== '') text = text.replaceAll(mark, '');
       if (trimNext) text = text.trimStart();
       if (trimEnd) text = text.trimEnd();
       for (const id of this.encodeText(text)) ids.push(id);

@@ -190,6 +190,8 @@ test('tool calls: text before them, one block each, inputs as objects; whole equ
   const ids = message.content.slice(2).map(({ id }: any) => id);
   assert.equal(new Set(ids).size, 3);
   for (const id of ids) assert.match(id, /^toolu_[0-9a-f]{24}$/);
+  const one = { ...request, tool_choice: { type: 'auto', disable_parallel_tool_use: true } };
+  assert.deepEqual(anonymous(await whole(harness, one)).content, anonymous(message).content.slice(0, 3));
   for (let size = 1; size <= tokens.length; size++) {
     harness.engine.script = function* () {
       for (let i = 0; i < tokens.length; i += size) {
@@ -328,8 +330,15 @@ test('parameters reach the engine', async () => {
   const { sampling, promptIds } = harness.engine.requests[0]!;
   assert.deepEqual([sampling.temperature, sampling.topP, sampling.topK], [0.5, 0.9, 7]);
   assert.deepEqual(sampling.logitBias, [[7, -Infinity]]);
-  await whole(harness, { ...ASK, system: null, tools: null, tool_choice: null, stop_sequences: null, top_k: null });
+  await whole(harness, { ...ASK, system: [], tools: null, tool_choice: null, stop_sequences: null, top_k: null });
   assert.deepEqual(harness.engine.requests[1]!.promptIds, promptIds);
+  await harness.close();
+});
+
+test('thinking stays a block where the server puts reasoning of chats into the content', async () => {
+  const harness = startHarness({ args: ['--reasoning-format', 'none'] });
+  const { content } = await whole(harness, ASK);
+  assert.deepEqual(content[0], { type: 'thinking', thinking: 'Let me see.', signature: '' });
   await harness.close();
 });
 
@@ -425,12 +434,6 @@ const REFUSED: [body: unknown, status: number, type: string, words: RegExp][] = 
     400,
     'invalid_request_error',
     /cannot be forced/,
-  ],
-  [
-    { ...ASK, tool_choice: { type: 'auto', disable_parallel_tool_use: true } },
-    400,
-    'invalid_request_error',
-    /several calls/,
   ],
   [
     { ...ASK, tools: [{ type: 'web_search_20250305', name: 'web_search' }] },

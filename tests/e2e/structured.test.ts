@@ -17,7 +17,7 @@ const NUM_SCHEMAS = Number(process.env['NUM_SCHEMAS'] ?? 40);
 let server: Server;
 
 before(async () => {
-  server = await Server.start();
+  server = await Server.start('--speculative-tokens', '0');
 });
 
 after(async () => {
@@ -120,6 +120,27 @@ test('a held answer does not depend on the batch around it', async () => {
   );
   assert.equal((await server.json(request)).choices[0].message.content, alone);
   await Promise.all(crowd);
+});
+
+test('drafts change nothing in a held answer', async () => {
+  const speculating = await Server.start('--speculative-tokens', '2');
+  try {
+    for (const seed of [1, 2, 3, 4]) {
+      const request = {
+        messages: ask('What is 12 + 30?'),
+        response_format: jsonSchema(PERSON),
+        temperature: 1,
+        seed,
+        return_token_ids: true,
+      };
+      const [plain, drafted] = [await server.json(request), await speculating.json(request)];
+      assert.deepEqual(drafted.choices[0].token_ids, plain.choices[0].token_ids);
+      assert.ok(validator(PERSON)(JSON.parse(drafted.choices[0].message.content)));
+    }
+    assert.ok((await speculating.metric('vllm:spec_decode_num_accepted_tokens_total')) > 0);
+  } finally {
+    assert.equal(await speculating.stop(), 0);
+  }
 });
 
 test('json_object, regex, choice, grammar, in every spelling', async () => {

