@@ -192,8 +192,8 @@ void validate_batch(const StepBatch& batch, const RunnerOptions& options) {
   check_starts("mask_start", batch.mask_start, num_seqs, 0, static_cast<int64_t>(batch.masks.size()));
   for (size_t s = 0; s < static_cast<size_t>(num_seqs); ++s) {
     const int64_t num_words = batch.mask_start[s + 1] - batch.mask_start[s];
-    check(num_words == 0 || num_words == (vocab_size + 31) / 32, "the mask of sequence ", s, " has ", num_words,
-          " words; a vocabulary of ", vocab_size, " takes ", (vocab_size + 31) / 32);
+    check(num_words == 0 || num_words == (vocab_size + 31) / 32, "the mask of sequence ", s, " has ",
+          num_words, " words; a vocabulary of ", vocab_size, " takes ", (vocab_size + 31) / 32);
   }
 
   check_ids("token_ids", batch.token_ids, vocab_size, "vocab_size");

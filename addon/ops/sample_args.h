@@ -3,8 +3,8 @@
 //
 // Row r, of sequence s, from its raw logits x:
 //   z     = x + bias; then for every id in the history: z > 0 ? z / repetition : z * repetition, then
-//           z -= frequency * count, then z -= presence where count > 0; then z = -infinity where the sequence's
-//           mask has a 0
+//           z -= frequency * count, then z -= presence where count > 0; then z = -infinity where the
+//           sequence's mask has a 0
 //   greedy (temperature 0): the largest z, ties to the lower id
 //   otherwise score = (z - max z) / temperature, and on the softmax of the scores, each filter over what the
 //   one before has left: min_p keeps p >= min_p * max p; top_k the k likeliest (ties: lower ids); top_p the
@@ -40,8 +40,8 @@ struct SampleBatch {
   std::vector<int32_t> bias_ids;    // [bias_start[S]]
   std::vector<float> bias_values;   // [bias_start[S]] -infinity bans
 
-  // Which tokens a sequence's grammar leaves: bit id % 32 of word id / 32, 1 is allowed. ceil(V / 32) words, or
-  // none where nothing is masked.
+  // Which tokens a sequence's grammar leaves: bit id % 32 of word id / 32, 1 is allowed. ceil(V / 32) words,
+  // or none where nothing is masked.
   std::vector<int32_t> mask_start;  // [S + 1]
   std::vector<int32_t> masks;       // [mask_start[S]]
 };

@@ -60,6 +60,10 @@ export async function readChatRequest(
   const logprobs = readLogprobs(body);
   const sampling = readSampling(body, context, logprobs);
   const format = answerFormat(body, context.formats.read(body), context.formats, context.prompts);
+  if (format && context.prompts.form === 'r1-zero') {
+    const message = "This model's reasoning is marked in its text, so its answer alone cannot be held to a format.";
+    throw new ApiError('unsupported_value', message, format.param);
+  }
   if (format && body.ignore_eos) {
     const message = `'ignore_eos' would go on behind the end of what '${format.param}' asks for; remove it.`;
     throw new ApiError('invalid_value', message, 'ignore_eos');

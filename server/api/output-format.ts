@@ -39,10 +39,10 @@ export class OutputFormats {
 
   /** null: the answer is free. Throws ApiError where the format is wrong, or cannot be held to. */
   read(body: ChatBody): OutputFormat | null {
-    const asked = askedFormats(body as Json);
+    const asked = askedFormats(body);
     if (asked.length > 1) {
       const [first, second] = asked.map(({ param }) => param);
-      throw new ApiError('invalid_value', `'${first}' and '${second}' both say a format; give one of them.`, second!);
+      throw new ApiError('invalid_value', `'${first}' and '${second}' both say a format; give one of them.`, second);
     }
     const [only] = asked;
     return only === undefined ? null : { param: only.param, grammar: this.#grammarOf(only) };

@@ -1,5 +1,5 @@
 import { ApiError } from '../errors.js';
-import { choice, GrammarBuilder, MAX_CODE_POINT, repeat, sequence, type Grammar, type GrammarNode } from '../grammar/grammar.js'; // prettier-ignore
+import { choice, DIGIT, GrammarBuilder, MAX_CODE_POINT, repeat, sequence, type Grammar, type GrammarNode } from '../grammar/grammar.js'; // prettier-ignore
 import { JsonRules } from '../grammar/json.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { ChatBody } from './chat-request.js';
@@ -58,7 +58,7 @@ function readCallRule(body: ChatBody): CallRule | null {
   };
   const isStrict = all.some(({ tool }) => (tool.function as Json)['strict'] === true);
   if (wanted === undefined || wanted === null || wanted === 'auto') {
-    return { tools: all, isRequired: false, max, isConstrained: isStrict || max !== null };
+    return { tools: all, isRequired: false, max, isConstrained: isStrict };
   }
   if (wanted === 'required') return { tools: all, isRequired: true, max, isConstrained: true };
   if (typeof wanted === 'object' && wanted['type'] === 'function') {
@@ -74,7 +74,7 @@ function readCallRule(body: ChatBody): CallRule | null {
   throw new ApiError('invalid_value', message, 'tool_choice');
 }
 
-/** V3.1 writes NAME<sep>{...}; V3 and R1 function<sep>NAME and the arguments in a fence. */
+/** V3 and R1 write the arguments in a fence, V3.1 as they are, Kimi-K2 a name with a number before them. */
 function callsNode(
   rule: CallRule,
   builder: GrammarBuilder,
@@ -83,17 +83,20 @@ function callsNode(
 ): GrammarNode {
   const { toolCallsBegin, toolCallsEnd } = prompts.markers;
   const { callBegin, callEnd, separator } = prompts.toolMarkers;
-  if (toolCallsBegin < 0 || callBegin < 0) {
-    const message = "This model's tool calls cannot be held to a format: its vocabulary has no tokens for them.";
+  const form = prompts.toolFormat?.name;
+  if (form === undefined || form === 'v3.2') {
+    const message = "This model's form of tool calls cannot be held to; leave 'tool_choice' and 'strict' out.";
     throw new ApiError('unsupported_value', message, 'tool_choice');
   }
   const control = (tokenId: number): GrammarNode => ({ kind: 'control', tokenId });
   const calls = rule.tools.map(({ tool, index }) => {
     const name = tool.function.name;
     const args = argumentsNode(tool, index, builder, formats);
-    const inner = prompts.fencesToolCalls
-      ? sequence('function', control(separator), `${name}\n\`\`\`json\n`, args, '\n```')
-      : sequence(name, control(separator), args);
+    const inner = {
+      v3: () => sequence('function', control(separator), `${name}\n\`\`\`json\n`, args, '\n```'),
+      'v3.1': () => sequence(name, control(separator), args),
+      'kimi-k2': () => sequence(`functions.${name}:`, repeat(DIGIT, 1, 2), control(separator), args),
+    }[form]();
     return sequence(control(callBegin), inner, control(callEnd));
   });
   const call = builder.rule(choice(...calls));
@@ -124,7 +127,9 @@ function embed({ rules }: Grammar, builder: GrammarBuilder): GrammarNode {
         return { kind: node.kind, items: node.items.map(moved) };
       case 'repeat':
         return { ...node, item: moved(node.item) };
-      default:
+      case 'text':
+      case 'class':
+      case 'control':
         return node;
     }
   };

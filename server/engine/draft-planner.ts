@@ -61,7 +61,7 @@ export class DraftPlanner {
         part.runMtp = false;
         continue;
       }
-      const room = sequence.grammar === null ? sequence.maxTokens - 2 - end : 0;
+      const room = sequence.followsGrammar ? 0 : sequence.maxTokens - 2 - end;
       const wanted = Math.max(0, Math.min(numDrafts, room));
       part.numDrafts = Math.min(wanted, this.#cover(sequence, end + wanted, numRunning) - end);
     }

@@ -326,14 +326,15 @@ export class Scheduler {
           numTaken++;
           const forced = sequence.appendForced();
           tokens.push(...forced);
-          if (forced.length > 0 || sequence.finishReason !== null) break;
+          // Behind reasoning each token needs the mask that the one before has led to.
+          if (forced.length > 0 || sequence.finishReason !== null || sequence.followsGrammar) break;
         }
         this.#counters.generationTokens += tokens.length;
         // Rows up to the one that gave the last token taken; whatever was sampled after it is dropped.
         const numComputed = start + count - draftIds.length + numTaken - 1;
         sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
         // Drafts follow the last token sampled; forced tokens take their place.
-        if (numTaken === tokens.length) sequence.draftIds = outcome.draftIds;
+        if (numTaken === tokens.length && !sequence.followsGrammar) sequence.draftIds = outcome.draftIds;
         this.#publish(sequence);
         if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
         if (sequence.finishReason === null) return this.#event(sequence, { tokens });

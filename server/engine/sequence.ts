@@ -94,13 +94,13 @@ export class Sequence {
 
   /**
    * Most drafts that one step may verify: up to the last token, and with the same banned ids at every position. None
-   * before or in an answer with a grammar, where each position has a mask of its own.
+   * in an answer with a grammar, where each position has a mask of its own.
    */
   get maxDrafts(): number {
-    if (this.grammar !== null) return 0;
+    if (this.followsGrammar) return 0;
     const room = this.maxTokens - 1 - this.tokens.length;
     const untilAllowed = this.request.sampling.minTokens - 1 - this.numCompletion;
-    return Math.max(0, this.bannedIds.size > 0 ? Math.min(room, untilAllowed) : room);
+    return Math.max(0, untilAllowed >= 0 && this.#stopIds.size > 0 ? Math.min(room, untilAllowed) : room);
   }
 
   /** [distinct id, times in the completion]; empty where no penalty is set. */

@@ -44,7 +44,10 @@ export function productivePart({ rules }: Grammar): Grammar | null {
         return { kind: 'choice', items: node.items.filter(check).map(prune) };
       case 'repeat':
         return check(node.item) ? { ...node, item: prune(node.item) } : { kind: 'sequence', items: [] };
-      default:
+      case 'text':
+      case 'class':
+      case 'control':
+      case 'rule':
         return node;
     }
   };
@@ -60,7 +63,9 @@ function rulesIn(node: GrammarNode): number[] {
       return node.items.flatMap(rulesIn);
     case 'repeat':
       return rulesIn(node.item);
-    default:
+    case 'text':
+    case 'class':
+    case 'control':
       return [];
   }
 }

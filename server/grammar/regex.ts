@@ -302,7 +302,9 @@ export function mapClasses(node: GrammarNode, write: (ranges: readonly CodeRange
       return { kind: node.kind, items: node.items.map((item) => mapClasses(item, write)) };
     case 'repeat':
       return { ...node, item: mapClasses(node.item, write) };
-    default:
+    case 'text':
+    case 'control':
+    case 'rule':
       return node;
   }
 }

@@ -24,15 +24,11 @@ export class SchemaCompiler {
 
   #checkForm(schema: Schema): void {
     const dialect = typeof schema === 'boolean' ? undefined : schema['$schema'];
-    const isOlder = typeof dialect === 'string' && /draft-0[4-7]/.test(dialect);
-    if (
-      dialect !== undefined &&
-      !isOlder &&
-      !String(dialect).includes('2019-09') &&
-      !String(dialect).includes('2020-12')
-    ) {
+    const known = typeof dialect === 'string' ? /draft-0[4-7]|2019-09|2020-12/.exec(dialect) : null;
+    if (dialect !== undefined && known === null) {
       throw new SchemaError('/$schema', 'this dialect is not known; use draft 2020-12 or draft-07');
     }
+    const isOlder = known?.[0].startsWith('draft') === true;
     const plain = typeof schema === 'boolean' ? schema : { ...schema };
     if (typeof plain !== 'boolean') delete plain['$schema'];
     const ajv = isOlder ? this.#older : this.#current;
@@ -47,7 +43,9 @@ function checkSize(schema: Schema): void {
   let open: unknown[] = [schema];
   for (let depth = 0; open.length > 0; depth++) {
     if (depth > MAX_SCHEMA_DEPTH) throw new SchemaError('', `it is nested deeper than ${MAX_SCHEMA_DEPTH} levels`);
-    open = open.flatMap((value) => (typeof value === 'object' && value !== null ? Object.values(value) : []));
+    open = open.flatMap((value): unknown[] =>
+      typeof value === 'object' && value !== null ? Object.values(value) : [],
+    );
   }
   if (JSON.stringify(schema).length > MAX_SCHEMA_BYTES) {
     throw new SchemaError('', `it has more than ${MAX_SCHEMA_BYTES} characters`);

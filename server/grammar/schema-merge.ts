@@ -28,7 +28,7 @@ export function mergeSchemas(some: Schema, other: Schema, pointer: string): Sche
     const names = second ? new Set(second.map(canonical)) : null;
     const otherTypes = other.type === undefined ? null : typesOf(other);
     const someTypes = some.type === undefined ? null : typesOf(some);
-    merged.enum = first!.filter(
+    merged.enum = first.filter(
       (value) =>
         (names === null || names.has(canonical(value))) &&
         (otherTypes === null || hasType(otherTypes, value)) &&

@@ -35,8 +35,6 @@ export class PromptEncoder {
   readonly hasThinkingSwitch: boolean;
   /** whether the chat template shows tools to the model */
   readonly rendersTools: boolean;
-  /** whether the template writes a call's arguments in a fence, as V3's and R1's do */
-  readonly fencesToolCalls: boolean;
   readonly #encoder: ConversationEncoder;
   readonly #thread: EncodeThread;
   readonly #assistantMarker: number;
@@ -46,7 +44,6 @@ export class PromptEncoder {
     this.hasThinkingSwitch = template.hasThinkingSwitch;
     this.rendersTools = template.rendersTools;
     this.form = form;
-    this.fencesToolCalls = template.source.includes('```json');
     this.#assistantMarker = tokenizer.addedId('<｜Assistant｜>');
     this.toolFormat = toolFormatOf(tokenizer, template.source);
     const isTagged = form === 'r1-zero';

@@ -223,10 +223,16 @@ const TABLE: [body: unknown, status: number, code: ErrorCode, param: string | nu
   ],
   [{ ...QUESTION, tools: [{ type: 'custom', custom: {} }] }, 400, 'unsupported_value', 'tools[0].type'],
   [
-    { ...QUESTION, tools: [{ type: 'function', function: { name: 'f', strict: true } }] },
+    {
+      ...QUESTION,
+      tools: [
+        { type: 'function', function: { name: 'f', strict: true, parameters: { properties: { a: { not: {} } } } } },
+      ],
+    },
     400,
-    'unsupported_value',
-    'tools[0].function.strict',
+    'invalid_value',
+    'tools[0].function.parameters',
+    /'\/properties\/a\/not'/,
   ],
   [
     { ...QUESTION, tools: [{ type: 'function', function: { name: 'f', parameters: nested(70) } }] },
@@ -235,15 +241,10 @@ const TABLE: [body: unknown, status: number, code: ErrorCode, param: string | nu
     'tools',
     /deeper than 64/,
   ],
-  [{ ...QUESTION, tool_choice: 'required' }, 400, 'unsupported_value', 'tool_choice'],
-  [
-    { ...QUESTION, tool_choice: { type: 'function', function: { name: 'f' } } },
-    400,
-    'unsupported_value',
-    'tool_choice',
-  ],
+  [{ ...QUESTION, tool_choice: 'required' }, 400, 'invalid_value', 'tool_choice', /no 'tools'/],
+  [{ ...QUESTION, tool_choice: { type: 'function', function: { name: 'f' } } }, 400, 'invalid_value', 'tool_choice'],
   // known elsewhere, not here
-  [{ ...QUESTION, response_format: { type: 'json_object' } }, 400, 'unsupported_value', 'response_format.type'],
+  [{ ...QUESTION, response_format: { type: 'xml' } }, 400, 'invalid_value', 'response_format.type'],
   [{ ...QUESTION, response_format: 'json' }, 400, 'invalid_type', 'response_format'],
   [{ ...QUESTION, reasoning_effort: 'hard' }, 400, 'invalid_value', 'reasoning_effort', /minimal, low, medium/],
   [{ ...QUESTION, reasoning_effort: 1.5 }, 400, 'invalid_value', 'reasoning_effort', /from 0 to 1/],
@@ -270,7 +271,7 @@ const TABLE: [body: unknown, status: number, code: ErrorCode, param: string | nu
   [{ ...QUESTION, max_tokens: 20, min_answer_tokens: 19 }, 400, 'invalid_value', 'min_answer_tokens', /at most 18/],
   [{ ...QUESTION, stop_scope: 'reasoning' }, 400, 'invalid_value', 'stop_scope'],
   [{ ...QUESTION, priority: 1.5 }, 400, 'invalid_type', 'priority'],
-  [{ ...QUESTION, guided_json: {} }, 400, 'unsupported_parameter', 'guided_json'],
+  [{ ...QUESTION, guided_json: { type: 'strnig' } }, 400, 'invalid_value', 'guided_json', /'\/type'/],
   [{ ...QUESTION, modalities: ['audio'] }, 400, 'unsupported_value', 'modalities'],
   [{ ...QUESTION, echo: true }, 400, 'unsupported_value', 'echo'],
   [{ ...QUESTION, functions: [] }, 400, 'unsupported_parameter', 'functions'],

@@ -140,7 +140,8 @@ const std::vector<BadBatch> kBadBatches = {
     {"history_ids[1] is 100", [](StepBatch& b, RunnerOptions&) { b.history_ids[1] = 100; }},
     {"mask_start has 2", [](StepBatch& b, RunnerOptions&) { b.mask_start.pop_back(); }},
     {"mask_start ends at 4", [](StepBatch& b, RunnerOptions&) { b.masks.pop_back(); }},
-    {"mask of sequence 1 has 3 words", [](StepBatch& b, RunnerOptions&) {
+    {"mask of sequence 1 has 3 words",
+     [](StepBatch& b, RunnerOptions&) {
        b.masks.pop_back();
        b.mask_start[2] = 3;
      }},

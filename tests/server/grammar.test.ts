@@ -232,7 +232,7 @@ async function until(heard: Heard, isDone: () => boolean): Promise<void> {
 }
 
 test('a thread that hangs is replaced: the culprit fails in time, the others go on where they were', async () => {
-  const entry = new URL('../helpers/hanging-grammar-thread.js', import.meta.url);
+  const entry = new URL('../helpers/hanging-grammar-thread.ts', import.meta.url);
   const thread = new GrammarThread({ tokenizer: '', vocabSize: 64, entry, compileMs: 300, maskMs: 300 });
   const grammar = parseEbnf('root ::= "a"');
   // A thread's timers do not keep the test alive.
