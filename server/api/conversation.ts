@@ -30,6 +30,9 @@ export async function readConversation(
   if (depthOf(tools, MAX_TOOL_DEPTH + 1) > MAX_TOOL_DEPTH) {
     throw new ApiError('invalid_value', `'tools' is nested deeper than ${MAX_TOOL_DEPTH} levels; flatten it.`, 'tools');
   }
+  if (tools && prompts.form === 'r1-zero') {
+    throw new ApiError('unsupported_parameter', "This model knows no tools; remove 'tools'.", 'tools');
+  }
   if (tools && !prompts.rendersTools && prompts.toolFormat === null) {
     const message = "This model has neither a chat template that shows tools nor marks for calls; remove 'tools'.";
     throw new ApiError('unsupported_parameter', message, 'tools');

@@ -87,7 +87,7 @@ export class PromptEncoder {
    */
   encodeRaw(text: string, addsSpecial: boolean): number[] {
     const ids = this.tokenizer.encodeRendered(text);
-    const { add_bos_token: addsBos, bos_token: bos } = this.tokenizer.files.config as Record<string, unknown>;
+    const { add_bos_token: addsBos, bos_token: bos } = this.tokenizer.files.config;
     const content = typeof bos === 'string' ? bos : (bos as { content?: string } | null | undefined)?.content;
     const bosId = content === undefined ? -1 : this.tokenizer.addedId(content);
     return addsSpecial && addsBos === true && bosId >= 0 && ids[0] !== bosId ? [bosId, ...ids] : ids;

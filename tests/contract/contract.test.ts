@@ -8,6 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { parse } from 'yaml';
 import { Contract } from '../../server/api/contract.js';
 import { BRANCH_TAGS } from '../../server/api/validation-error.js';
+import { FIELDS, fieldsText } from './fields.js';
 import { DOCUMENT, startHarness } from './harness.js';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
@@ -72,4 +73,8 @@ test('the document says the version of the package', () => {
   const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
   assert.equal(parse(readFileSync(DOCUMENT, 'utf8')).info.version, version);
   assert.ok(existsSync(join(root, 'openapi/openapi.yaml')));
+});
+
+test('the table of fields is that of the contract', () => {
+  assert.equal(readFileSync(FIELDS, 'utf8'), fieldsText());
 });

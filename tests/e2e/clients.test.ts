@@ -108,18 +108,21 @@ for (const [name, make] of models) {
       temperature: 0,
       maxRetries: 0,
       stopWhen: stepCountIs(2),
-      tools: {
-        [tools[0].function.name]: tool({
-          description: tools[0].function.description,
-          inputSchema: jsonSchema(tools[0].function.parameters),
-          execute: async (input: unknown) => {
-            asked.push(input);
-            return 'Violins are made in Cremona.';
-          },
-        }),
-      },
+      tools: Object.fromEntries(
+        tools.map(({ function: { name: own, description, parameters } }) => [
+          own,
+          tool({
+            description,
+            inputSchema: jsonSchema(parameters),
+            execute: async (input: unknown) => {
+              asked.push(own, input);
+              return 'Violins are made in Cremona.';
+            },
+          }),
+        ]),
+      ),
     });
-    assert.deepEqual(asked, [{ query: 'violin' }]);
+    assert.deepEqual(asked, ['search', { query: 'violin' }]);
     assert.equal(result.steps.length, 2);
     assert.ok(result.text.length > 0);
   });
