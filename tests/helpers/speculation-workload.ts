@@ -86,11 +86,22 @@ function samplingOf(index: number, prompt: readonly number[]): Partial<SamplingP
   }
 }
 
+/** Reasoning that the engine ends: forced tokens cut the list of accepted ones. */
+const THINK_END = 6;
+const THINKING: Partial<EngineRequest> = {
+  markers: { thinkStart: 5, thinkEnd: THINK_END, toolCallsBegin: -1, toolCallsEnd: -1 },
+  startPhase: 'reasoning',
+  thinking: { budget: 13, endIds: [34, 35, THINK_END], minAnswerTokens: 3, loopTokens: 8 },
+};
+
 export function makeRequests(prompts: readonly number[][], count: number): EngineRequest[] {
   return Array.from({ length: count }, (_, index) => {
     // Every third repeats a prompt, so that the prefix cache has hits of whole prompts too.
     const prompt = prompts[(index % 3 === 2 ? index - 2 : index) % prompts.length]!;
-    return makeRequest(`r${index}`, prompt, samplingOf(index, prompt), { cacheSalt: index % 5 === 0 ? 'tenant' : '' });
+    return makeRequest(`r${index}`, prompt, samplingOf(index, prompt), {
+      cacheSalt: index % 5 === 0 ? 'tenant' : '',
+      ...(index % 7 === 3 ? THINKING : {}),
+    });
   });
 }
 
