@@ -29,7 +29,7 @@ export const ENGINE_CONFIG: EngineConfig = {
 export const SETUPS: Record<string, Partial<EngineConfig>> = {
   'batches of up to 32': {},
   'chunks of up to 16 tokens': { maxStepTokens: 16, maxNumSeqs: 8, blockSize: 4 },
-  'a small cache': { maxStepTokens: 64, maxNumSeqs: 16, blockSize: 8, cacheMemory: 7 * 2 ** 19, maxModelLen: 400 },
+  'a small cache': { maxStepTokens: 64, maxNumSeqs: 16, blockSize: 8, cacheMemory: 3 * 2 ** 20, maxModelLen: 360 },
 };
 
 /** Prompts of the evaluation set, encoded; those of one task share a prefix. */
