@@ -14,6 +14,7 @@ void RowSampling::clear() {
   batch_ = SampleBatch{};
   batch_.history_start.assign(1, 0);
   batch_.bias_start.assign(1, 0);
+  batch_.mask_start.assign(1, 0);
 }
 
 int32_t RowSampling::append(const SampleBatch& batch, int64_t seq, const int32_t* more, int64_t num_more,
@@ -37,6 +38,9 @@ int32_t RowSampling::append(const SampleBatch& batch, int64_t seq, const int32_t
   copy_range(batch_.bias_ids, batch.bias_ids, batch.bias_start);
   copy_range(batch_.bias_values, batch.bias_values, batch.bias_start);
   batch_.bias_start.push_back(static_cast<int32_t>(batch_.bias_ids.size()));
+
+  copy_range(batch_.masks, batch.masks, batch.mask_start);
+  batch_.mask_start.push_back(static_cast<int32_t>(batch_.masks.size()));
 
   const size_t history_begin = batch_.history_ids.size();
   copy_range(batch_.history_ids, batch.history_ids, batch.history_start);

@@ -26,6 +26,8 @@ SampleBatch make_batch() {
   batch.bias_start = {0, 0, 1};
   batch.bias_ids = {4};
   batch.bias_values = {-1};
+  batch.mask_start = {0, 0, 1};
+  batch.masks = {0x0f};
   return batch;
 }
 
@@ -43,6 +45,8 @@ TEST("row sampling: a row's history is that of its sequence and the tokens befor
   CHECK(made.bias_start == (std::vector<int32_t>{0, 1, 2, 2}));
   CHECK(made.bias_ids == (std::vector<int32_t>{4, 4}));
   CHECK(made.bias_values == (std::vector<float>{-1, -1}));
+  CHECK(made.mask_start == (std::vector<int32_t>{0, 1, 2, 2}));
+  CHECK(made.masks == (std::vector<int32_t>{0x0f, 0x0f}));
   CHECK(made.num_logprobs == (std::vector<int32_t>{3, -1, 2}));
   CHECK(made.temperature == (std::vector<float>{0.5f, 0.5f, 0}));
   CHECK(made.seed_high == (std::vector<uint32_t>{4, 4, 3}));
