@@ -12,12 +12,17 @@ const MIN_VERIFIED = 24;
 /** where drafting does not pay, one new sequence in so many tries it again, for so many drafts */
 const PROBE_INTERVAL = 64;
 const PROBE_DRAFTS = 16;
-/** gain at which a sequence starts to run the MTP module, whose prefill is not counted */
-const MIN_GAIN = 1.05;
+/** gain at which a sequence starts to run the MTP module, whose prefill is not counted; at which it goes on */
+const MIN_GAIN_TO_START = 1.06;
+const MIN_GAIN = 1.03;
+const MIN_GAIN_OF_MORE = 1.05;
 /** steps in a row without gain after which sequences stop running the MTP module */
 const MAX_USELESS_STEPS = 16;
-/** every so many steps another number of drafts is tried: in turn one more, one fewer, none */
-const EXPLORE_INTERVAL = 16;
+/** every so many steps another number of drafts is tried for some steps: in turn none, one more, one fewer */
+const EXPLORE_INTERVAL = 192;
+const EXPLORE_STEPS = 12;
+/** steps after a change of number that are not counted: caches are still those of the steps before */
+const SETTLING_STEPS = 2;
 
 /** The number of drafts that makes most tokens a microsecond, from measured acceptance and measured costs. */
 export class AdaptiveDrafts implements DraftPolicy {
@@ -29,11 +34,13 @@ export class AdaptiveDrafts implements DraftPolicy {
   #numUselessSteps = 0;
   #numSkipped = 0;
   #probeDrafts = 0;
+  #lastDrafts = -1;
+  #numSettled = 0;
 
   wantsMtp(numSequences: number): boolean {
     if (!this.#costs.isKnown) return true;
-    if (this.#best(numSequences, numSequences, MIN_GAIN) > 0) return true;
-    return this.#isUnsure && this.#best(numSequences, numSequences, 1, 1) > 0 ? true : this.#isProbeDue;
+    if (this.#best(numSequences, numSequences, MIN_GAIN_TO_START) > 0) return true;
+    return this.#isUnsure && this.#best(numSequences, numSequences, MIN_GAIN, 1) > 0 ? true : this.#isProbeDue;
   }
 
   admit(runsMtp: boolean): void {
@@ -47,7 +54,7 @@ export class AdaptiveDrafts implements DraftPolicy {
   numDrafts(numSequences: number, numDrafting: number): number | null {
     if (!this.#costs.isKnown) return 1;
     this.#numSteps++;
-    const best = this.#best(numSequences, numDrafting, 1);
+    const best = this.#best(numSequences, numDrafting, MIN_GAIN);
     if (best > 0) {
       this.#numUselessSteps = 0;
       return this.#explore(best);
@@ -66,6 +73,13 @@ export class AdaptiveDrafts implements DraftPolicy {
   }
 
   observeStep(cost: StepCost): void {
+    this.#numSettled = cost.numDrafts === this.#lastDrafts ? this.#numSettled + 1 : 0;
+    this.#lastDrafts = cost.numDrafts;
+    if (this.#numSettled >= SETTLING_STEPS) this.#costs.observe(cost);
+  }
+
+  /** A step that was timed by itself. */
+  calibrate(cost: StepCost): void {
     this.#costs.observe(cost);
   }
 
@@ -77,18 +91,21 @@ export class AdaptiveDrafts implements DraftPolicy {
     return this.#numSkipped >= PROBE_INTERVAL;
   }
 
-  /** Drafts with the highest rate that is at least `minGain` times the rate without; 0 where there is none. */
+  /**
+   * Drafts with the highest rate, where it is at least `minGain` times the rate without; 0 where there is none. One
+   * more draft must gain something too: measured costs are never exact.
+   */
   #best(numSequences: number, numDrafting: number, minGain: number, acceptance?: number): number {
+    const costs = this.#costs.steps(numSequences, numDrafting, MAX_DRAFTS);
     let best = 0;
-    let bestRate = (minGain * numSequences) / this.#costs.step(numSequences, numDrafting, 0);
+    let bestRate = numSequences / costs[0]!;
     let expected = 1; // tokens of a drafting sequence
     let chance = 1; // that all drafts so far are accepted
     for (let count = 1; count <= MAX_DRAFTS; count++) {
       chance *= acceptance ?? this.#acceptanceAt(count - 1);
       expected += chance;
-      const numTokens = numSequences - numDrafting + numDrafting * expected;
-      const rate = numTokens / this.#costs.step(numSequences, numDrafting, count);
-      if (rate > bestRate) [best, bestRate] = [count, rate];
+      const rate = (numSequences - numDrafting + numDrafting * expected) / costs[count]!;
+      if (rate > (best === 0 ? minGain : MIN_GAIN_OF_MORE) * bestRate) [best, bestRate] = [count, rate];
     }
     return best;
   }
@@ -101,8 +118,8 @@ export class AdaptiveDrafts implements DraftPolicy {
 
   /** Now and then another number than the best, so that what it would cost stays known. */
   #explore(best: number): number {
-    if (this.#numSteps % EXPLORE_INTERVAL !== 0) return best;
-    const others = [Math.min(best + 1, MAX_DRAFTS), best - 1, 0];
-    return others[(this.#numSteps / EXPLORE_INTERVAL) % others.length]!;
+    if (this.#numSteps % EXPLORE_INTERVAL >= EXPLORE_STEPS) return best;
+    const others = [0, Math.min(best + 1, MAX_DRAFTS), best - 1];
+    return others[Math.floor(this.#numSteps / EXPLORE_INTERVAL) % others.length]!;
   }
 }

@@ -1,45 +1,62 @@
 import type { StepCost } from './draft-policy.js';
 
-/** what an estimate is the median of: interrupted steps do not move it, and what is long past is forgotten */
-const WINDOW = 15;
+/** observations that an estimate is made from, and how many steps they are kept */
+const WINDOW = 31;
+const MAX_AGE = 1024;
 
-/** Estimates by count, each from its latest observations. */
+/**
+ * Estimates by count, each the lower quartile of its latest observations: steps that other programs have interrupted
+ * do not move it.
+ */
 class Estimates {
-  readonly #observed = new Map<number, number[]>(); // bucket -> [1 .. WINDOW] latest last
-  readonly #medians = new Map<number, number>(); // bucket -> median
+  readonly #observed = new Map<number, { time: number; value: number }[]>(); // bucket -> [1 .. WINDOW] latest last
 
   get isEmpty(): boolean {
-    return this.#medians.size === 0;
+    return this.#observed.size === 0;
   }
 
-  add(count: number, value: number): void {
+  add(count: number, value: number, time: number): void {
     const bucket = bucketOf(count);
-    const values = [...(this.#observed.get(bucket) ?? []), value].slice(-WINDOW);
-    this.#observed.set(bucket, values);
-    this.#medians.set(bucket, [...values].sort((a, b) => a - b)[(values.length - 1) >> 1]!);
+    const values = [...(this.#observed.get(bucket) ?? []), { time, value }].slice(-WINDOW);
+    this.#observed.set(
+      bucket,
+      values.filter((entry) => time - entry.time <= MAX_AGE),
+    );
+  }
+
+  /** What is known of a count itself. */
+  at(count: number): number | undefined {
+    const values = this.#observed.get(bucketOf(count));
+    return values === undefined ? undefined : quartileOf(values.map(({ value }) => value));
   }
 
   /** The count nearest to this one that was observed, and its estimate. */
   nearest(count: number): { count: number; value: number } | undefined {
-    const bucket = bucketOf(count);
     let best: number | undefined;
-    for (const known of this.#medians.keys()) {
-      if (best === undefined || Math.abs(known - bucket) < Math.abs(best - bucket)) best = known;
+    for (const known of this.#observed.keys()) {
+      if (best === undefined || Math.abs(known - count) < Math.abs(best - count)) best = known;
     }
-    return best === undefined ? undefined : { count: best, value: this.#medians.get(best)! };
+    return best === undefined ? undefined : { count: best, value: this.at(best)! };
   }
 
-  /** Along the line between the neighbours that were observed, or through the last two beyond them. */
-  onLine(count: number): number | undefined {
-    const exact = this.#medians.get(bucketOf(count));
-    if (exact !== undefined) return exact;
-    const known = [...this.#medians.keys()].sort((a, b) => a - b);
-    if (known.length < 2) return this.nearest(count)?.value;
-    const above = known.findIndex((other) => other > count);
-    const right = above === -1 ? known.length - 1 : Math.max(1, above);
-    const [x0, x1] = [known[right - 1]!, known[right]!];
-    const [y0, y1] = [this.#medians.get(x0)!, this.#medians.get(x1)!];
-    return Math.max(y0 + ((y1 - y0) * (count - x0)) / (x1 - x0), Math.min(y0, y1) / 2);
+  /**
+   * The straight line closest to what is known of the counts first .. last, or next to them: many observations
+   * decide about one slope, so that a count that was seldom met does not look cheap by chance.
+   */
+  line(first: number, last: number): ((count: number) => number) | undefined {
+    const known = [...this.#observed.keys()].sort((a, b) => a - b);
+    let within = known.filter((count) => count >= bucketOf(first) && count <= bucketOf(last));
+    if (within.length < 2) within = known.sort((a, b) => Math.abs(a - first) - Math.abs(b - first)).slice(0, 2);
+    const points = within.map((count) => ({ x: count, y: this.at(count)!, weight: this.#observed.get(count)!.length }));
+    if (points.length === 0) return undefined;
+    const total = points.reduce((sum, { weight }) => sum + weight, 0);
+    const meanX = points.reduce((sum, { x, weight }) => sum + weight * x, 0) / total;
+    const meanY = points.reduce((sum, { y, weight }) => sum + weight * y, 0) / total;
+    const spread = points.reduce((sum, { x, weight }) => sum + weight * (x - meanX) ** 2, 0);
+    const covariance = points.reduce((sum, { x, y, weight }) => sum + weight * (x - meanX) * (y - meanY), 0);
+    // More rows never take less time, and never more than in proportion.
+    const slope = Math.min(Math.max(spread > 0 ? covariance / spread : meanY / meanX, 0), meanY / meanX);
+    return (count) => meanY + slope * (count - meanX);
   }
 }
 
@@ -49,42 +66,45 @@ export class CostModel {
   readonly #other = new Estimates(); // of a step, whatever it computes
   readonly #firstDraft = new Estimates();
   readonly #laterDraft = new Estimates();
+  #numSteps = 0;
 
   get isKnown(): boolean {
     return !this.#main.isEmpty && !this.#firstDraft.isEmpty;
   }
 
   observe({ numRows, mainMicros, otherMicros, numDrafting, numDrafts, draftMicros }: StepCost): void {
-    this.#main.add(numRows, mainMicros);
-    this.#other.add(0, otherMicros);
+    const time = ++this.#numSteps;
+    this.#main.add(numRows, mainMicros, time);
+    this.#other.add(0, otherMicros, time);
     if (numDrafting === 0 || numDrafts === 0) return;
-    if (numDrafts === 1) this.#firstDraft.add(numDrafting, draftMicros);
+    if (numDrafts === 1) this.#firstDraft.add(numDrafting, draftMicros, time);
     else {
-      const first = this.#draft(this.#firstDraft, numDrafting) ?? draftMicros / numDrafts;
-      this.#laterDraft.add(numDrafting, Math.max(0, draftMicros - first) / (numDrafts - 1));
+      const first = this.#firstDraft.at(numDrafting) ?? draftMicros / numDrafts;
+      this.#laterDraft.add(numDrafting, Math.max(0, draftMicros - first) / (numDrafts - 1), time);
     }
   }
 
-  /** Microseconds of a step of so many sequences, numDrafting of which verify and draw numDrafts each. */
-  step(numSequences: number, numDrafting: number, numDrafts: number): number {
-    const other = this.#other.nearest(0)?.value ?? 0;
-    const main = other + (this.main(numSequences + numDrafting * numDrafts) ?? 0);
-    if (numDrafts === 0) return main;
+  /**
+   * Microseconds of a step of so many sequences, numDrafting of which verify and draw count drafts each, for every
+   * count 0 .. maxDrafts.
+   */
+  steps(numSequences: number, numDrafting: number, maxDrafts: number): number[] {
+    const main = this.#main.line(numSequences, numSequences + numDrafting * maxDrafts);
     const first = this.#draft(this.#firstDraft, numDrafting) ?? 0;
     const later = this.#draft(this.#laterDraft, numDrafting) ?? first;
-    return main + first + (numDrafts - 1) * later;
-  }
-
-  /** Microseconds of the decoder layers for so many rows. */
-  main(numRows: number): number | undefined {
-    return this.#main.onLine(numRows);
+    const other = this.#other.at(0) ?? 0;
+    return Array.from({ length: maxDrafts + 1 }, (_, count) => {
+      const draft = count === 0 ? 0 : first + (count - 1) * later;
+      return other + (main?.(numSequences + numDrafting * count) ?? 0) + draft;
+    });
   }
 
   /** Of a number of sequences that was not observed: it grows as the decoder layers' time does. */
   #draft(estimates: Estimates, numDrafting: number): number | undefined {
     const nearest = estimates.nearest(numDrafting);
     if (nearest === undefined || nearest.count === bucketOf(numDrafting)) return nearest?.value;
-    return (nearest.value * this.main(numDrafting)!) / this.main(nearest.count)!;
+    const main = this.#main.line(Math.min(nearest.count, numDrafting), Math.max(nearest.count, numDrafting))!;
+    return (nearest.value * main(numDrafting)) / main(nearest.count);
   }
 }
 
@@ -93,4 +113,8 @@ function bucketOf(count: number): number {
   if (count <= 8) return count;
   const unit = 2 ** (Math.floor(Math.log2(count)) - 3);
   return Math.round(count / unit) * unit;
+}
+
+function quartileOf(values: number[]): number {
+  return values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 4)]!;
 }

@@ -1,7 +1,7 @@
 import { StartupError } from '../errors.js';
 import type { Checkpoint } from '../model/spec.js';
+import type { AdaptiveDrafts } from './adaptive-drafts.js';
 import type { NativeRunner, RunnerOptions } from './addon.js';
-import type { DraftPolicy } from './draft-policy.js';
 import { packStep } from './pack-step.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
@@ -20,7 +20,7 @@ export async function warmUp(
   runner: NativeRunner,
   checkpoint: Checkpoint,
   options: RunnerOptions,
-  timed: DraftPolicy | null,
+  timed: AdaptiveDrafts | null,
 ): Promise<void> {
   const start = performance.now();
   const firstId = checkpoint.bosTokenId ?? 0;
@@ -38,7 +38,7 @@ export async function warmUp(
           if (performance.now() - start > MAX_TIMING_MS) return;
           results.push(await runStep(runner, ids, numDrafts, options.blockSize));
         }
-        timed.observeStep({
+        timed.calibrate({
           numRows,
           otherMicros: 0,
           mainMicros: Math.min(...results.map(({ stepMicros, draftMicros }) => stepMicros - draftMicros)),

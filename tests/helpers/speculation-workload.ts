@@ -29,7 +29,7 @@ export const ENGINE_CONFIG: EngineConfig = {
 export const SETUPS: Record<string, Partial<EngineConfig>> = {
   'batches of up to 32': {},
   'chunks of up to 16 tokens': { maxStepTokens: 16, maxNumSeqs: 8, blockSize: 4 },
-  'a small cache': { maxStepTokens: 64, maxNumSeqs: 16, blockSize: 8, cacheMemory: 7 * 2 ** 19, maxModelLen: 400 },
+  'a small cache': { maxStepTokens: 64, maxNumSeqs: 16, blockSize: 8, cacheMemory: 3 * 2 ** 20, maxModelLen: 360 },
 };
 
 /** Prompts of the evaluation set, encoded; those of one task share a prefix. */
@@ -86,11 +86,22 @@ function samplingOf(index: number, prompt: readonly number[]): Partial<SamplingP
   }
 }
 
+/** Reasoning that the engine ends: forced tokens cut the list of accepted ones. */
+const THINK_END = 6;
+const THINKING: Partial<EngineRequest> = {
+  markers: { thinkStart: 5, thinkEnd: THINK_END, toolCallsBegin: -1, toolCallsEnd: -1 },
+  startPhase: 'reasoning',
+  thinking: { budget: 13, endIds: [34, 35, THINK_END], minAnswerTokens: 3, loopTokens: 8 },
+};
+
 export function makeRequests(prompts: readonly number[][], count: number): EngineRequest[] {
   return Array.from({ length: count }, (_, index) => {
     // Every third repeats a prompt, so that the prefix cache has hits of whole prompts too.
     const prompt = prompts[(index % 3 === 2 ? index - 2 : index) % prompts.length]!;
-    return makeRequest(`r${index}`, prompt, samplingOf(index, prompt), { cacheSalt: index % 5 === 0 ? 'tenant' : '' });
+    return makeRequest(`r${index}`, prompt, samplingOf(index, prompt), {
+      cacheSalt: index % 5 === 0 ? 'tenant' : '',
+      ...(index % 7 === 3 ? THINKING : {}),
+    });
   });
 }
 

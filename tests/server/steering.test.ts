@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import fc from 'fast-check';
+import { FixedDrafts } from '../../server/engine/draft-policy.js';
 import { packStep, unpackStep } from '../../server/engine/pack-step.js';
 import type { EmittedToken, EngineEvent, EngineRequest, ThinkingLimits } from '../../server/engine/request.js';
 import { Scheduler } from '../../server/engine/scheduler.js';
@@ -29,10 +30,12 @@ interface Setup {
 function run(
   setup: Setup,
   requests: readonly EngineRequest[],
+  numDrafts = 0,
 ): { outcomes: Map<string, Outcome>; scheduler: Scheduler } {
   const scheduler = new Scheduler({
     ...setup,
     fingerprint: 'fake',
+    drafts: new FixedDrafts(numDrafts),
     limits: { vocabSize: VOCAB_SIZE, maxContext: setup.numBlocks * setup.blockSize, maxOpen: 100 },
   });
   const runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
@@ -118,7 +121,7 @@ function checkLimits(request: EngineRequest, { tokens, last }: Outcome): void {
   assert.ok(sampled.length > 0);
 }
 
-test('forced tokens are the same alone, in chunks, in a crowd and after preemptions', () => {
+test('forced tokens are the same alone, in chunks, in a crowd, after preemptions and with drafts', () => {
   const seen = { budget: 0, answer_reserve: 0, loop: 0, none: 0 };
   let numPreemptions = 0;
   fc.assert(
@@ -129,15 +132,16 @@ test('forced tokens are the same alone, in chunks, in a crowd and after preempti
         numBlocks: fc.integer({ min: 84, max: 100 }),
         maxNumSeqs: fc.integer({ min: 1, max: 8 }),
         extraTokens: fc.integer({ min: 0, max: 20 }),
+        numDrafts: fc.integer({ min: 0, max: 4 }),
       }),
-      (list, { extraTokens, numBlocks, blockSize, maxNumSeqs }) => {
+      (list, { numDrafts, extraTokens, numBlocks, blockSize, maxNumSeqs }) => {
         const setup = {
           blockSize,
           maxNumSeqs,
           maxStepTokens: maxNumSeqs + extraTokens,
           numBlocks: Math.ceil(numBlocks / blockSize),
         };
-        const { outcomes, scheduler } = run(setup, list);
+        const { outcomes, scheduler } = run(setup, list, numDrafts);
         numPreemptions += scheduler.stats().numPreemptions;
         for (const request of list) {
           const outcome = outcomes.get(request.requestId)!;
