@@ -41,7 +41,6 @@ int32_t RowSampling::append(const SampleBatch& batch, int64_t seq, const int32_t
   copy_range(batch_.masks, batch.masks, batch.mask_start);
   batch_.mask_start.push_back(static_cast<int32_t>(batch_.masks.size()));
 
-
   const size_t history_begin = batch_.history_ids.size();
   copy_range(batch_.history_ids, batch.history_ids, batch.history_start);
   copy_range(batch_.history_counts, batch.history_counts, batch.history_start);

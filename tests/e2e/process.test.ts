@@ -41,7 +41,8 @@ test('kill -9 of the engine: error events within a second, health says so, a new
   })();
   openai.catch(() => {});
   const whole = server.chat({ ...LONG, stream: false });
-  while (numStarted < 4) await sleep(5);
+  // Before the kill each of them has reached the engine, the whole answer's request too.
+  while (numStarted < 4 || (await server.health()).num_running < 6) await sleep(5);
   killedAt = performance.now();
   process.kill(firstPid, 'SIGKILL');
 
