@@ -287,7 +287,7 @@ export interface components {
             tool_choice?: string | Record<string, never> | null;
             /** @description With false the answer has at most one call. */
             parallel_tool_calls?: boolean | null;
-            /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. An answer cut by the token limit is incomplete. */
+            /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. Near the token limit only what can still be completed is left, and reasoning is ended in time for that. A limit below the shortest answer cuts it (finish_reason length). */
             response_format?: {
                 /**
                  * @description The format.

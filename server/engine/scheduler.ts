@@ -198,10 +198,13 @@ export class Scheduler {
   /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
   #follow(sequence: Sequence, grammar: RequestGrammar): void {
     const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
-    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, {
+    const numLeft = sequence.request.startPhase === 'answer' ? sequence.numLeft : Infinity;
+    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, numLeft, {
       onReady: () => {
-        const isOver = sequence.isGrammarComplete && sequence.status !== 'finished';
-        this.onGrammar(isOver ? this.#finish(sequence, 'stop', { stopTokenId: -1 }) : null);
+        const isOver = (sequence.isGrammarComplete || sequence.isAtLimit) && sequence.status !== 'finished';
+        if (!isOver) return this.onGrammar(null);
+        const rest = sequence.isGrammarComplete ? { stopTokenId: -1 } : {};
+        this.onGrammar(this.#finish(sequence, sequence.isGrammarComplete ? 'stop' : 'length', rest));
       },
       onFailed: (error) => this.onGrammar(this.end(sequence.id, 'error', error)),
     });
