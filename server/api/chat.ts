@@ -3,6 +3,7 @@ import { ApiError } from '../errors.js';
 import { ChatBodies, wholeChat } from './chat-body.js';
 import { jobOfChoice, readChatRequest, type ChatBody } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect } from './chunk-dialect.js';
 import type { ApiContext } from './context.js';
 import { streamChoices } from './stream.js';
 
@@ -20,7 +21,7 @@ export async function createChatCompletion(
   abortWithClient(choices, context, request, reply);
   if (job.isStream) {
     const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));
-    return streamChoices(context, choices, bodies, job, reply);
+    return streamChoices(context, choices, new ChunkDialect(choices, bodies, job), reply);
   }
   await choices.run(() => {});
   if (choices.isAborted) return reply.hijack();

@@ -1,4 +1,5 @@
 import { Readable } from 'node:stream';
+import type { EventSink, StreamEvent } from './feed.js';
 
 export interface SseOptions {
   heartbeatMs: number;
@@ -9,20 +10,24 @@ export interface SseOptions {
 /** Buffered bytes beyond what the kernel holds, before events are held back and merged. */
 const MAX_BUFFERED_BYTES = 64 * 1024;
 
+export const KEEP_ALIVE = ': keep-alive\n\n';
+
 /**
  * Server-sent events to one client. Whoever writes asks `isReady` first and merges what it has while that is false;
  * `onReady` is called when the client has caught up. A heartbeat goes out when nothing else does.
  */
-export class SseWriter {
+export class SseWriter implements EventSink {
   readonly stream: Readable;
   onReady: () => void = () => {};
   #isReady = true;
   #lastProgress = performance.now();
   #lastWrite = performance.now();
   readonly #timer: NodeJS.Timeout;
+  readonly #heartbeat: string;
 
   /** `heartbeat` is what goes out when nothing else does. */
-  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = ': keep-alive\n\n') {
+  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = KEEP_ALIVE) {
+    this.#heartbeat = heartbeat;
     this.stream = new Readable({ highWaterMark: MAX_BUFFERED_BYTES, read: () => this.#wanted() });
     this.#timer = setInterval(
       () => {
@@ -30,7 +35,7 @@ export class SseWriter {
         if (!this.#isReady && now - this.#lastProgress >= stallMs) {
           this.stream.destroy(new Error(`the client has read nothing for ${stallMs} ms`));
         } else if (this.#isReady && now - this.#lastWrite >= heartbeatMs) {
-          this.#push(heartbeat);
+          this.beat();
         }
       },
       Math.min(1000, heartbeatMs, stallMs),
@@ -47,16 +52,12 @@ export class SseWriter {
     return this.stream.destroyed;
   }
 
-  event(data: string): void {
-    this.#push(`data: ${data}\n\n`);
+  write({ name, data }: StreamEvent): void {
+    this.#push(name === undefined ? `data: ${data}\n\n` : `event: ${name}\ndata: ${data}\n\n`);
   }
 
-  namedEvent(name: string, data: string): void {
-    this.#push(`event: ${name}\ndata: ${data}\n\n`);
-  }
-
-  comment(text: string): void {
-    this.#push(`: ${text}\n\n`);
+  beat(): void {
+    this.#push(this.#heartbeat);
   }
 
   end(): void {

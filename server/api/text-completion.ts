@@ -4,10 +4,11 @@ import { headOf, withSeed } from './chat-body.js';
 import type { ChatOutput, Piece, Usage } from './chat-output.js';
 import { jobOfChoice } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect, type ChunkBodies } from './chunk-dialect.js';
 import type { ApiContext } from './context.js';
 import type { TokenLogprob } from './logprobs.js';
 import type { components } from './openapi.js';
-import { streamChoices, type ChunkBodies } from './stream.js';
+import { streamChoices } from './stream.js';
 import { readTextRequest, type TextBody, type TextJob } from './text-request.js';
 
 type Schemas = components['schemas'];
@@ -28,7 +29,8 @@ export async function createCompletion(
   const choices = new Choices(groups, context, request.log, startedAt);
   abortWithClient(choices, context, request, reply);
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
-  if (jobs[0]!.isStream) return streamChoices(context, choices, bodies, jobs[0]!, reply);
+  const [first] = jobs as [TextJob];
+  if (first.isStream) return streamChoices(context, choices, new ChunkDialect(choices, bodies, first), reply);
   await choices.run(() => {});
   if (choices.isAborted) return reply.hijack();
   const body = {
