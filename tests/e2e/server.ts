@@ -1,5 +1,6 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { readFileSync } from 'node:fs';
+import type { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
@@ -34,20 +35,40 @@ function start(args: string[]): {
   return { child, exit, output };
 }
 
-/** A real server: its own process, the real engine, the bundled model. */
+/**
+ * A real server: its own process, the real engine, the bundled model. It does not keep the test's process alive, and
+ * dies with it: a test that fails before stop() ends all the same.
+ */
 export class Server {
   readonly url: string;
   readonly pid: number;
-  readonly exit: Promise<Exit>;
   readonly output: { stdout: string; stderr: string };
   readonly #child: ChildProcess;
+  readonly #exit: Promise<Exit>;
 
   private constructor(url: string, { child, exit, output }: ReturnType<typeof start>) {
     this.url = url;
     this.pid = child.pid!;
-    this.exit = exit;
     this.output = output;
     this.#child = child;
+    this.#exit = exit;
+    this.#hold(false);
+    const kill = (): boolean => child.kill('SIGKILL');
+    process.once('exit', kill);
+    void exit.then(() => process.off('exit', kill));
+  }
+
+  /** Waits for its end. */
+  get exit(): Promise<Exit> {
+    this.#hold(true);
+    return this.#exit;
+  }
+
+  #hold(isHeld: boolean): void {
+    for (const handle of [this.#child, this.#child.stdout as Socket, this.#child.stderr as Socket]) {
+      if (isHeld) handle.ref();
+      else handle.unref();
+    }
   }
 
   static async start(...args: string[]): Promise<Server> {
