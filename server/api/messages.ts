@@ -1,5 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { checkReady } from './chat.js';
+import { checkReady } from './client.js';
 import type { ChatOutput } from './chat-output.js';
 import { Completion } from './completion.js';
 import type { ApiContext } from './context.js';
@@ -93,7 +93,7 @@ async function streamMessage(
   const started = await Promise.race([first, isLate]).finally(() => clearTimeout(timer));
   if (started === false && output.finishReason === null) return reply.hijack(); // the client has left
 
-  const sse = new SseWriter(context.sse, PING);
+  const sse = new SseWriter(context.sse, () => PING);
   sse.stream.once('close', () => completion.abort());
   reply.header('cache-control', 'no-cache').header('x-accel-buffering', 'no');
   void reply.type('text/event-stream; charset=utf-8').send(sse.stream);

@@ -22,7 +22,7 @@ export class SseWriter {
   readonly #timer: NodeJS.Timeout;
 
   /** `heartbeat` is what goes out when nothing else does. */
-  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = ': keep-alive\n\n') {
+  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat: () => string) {
     this.stream = new Readable({ highWaterMark: MAX_BUFFERED_BYTES, read: () => this.#wanted() });
     this.#timer = setInterval(
       () => {
@@ -30,7 +30,7 @@ export class SseWriter {
         if (!this.#isReady && now - this.#lastProgress >= stallMs) {
           this.stream.destroy(new Error(`the client has read nothing for ${stallMs} ms`));
         } else if (this.#isReady && now - this.#lastWrite >= heartbeatMs) {
-          this.#push(heartbeat);
+          this.#push(heartbeat());
         }
       },
       Math.min(1000, heartbeatMs, stallMs),
@@ -47,8 +47,8 @@ export class SseWriter {
     return this.stream.destroyed;
   }
 
-  event(data: string): void {
-    this.#push(`data: ${data}\n\n`);
+  event(data: string, id?: string): void {
+    this.#push(id === undefined ? `data: ${data}\n\n` : `id: ${id}\ndata: ${data}\n\n`);
   }
 
   namedEvent(name: string, data: string): void {

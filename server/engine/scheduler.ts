@@ -6,7 +6,15 @@ import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PlanBuilder } from './plan-builder.js';
 import { PrefixCache, type CachedBlock } from './prefix-cache.js';
-import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
+import type {
+  EmittedToken,
+  EngineEvent,
+  EngineRequest,
+  EngineStats,
+  FinishReason,
+  RequestGrammar,
+  RequestProgress,
+} from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
@@ -78,9 +86,15 @@ export class Scheduler {
     if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
+    if (request.grammar) this.#follow(sequence, request.grammar);
+    try {
+      sequence.resume(request.resumedIds ?? []);
+    } catch (error) {
+      sequence.grammar?.close();
+      throw error;
+    }
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
-    if (request.grammar) this.#follow(sequence, request.grammar);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -92,6 +106,21 @@ export class Scheduler {
 
   openIds(): string[] {
     return [...this.#open.keys()];
+  }
+
+  /** Where the sequences stand that have had no event yet. */
+  progress(): [requestId: string, progress: RequestProgress][] {
+    const waiting = this.#waiting.map((sequence, numAhead): [string, RequestProgress] => [
+      sequence.id,
+      { status: 'waiting', numAhead },
+    ]);
+    const prefills = this.#running
+      .filter(({ numCompletion, numPending }) => numCompletion === 0 && numPending > 0)
+      .map(({ id, numComputed, promptLength }): [string, RequestProgress] => [
+        id,
+        { status: 'prefill', numComputed, numTokens: promptLength },
+      ]);
+    return [...waiting, ...prefills];
   }
 
   /**
@@ -297,7 +326,7 @@ export class Scheduler {
     if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
     this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
-      sequence.cachedTokens = sequence.numShared;
+      sequence.cachedTokens = Math.min(sequence.numShared, sequence.promptLength);
       this.#counters.prefixCacheQueries += sequence.promptLength;
       this.#counters.prefixCacheHits += sequence.cachedTokens;
     }

@@ -148,8 +148,8 @@ export async function readEvents(
     const blocks = rest.split('\n\n');
     rest = blocks.pop()!;
     for (const block of blocks) {
-      if (!block.startsWith('data: ')) continue;
-      const data = block.slice('data: '.length);
+      const data = /^data: (.*)$/m.exec(block)?.[1];
+      if (data === undefined) continue;
       if (data === '[DONE]') isDone = true;
       else {
         events.push(JSON.parse(data));
