@@ -2,6 +2,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify';
 import { ChatBodies, wholeChat } from './chat-body.js';
 import { jobOfChoice, readChatRequest, type ChatBody } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect } from './chunk-dialect.js';
 import { abortWithClient, checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import { MAX_LOG_BYTES } from './resumable.js';
@@ -25,9 +26,10 @@ export async function createChatCompletion(
   }
   const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));
   const { resumable } = context;
-  const kept = resumable.seconds > 0 ? { id: job.id, maxBytes: MAX_LOG_BYTES } : null;
-  const stream = new ChoiceStream(context, choices, bodies, job, request.log, kept);
-  if (kept) resumable.enter(job.id, { stream, choices, tenant: request.tenant }, reply);
+  const isKept = resumable.seconds > 0;
+  const options = isKept ? { kept: { id: job.id, maxBytes: MAX_LOG_BYTES } } : {};
+  const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, job), options);
+  if (isKept) resumable.enter(job.id, { stream, choices, tenant: request.tenant }, reply);
   abortWithClient(context, request, reply, choices, () => stream.leave(reply));
   return stream.begin(reply);
 }

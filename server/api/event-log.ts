@@ -1,7 +1,9 @@
-/** Data of a stream's events, numbered from 0 on; the latest are kept, so that a client that was cut off gets them. */
+import type { StreamEvent } from './feed.js';
+
+/** Events of a stream, numbered from 0 on; the latest are kept, so that a client that was cut off gets them. */
 export class EventLog {
   readonly #maxBytes: number;
-  readonly #events: string[] = []; // [num_kept] the last one is number `length` - 1
+  readonly #events: StreamEvent[] = []; // [num_kept] the last one is number `length` - 1
   #numDropped = 0;
   #numBytes = 0;
 
@@ -19,22 +21,22 @@ export class EventLog {
     return this.#numBytes;
   }
 
-  add(data: string): void {
-    this.#events.push(data);
-    this.#numBytes += data.length;
+  add(event: StreamEvent): void {
+    this.#events.push(event);
+    this.#numBytes += event.data.length;
     if (this.#numBytes <= this.#maxBytes) return;
     // Down to three quarters at once: taking one off the front of a long array moves all the others.
     let numOver = 0;
     while (this.#numBytes > 0.75 * this.#maxBytes && numOver < this.#events.length - 1) {
-      this.#numBytes -= this.#events[numOver++]!.length;
+      this.#numBytes -= this.#events[numOver++]!.data.length;
     }
     this.#events.splice(0, numOver);
     this.#numDropped += numOver;
   }
 
-  /** Numbers and data of the events behind number `last`; null where some of them are not kept any more. */
-  after(last: number): [number, string][] | null {
+  /** Numbers and events behind number `last`; null where some of them are not kept any more. */
+  after(last: number): [number, StreamEvent][] | null {
     if (last + 1 < this.#numDropped) return null;
-    return this.#events.slice(last + 1 - this.#numDropped).map((data, index) => [last + 1 + index, data]);
+    return this.#events.slice(last + 1 - this.#numDropped).map((event, index) => [last + 1 + index, event]);
   }
 }

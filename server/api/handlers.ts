@@ -31,7 +31,7 @@ export function makeHandlers(context: ApiContext) {
     createCompletion: (request, reply) => createCompletion(context, request, reply),
     tokenize: (request) => tokenize(context, request),
     detokenize: (request) => detokenize(context, request),
-    listModels: () => listModels(context),
+    listModels: (request) => listModels(context, request),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),
     getLiveness: () => getLiveness(),

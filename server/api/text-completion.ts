@@ -3,11 +3,12 @@ import { headOf, withSeed } from './chat-body.js';
 import type { ChatOutput, Piece, Usage } from './chat-output.js';
 import { jobOfChoice } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect, type ChunkBodies } from './chunk-dialect.js';
 import { abortWithClient, checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import type { TokenLogprob } from './logprobs.js';
 import type { components } from './openapi.js';
-import { ChoiceStream, type ChunkBodies } from './stream.js';
+import { ChoiceStream } from './stream.js';
 import { readTextRequest, type TextBody, type TextJob } from './text-request.js';
 import { sendWhole } from './whole.js';
 
@@ -29,7 +30,7 @@ export async function createCompletion(
   const choices = new Choices(groups, context, request.log, startedAt);
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
   if (jobs[0]!.isStream) {
-    const stream = new ChoiceStream(context, choices, bodies, jobs[0]!, request.log, null);
+    const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, jobs[0]!));
     abortWithClient(context, request, reply, choices, () => stream.leave(reply));
     return stream.begin(reply);
   }

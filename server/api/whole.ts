@@ -1,5 +1,6 @@
 import { Readable } from 'node:stream';
 import type { FastifyReply } from 'fastify';
+import type { ApiError } from '../errors.js';
 import type { Choices } from './choices.js';
 import type { ApiContext } from './context.js';
 import { toApiError } from './error-handler.js';
@@ -15,6 +16,7 @@ export async function sendWhole(
   choices: Choices,
   bodyOf: () => string,
   reply: FastifyReply,
+  errorBodyOf: (error: ApiError) => object = (error) => error.toBody(),
 ): Promise<unknown> {
   const { heartbeatMs } = context.sse;
   const run = choices.run(() => {});
@@ -43,7 +45,7 @@ export async function sendWhole(
     (error: unknown) => {
       const shown = toApiError(error);
       if (shown.code === 'internal_error') reply.log.error(error, 'a completion broke');
-      end(JSON.stringify(shown.toBody()));
+      end(JSON.stringify(errorBodyOf(shown)));
     },
   );
   return reply;

@@ -87,12 +87,7 @@ export class Scheduler {
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     if (request.grammar) this.#follow(sequence, request.grammar);
-    try {
-      sequence.resume(request.resumedIds ?? []);
-    } catch (error) {
-      sequence.grammar?.close();
-      throw error;
-    }
+    else sequence.resume(request.resumedIds ?? []);
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
   }
@@ -227,10 +222,18 @@ export class Scheduler {
   /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
   #follow(sequence: Sequence, grammar: RequestGrammar): void {
     const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
-    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, {
+    const numLeft = sequence.request.startPhase === 'answer' ? sequence.numLeft : Infinity;
+    let resumedIds = sequence.request.resumedIds ?? [];
+    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, numLeft, {
       onReady: () => {
-        const isOver = sequence.isGrammarComplete && sequence.status !== 'finished';
-        this.onGrammar(isOver ? this.#finish(sequence, 'stop', { stopTokenId: -1 }) : null);
+        // Where the reasoning is ended depends on what came with the first mask.
+        const ids = resumedIds;
+        resumedIds = [];
+        if (ids.length > 0) sequence.resume(ids);
+        const isOver = (sequence.isGrammarComplete || sequence.isAtLimit) && sequence.status !== 'finished';
+        if (!isOver) return this.onGrammar(null);
+        const rest = sequence.isGrammarComplete ? { stopTokenId: -1 } : {};
+        this.onGrammar(this.#finish(sequence, sequence.isGrammarComplete ? 'stop' : 'length', rest));
       },
       onFailed: (error) => this.onGrammar(this.end(sequence.id, 'error', error)),
     });

@@ -41,7 +41,8 @@ export function configOf(...args: string[]): ServeConfig {
 export function startHarness(
   options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } = {},
 ): Harness {
-  const prompts = PromptEncoder.read(POCKET);
+  const config = configOf(...(options.args ?? []));
+  const prompts = PromptEncoder.read(POCKET, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
   const tokens = (text: string, phase: EmittedToken['phase']): EmittedToken[] =>
     prompts.tokenizer.encodeText(text).map((id) => ({ id, phase }));
   const thought = (reasoning: string, answer: string): EmittedToken[] => [
@@ -53,7 +54,6 @@ export function startHarness(
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
   const { drain, sse } = options;
-  const config = configOf(...(options.args ?? []));
   if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
     engine.engineState.maxContext = config.maxModelLen;
   }
