@@ -4,6 +4,7 @@ import { Contract } from './api/contract.js';
 import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
+import { ResumableStreams } from './api/resumable.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -88,6 +89,7 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
     metrics: new Metrics(engine, modelNames[0]!),
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
+    resumable: new ResumableStreams(config.streamResume),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

@@ -1,6 +1,6 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { ApiError } from '../errors.js';
-import { abortWithClient, checkReady } from './chat.js';
+import { abortWithClient, checkReady } from './client.js';
 import type { ChatOutput, Piece } from './chat-output.js';
 import { Choices, type Choice } from './choices.js';
 import type { ApiContext } from './context.js';
@@ -15,7 +15,8 @@ import {
   type MessagesJob,
 } from './messages-request.js';
 import type { components } from './openapi.js';
-import { streamChoices } from './stream.js';
+import { ChoiceStream } from './stream.js';
+import { sendWhole } from './whole.js';
 
 type Schemas = components['schemas'];
 
@@ -31,23 +32,32 @@ export async function createMessage(
   const job = await readMessagesRequest(request.body, request.tenant, context);
   checkReady(context);
   const choices = new Choices([[job.chat]], context, request.log, startedAt);
-  abortWithClient(choices, context, request, reply);
   if (job.chat.isStream) {
     const dialect = new MessagesDialect(context, job, choices, requestIdOf(reply));
-    return streamChoices(context, choices, dialect, reply, PING);
+    const stream = new ChoiceStream(context, choices, dialect, { heartbeat: PING });
+    abortWithClient(context, request, reply, choices, () => stream.leave(reply));
+    return stream.begin(reply);
   }
-  await choices.run(() => {});
-  if (choices.isAborted) return reply.hijack(); // the client has left
+  abortWithClient(context, request, reply, choices);
+  return sendWhole(
+    context,
+    choices,
+    () => JSON.stringify(wholeMessage(context, job, choices)),
+    reply,
+    (error) => toMessagesError(error, requestIdOf(reply)),
+  );
+}
+
+function wholeMessage(context: ApiContext, job: MessagesJob, choices: Choices): Schemas['Message'] {
   const output = outputOf(choices);
   const blocks = new ContentBlocks(job);
   const events = [...output.take().flatMap((piece) => blocks.push(piece)), ...blocks.end()];
-  const message: Schemas['Message'] = {
+  return {
     ...headOf(context, job),
     content: joinBlocks(events),
     ...stopOf(output, job),
     usage: usageOf(output),
   };
-  return reply.type('application/json; charset=utf-8').send(JSON.stringify(message));
 }
 
 export async function countMessageTokens(

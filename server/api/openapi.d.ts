@@ -11,7 +11,8 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        get?: never;
+        /** The rest of a chat stream that was cut off, behind the last event that has arrived. */
+        get: operations["resumeChatCompletion"];
         put?: never;
         /** Completes a conversation, streamed or whole. */
         post: operations["createChatCompletion"];
@@ -1464,6 +1465,30 @@ export interface components {
 }
 export type $defs = Record<string, never>;
 export interface operations {
+    resumeChatCompletion: {
+        parameters: {
+            query?: never;
+            header: {
+                /** @description Id of that event, as its `id:` line says it. */
+                "Last-Event-ID": string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The events behind it, and what follows; as if the stream had never been cut. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/event-stream": components["schemas"]["ChatCompletionChunk"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
     createChatCompletion: {
         parameters: {
             query?: never;

@@ -10,8 +10,6 @@ export interface SseOptions {
 /** Buffered bytes beyond what the kernel holds, before events are held back and merged. */
 const MAX_BUFFERED_BYTES = 64 * 1024;
 
-export const KEEP_ALIVE = ': keep-alive\n\n';
-
 /**
  * Server-sent events to one client. Whoever writes asks `isReady` first and merges what it has while that is false;
  * `onReady` is called when the client has caught up. A heartbeat goes out when nothing else does.
@@ -23,10 +21,10 @@ export class SseWriter implements EventSink {
   #lastProgress = performance.now();
   #lastWrite = performance.now();
   readonly #timer: NodeJS.Timeout;
-  readonly #heartbeat: string;
+  readonly #heartbeat: () => string;
 
   /** `heartbeat` is what goes out when nothing else does. */
-  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = KEEP_ALIVE) {
+  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat: () => string) {
     this.#heartbeat = heartbeat;
     this.stream = new Readable({ highWaterMark: MAX_BUFFERED_BYTES, read: () => this.#wanted() });
     this.#timer = setInterval(
@@ -52,12 +50,13 @@ export class SseWriter implements EventSink {
     return this.stream.destroyed;
   }
 
-  write({ name, data }: StreamEvent): void {
-    this.#push(name === undefined ? `data: ${data}\n\n` : `event: ${name}\ndata: ${data}\n\n`);
+  write({ name, data }: StreamEvent, id?: string): void {
+    const lines = [...(id === undefined ? [] : [`id: ${id}`]), ...(name === undefined ? [] : [`event: ${name}`])];
+    this.#push([...lines, `data: ${data}\n\n`].join('\n'));
   }
 
   beat(): void {
-    this.#push(this.#heartbeat);
+    this.#push(this.#heartbeat());
   }
 
   end(): void {

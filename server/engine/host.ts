@@ -23,6 +23,10 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     if (engine !== null) send({ type: 'step', events, stats: engine.stats() });
   };
 
+  const sendHeartbeat = () => {
+    if (engine !== null) send({ type: 'step', events: [], stats: engine.stats(), progress: engine.allProgress() });
+  };
+
   process.on('disconnect', () => process.kill(process.pid, 'SIGKILL'));
   // A terminal's Ctrl-C reaches the whole group; when to stop is the API process's decision.
   process.on('SIGINT', () => {});
@@ -54,7 +58,7 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     const { device, weightBytes, cacheBytes } = state;
     sendEvents([]); // stats are known before anybody is told that it is ready
     send({ type: 'ready', info: { device, weightBytes, cacheBytes, limits: engine.limits } });
-    setInterval(() => sendEvents([]), HEARTBEAT_MS);
+    setInterval(sendHeartbeat, HEARTBEAT_MS);
   }
 
   /** Nothing that one request does may end the process. */

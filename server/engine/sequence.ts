@@ -200,6 +200,18 @@ export class Sequence {
     return forced;
   }
 
+  /** Appends the first tokens of a completion that goes on behind them. Throws RangeError where it cannot have them. */
+  resume(ids: readonly number[]): void {
+    let index = 0;
+    while (index < ids.length) {
+      this.append(ids[index++]!, undefined);
+      const isForced = this.appendForced().every(({ id }) => ids[index++] === id);
+      if (this.finishReason !== null || !isForced) {
+        throw new RangeError(`token ${index} of those to go on behind ends this completion or is another one's`);
+      }
+    }
+  }
+
   /** Tokens that an answer with a grammar needs to be complete; 0 where the limit has no room for them anyway. */
   get #numNeeded(): number {
     const numToEnd = this.grammar?.numToEnd ?? 0;

@@ -93,10 +93,7 @@ export function startHarness(
 
 /** Data of each event; comments are left out. */
 export function eventsOf(sse: string): any[] {
-  const data = sse
-    .split('\n\n')
-    .filter((part) => part.startsWith('data: '))
-    .map((part) => part.slice('data: '.length));
+  const data = sse.split('\n\n').flatMap((part) => /^data: (.*)$/m.exec(part)?.[1] ?? []);
   return data.map((text) => (text === '[DONE]' ? text : JSON.parse(text)));
 }
 
