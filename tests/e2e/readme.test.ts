@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { FLAGS, type Flag } from '../../server/flags.js';
+import { BUDGET_DATA, BUDGET_PLOT, plotOf, tableOf, type BudgetData } from '../bench/budget-plot.js';
 import { Reference, maxDifference } from '../helpers/reference.js';
 import { Server, rodin } from './server.js';
 
@@ -22,6 +23,15 @@ test("README's table of flags is the program's", () => {
   const expected = FLAGS.filter((flag) => flag.commands.includes('serve')).map(row);
   const actual = README.split('\n').filter((line) => line.startsWith('| `--'));
   assert.deepEqual(actual, expected);
+});
+
+test("README's table of budgets and its picture are the measured ones; no budget was broken", () => {
+  const data = JSON.parse(readFileSync(BUDGET_DATA, 'utf8')) as BudgetData;
+  assert.ok(README.includes(`\n${tableOf(data)}\n`));
+  assert.equal(readFileSync(BUDGET_PLOT, 'utf8'), plotOf(data));
+  const numAnswers = data.points.reduce((sum, { total }) => sum + total, 0);
+  assert.ok(README.includes(`In all ${numAnswers.toLocaleString('en')} answers`));
+  assert.ok(data.points.every(({ broken, empty }) => broken === 0 && empty === 0));
 });
 
 test("README's commands are the package's", () => {
