@@ -28,7 +28,7 @@ const bool kRegistered = [] {
           const OpsWeight weight(random, shape.rows, shape.cols, dtype, has_bias, shape.block_rows,
                                  shape.block_cols);
           const int64_t num_tokens = 33;
-          const OpsMatrix x = OpsMatrix::random(random, num_tokens, shape.cols, 2);
+          const OpsMatrix x = OpsMatrix::random_bf16(random, num_tokens, shape.cols, 2);
           OpsMatrix expected(num_tokens, shape.rows);
           make_reference()->linear(x.view, weight.view, expected.view);
           ops.reserve(test_limits());
@@ -52,7 +52,7 @@ const bool kRegistered = [] {
       OpsRandom random;
       const OpsWeight gate(random, 144, 200, dtype);
       const OpsWeight up(random, 144, 200, dtype);
-      const OpsMatrix x = OpsMatrix::random(random, 19, 200, 3);
+      const OpsMatrix x = OpsMatrix::random_bf16(random, 19, 200, 3);
       ops.reserve(test_limits());
       const std::unique_ptr<Ops> reference = make_reference();
       OpsMatrix out0(19, 144), out1(19, 144), single(19, 144), expected(19, 144), mlp_out(19, 144);

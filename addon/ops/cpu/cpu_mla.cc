@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kMinTokensPerPart = 16;
 
+int64_t round_up_to_group(int64_t n) { return ceil_div(n, kPackGroup) * kPackGroup; }
+
 }  // namespace
 
 struct CpuOps::Attention {
@@ -214,6 +216,11 @@ void CpuOps::apply_values(const Attention& at) {
       float* latent = value_latents_ + row * shape.lora_rank;
       kernels_.scale(latent, 1.0f / softmax_sum_[row], shape.lora_rank, latent);
       worker.x[i] = latent;
+      if (kernels_.pack) {
+        uint16_t* packed = worker.packed + i * round_up_to_group(shape.lora_rank);
+        kernels_.pack(latent, 0, shape.lora_rank, shape.lora_rank, packed);
+        worker.packed_rows[i] = packed;
+      }
       worker.out[i] = at.out.row<float>(at.first_token + first + i) + head * shape.v_dim;
     }
     LinearArgs args;
@@ -221,6 +228,7 @@ void CpuOps::apply_values(const Attention& at) {
     args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
     args.rows = shape.v_dim;
     args.x = worker.x;
+    args.packed = worker.packed_rows;
     args.out = worker.out;
     args.out_row0 = args.row0;
     args.m = count;

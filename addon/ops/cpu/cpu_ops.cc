@@ -58,6 +58,22 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     make(worker.out, max_pairs);
     make(worker.scores, 3 * limits.num_experts);
   }
+  const bool has_packed = kernels_.pack != nullptr;
+  packed_stride_ = round_up(max_inputs, kPackGroup);
+  packed_hidden_stride_ =
+      round_up(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size), kPackGroup);
+  if (has_packed) {
+    make(packed_, max_pairs);
+    make(packed_inputs_, tokens * packed_stride_);
+    for (Worker& worker : workers_) {
+      make(worker.packed, chunk_tokens_ * round_up(mla.lora_rank, kPackGroup));
+      make(worker.packed_rows, chunk_tokens_);
+    }
+    if (slots > 0) {
+      make(packed_hidden_, max_pairs * packed_hidden_stride_);
+      make(packed_hidden_rows_, max_pairs);
+    }
+  }
   make(x_rows_, max_pairs);
   make(out_rows_, max_pairs);
   make(out_rows1_, tokens);
@@ -118,17 +134,28 @@ void CpuOps::run_linear(const Weight& weight, const RowTasks& tasks, int64_t tas
   args.row0 = task * tasks.rows_per_task;
   args.rows = std::min(tasks.rows_per_task, weight.rows - args.row0);
   args.x = x_rows_;
+  args.packed = packed_;
   args.out = out;
   args.m = m;
   args.panel = worker.panel;
   kernels_.linear(args);
 }
 
+void CpuOps::take_inputs(const Tensor& x) {
+  for (int64_t t = 0; t < x.rows; ++t) x_rows_[t] = x.row<float>(t);
+  if (packed_ == nullptr) return;
+  for_parts(x.rows, x.cols / 8, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      uint16_t* to = packed_inputs_ + t * packed_stride_;
+      packed_[t] = to;
+      kernels_.pack(x_rows_[t], 0, x.cols, x.cols, to);
+    }
+  });
+}
+
 void CpuOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
-  for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
-    out_rows_[t] = out.row<float>(t);
-  }
+  take_inputs(x);
+  for (int64_t t = 0; t < x.rows; ++t) out_rows_[t] = out.row<float>(t);
   const RowTasks tasks = cut_rows(weight.rows, weight.cols, x.rows);
   pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
     run_linear(weight, tasks, task, x.rows, out_rows_, workers_[static_cast<size_t>(worker)]);
@@ -137,8 +164,8 @@ void CpuOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
 
 void CpuOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
                          const Tensor& out1) {
+  take_inputs(x);
   for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
     out_rows_[t] = out0.row<float>(t);
     out_rows1_[t] = out1.row<float>(t);
   }
@@ -165,25 +192,24 @@ void CpuOps::gqa_attention(const Tensor& q, const GqaShape&, const StepIndex& in
 }
 
 void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
-  for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
-    out_rows_[t] = out.row<float>(t);
-  }
+  take_inputs(x);
+  for (int64_t t = 0; t < x.rows; ++t) out_rows_[t] = out.row<float>(t);
   const RowTasks tasks = cut_rows(mlp.gate.rows, 2 * mlp.gate.cols, x.rows);
   pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
     const int64_t row0 = task * tasks.rows_per_task;
     const int64_t rows = std::min(tasks.rows_per_task, mlp.gate.rows - row0);
-    run_gate_up(mlp, 0, x.rows, row0, rows, workers_[static_cast<size_t>(worker)]);
+    run_gate_up(mlp, 0, x.rows, row0, rows, false, workers_[static_cast<size_t>(worker)]);
   });
 }
 
 // Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
-// out_rows_.
+// out_rows_, and where is_packed to the rows of packed_hidden_ too.
 void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
-                         int64_t rows, Worker& worker) {
+                         int64_t rows, bool is_packed, Worker& worker) {
   for (int64_t i = 0; i < num_pairs; ++i) worker.out[i] = worker.pairs + i * kRowGroup;
   LinearArgs args;
   args.x = x_rows_ + first_pair;
+  if (packed_) args.packed = packed_ + first_pair;
   args.m = num_pairs;
   args.panel = worker.panel;
   for (int64_t row = row0; row < row0 + rows; row += kRowGroup) {
@@ -200,6 +226,9 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     for (int64_t i = 0; i < num_pairs; ++i) {
       float* to = out_rows_[first_pair + i] + row;
       kernels_.silu_mul(to, worker.out[i], args.rows, to);
+      if (!is_packed) continue;
+      kernels_.pack(to, row, args.rows, mlp.gate.rows,
+                    packed_hidden_ + (first_pair + i) * packed_hidden_stride_);
     }
   }
 }

@@ -55,9 +55,11 @@ class CpuOps final : public HostOps {
 
   // Working memory of one worker of the pool.
   struct Worker {
-    float* panel = nullptr;     // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
-    float* scaled = nullptr;    // [4, nope_dim]
-    float* part = nullptr;      // [kQueryTile, lora_rank] one tile of attention
+    float* panel = nullptr;      // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
+    float* scaled = nullptr;     // [4, nope_dim]
+    float* part = nullptr;       // [kQueryTile, lora_rank] one tile of attention
+    uint16_t* packed = nullptr;  // [chunk_tokens, lora_rank rounded up] of apply_values
+    const uint16_t** packed_rows = nullptr;  // [chunk_tokens]
     float* pairs = nullptr;     // [max pairs, 16] one strip of outputs of every (token, expert) pair
     const float** x = nullptr;  // [max rows]
     float** out = nullptr;      // [max rows]
@@ -88,6 +90,8 @@ class CpuOps final : public HostOps {
 
   void run_linear(const Weight& weight, const RowTasks& tasks, int64_t task, int64_t m, float* const* out,
                   Worker& worker);
+  // Points x_rows_ at the rows of x, and packed_ at their packed forms where this path has them.
+  void take_inputs(const Tensor& x);
 
   struct Attention;  // one chunk of tokens of one mla_attention call
   void absorb_queries(const Attention& at);
@@ -99,7 +103,7 @@ class CpuOps final : public HostOps {
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
   void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,
-                   Worker& worker);
+                   bool is_packed, Worker& worker);
 
   const Kernels& kernels_;
   std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
@@ -107,8 +111,12 @@ class CpuOps final : public HostOps {
   std::vector<Worker> workers_;  // [num_threads]
 
   const float** x_rows_ = nullptr;  // [max rows] inputs of the op at hand
-  float** out_rows_ = nullptr;      // [max rows]
-  float** out_rows1_ = nullptr;     // [max rows] second output of linear_pair
+  // Packed forms of x_rows_; null on a path without.
+  const uint16_t** packed_ = nullptr;  // [max rows]
+  uint16_t* packed_inputs_ = nullptr;  // [T, packed_stride_]
+  int64_t packed_stride_ = 0;          // max inputs rounded up to kPackGroup
+  float** out_rows_ = nullptr;         // [max rows]
+  float** out_rows1_ = nullptr;        // [max rows] second output of linear_pair
 
   int64_t chunk_tokens_ = 0;        // most tokens of one chunk of attention
   float* query_latents_ = nullptr;  // [chunk_tokens, A, latent_dim] absorbed queries
@@ -121,11 +129,14 @@ class CpuOps final : public HostOps {
   float* parts_sum_ = nullptr;      // [max_parts]
 
   // A pair is one (token, expert) of the routing; pairs are sorted by expert, the shared expert's come last.
-  std::vector<int64_t> expert_start_;    // [E + 2] first pair of each expert; [E] is the shared one
-  std::vector<int64_t> active_experts_;  // [<= E + 1] experts that have pairs
-  std::vector<int64_t> pair_of_slot_;    // [T * k] where slot j of token t went
-  std::vector<int64_t> pair_token_;      // [T * (k + 1)]
-  float* expert_hidden_ = nullptr;       // [T, k * Im + Is] intermediate of every pair
+  std::vector<int64_t> expert_start_;              // [E + 2] first pair of each expert; [E] is the shared one
+  std::vector<int64_t> active_experts_;            // [<= E + 1] experts that have pairs
+  std::vector<int64_t> pair_of_slot_;              // [T * k] where slot j of token t went
+  std::vector<int64_t> pair_token_;                // [T * (k + 1)]
+  float* expert_hidden_ = nullptr;                 // [T, k * Im + Is] intermediate of every pair
+  uint16_t* packed_hidden_ = nullptr;              // [T * (k + 1), packed_hidden_stride_] the same packed
+  int64_t packed_hidden_stride_ = 0;               // max(Im, Is) rounded up to kPackGroup
+  const uint16_t** packed_hidden_rows_ = nullptr;  // [T * (k + 1)] null on a path without
 };
 
 }  // namespace rodin

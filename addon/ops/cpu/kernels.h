@@ -18,8 +18,10 @@ constexpr int64_t kKeyTile = 64;
 constexpr int64_t kQueryTile = 4;
 // Weight rows that `linear` widens at once when there are many tokens.
 constexpr int64_t kPanelRows = 16;
-// Floats that a row of a panel takes: rounded up to the widest vector.
-constexpr int64_t kPanelAlign = 16;
+// Elements that a row of a panel takes are rounded up to this.
+constexpr int64_t kPanelAlign = 64;
+// Packed inputs come in groups of so many; a packed row is whole groups, 64-byte aligned.
+constexpr int64_t kPackGroup = 64;
 
 // out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
 struct LinearArgs {
@@ -27,7 +29,9 @@ struct LinearArgs {
   int64_t row0 = 0;
   int64_t rows = 0;
   const float* const* x = nullptr;  // [m] rows of [cols]
-  float* const* out = nullptr;      // [m]
+  // The same rows packed, read instead of x where takes_packed(weight); null: the products are float32.
+  const uint16_t* const* packed = nullptr;  // [m] rows of [cols rounded up to kPackGroup] bf16
+  float* const* out = nullptr;              // [m]
   int64_t out_row0 = 0;
   int64_t m = 0;
   float* panel = nullptr;  // [kPanelRows, cols rounded up to kPanelAlign] working memory
@@ -99,10 +103,17 @@ struct Kernels {
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);
   void (*attend_gqa)(const AttendGqaArgs& args);
+  // Only paths with bf16 products have these two; null elsewhere.
+  bool (*takes_packed)(const Weight& weight);
+  // Rounds the inputs first .. first + n - 1 of a row of `cols` to bf16 and puts them where linear wants them
+  // in `out`, the packed row. `first` is a multiple of 16, n too unless the row ends there; where it ends,
+  // what is left of its last group becomes zero. x: [n]
+  void (*pack)(const float* x, int64_t first, int64_t n, int64_t cols, uint16_t* out);
 };
 
 const Kernels& kernels_portable();
-const Kernels& kernels_avx2();    // x86-64 only
-const Kernels& kernels_avx512();  // x86-64 only
+const Kernels& kernels_avx2();        // x86-64 only
+const Kernels& kernels_avx512();      // x86-64 only
+const Kernels& kernels_avx512bf16();  // x86-64 only
 
 }  // namespace rodin
