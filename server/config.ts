@@ -54,12 +54,33 @@ export interface LogitsConfig {
   readonly draft: boolean;
 }
 
+export interface BenchConfig {
+  /** checkpoint folder; with synthetic weights a config.json too */
+  readonly model: string;
+  readonly weights: 'checkpoint' | 'synthetic';
+  /** null: all */
+  readonly layers: number | null;
+  readonly batches: readonly number[];
+  readonly context: number;
+  /** 0: no prefill case */
+  readonly prompt: number;
+  readonly device: string;
+  readonly compute: 'auto' | 'float32';
+  readonly cpuPath: string;
+  readonly threads: number | null;
+  readonly json: boolean;
+}
+
 export type Command =
-  { kind: 'print'; text: string } | { kind: 'serve'; config: ServeConfig } | { kind: 'logits'; config: LogitsConfig };
+  | { kind: 'print'; text: string }
+  | { kind: 'serve'; config: ServeConfig }
+  | { kind: 'logits'; config: LogitsConfig }
+  | { kind: 'bench'; config: BenchConfig };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
+  bench: "'rodin bench step' times steps of the runner beside what the machine could do",
 };
 
 /** Throws StartupError for anything it does not know or cannot use. */
@@ -69,15 +90,20 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (first === undefined || first === '--help' || first === '-h' || first === 'help')
     return { kind: 'print', text: overview() };
   if (!Object.hasOwn(COMMANDS, first)) {
-    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(' and ')}.`);
+    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
+  if (command === 'bench' && !rest.some((text) => text === '--help' || text === '-h')) {
+    const what = rest.shift();
+    if (what !== 'step') throw new StartupError(`'rodin bench' measures steps: write 'rodin bench step'.`);
+  } else if (command === 'bench' && rest[0] === 'step') rest.shift();
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
   const { given, isHelp, isVersion } = parseFlags(command, flags, rest);
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
   if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
   const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
   if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
+  if (command === 'bench') return { kind: 'bench', config: benchConfig(values) };
   return { kind: 'logits', config: logitsConfig(values) };
 }
 
@@ -138,6 +164,22 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     threads: values['threads'] as number | null,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
+  });
+}
+
+function benchConfig(values: Record<string, FlagValue>): BenchConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    weights: values['weights'] as BenchConfig['weights'],
+    layers: values['layers'] as number | null,
+    batches: Object.freeze((values['batch'] as string[]).map(Number)),
+    context: values['context'] as number,
+    prompt: values['prompt'] as number,
+    device: values['device'] as string,
+    compute: values['compute'] as BenchConfig['compute'],
+    cpuPath: values['cpu-path'] as string,
+    threads: values['threads'] as number | null,
+    json: values['json'] as boolean,
   });
 }
 

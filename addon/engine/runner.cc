@@ -126,6 +126,10 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   Ops& ops = *state->ops;
   state->cache = std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp),
                                                options_.num_blocks, options_.block_size, cache_row_dim(spec));
+  if (std::any_of(state->entries.begin(), state->entries.end(),
+                  [](const TensorEntry& entry) { return entry.file.empty(); })) {
+    state->cache->fill_synthetic();
+  }
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
   place_weights(state->weights, ops, spec);
   const size_t ops_bytes = ops.reserve(ops_limits(options_));

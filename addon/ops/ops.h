@@ -77,6 +77,12 @@ struct CacheLayer {
   Tensor latents;  // [num_blocks * block_size, latent_dim or row_dim], cache_dtype()
 };
 
+// What a device can do at most, measured; 0: it does not measure that.
+struct Ceilings {
+  double read_bytes_per_second = 0;  // of memory that no cache holds
+  double flops_per_second = 0;       // of the products that linear is made of; a multiply-add counts as two
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -85,6 +91,8 @@ class Ops {
   virtual std::string name() const = 0;
   virtual Dtype activation_dtype() const = 0;
   virtual Dtype cache_dtype() const = 0;
+  // Takes about a second; for benchmarks.
+  virtual Ceilings measure_ceilings() { return {}; }
 
   // ---- memory -------------------------------------------------------------------------------------------
   // Device memory, 64-byte aligned, contents undefined; throws when there is none. Freed by free().

@@ -19,10 +19,11 @@ const SERVER_RULES: Record<string, string[]> = {
   metrics: ['errors', 'type:engine'],
   engine: ['errors', 'model', 'grammar'],
   logits: ['errors', 'model', 'engine', 'config'],
+  bench: ['errors', 'model', 'engine', 'type:config'],
   api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model'],
   app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model'],
   serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress'],
-  main: ['errors', 'config', 'flags', 'serve', 'logits', 'progress'],
+  main: ['errors', 'config', 'flags', 'serve', 'logits', 'bench', 'progress'],
 };
 
 const NATIVE_RULES: Record<string, string[]> = {

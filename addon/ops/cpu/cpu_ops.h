@@ -22,6 +22,7 @@ class CpuOps final : public HostOps {
 
   std::string name() const override;
   Dtype cache_dtype() const override { return Dtype::kF16; }
+  Ceilings measure_ceilings() override;
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;

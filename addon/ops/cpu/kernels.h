@@ -83,6 +83,8 @@ struct AttendGqaArgs {
   float* sum = nullptr;         // [num_rows]
 };
 
+constexpr int kProbeProducts = 16;
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs& args);
@@ -103,6 +105,12 @@ struct Kernels {
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);
   void (*attend_gqa)(const AttendGqaArgs& args);
+  // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
+  // what `linear` could reach. The result is written so that they are not left out.
+  void (*probe)(int64_t n, float* out);  // out: [16]
+  int64_t probe_flops;
+  // Reads n floats, a multiple of 256, as fast as it can; the result is a sum of them.
+  float (*read)(const float* data, int64_t n);
   // Only paths with bf16 products have these two; null elsewhere.
   bool (*takes_packed)(const Weight& weight);
   // Rounds the inputs first .. first + n - 1 of a row of `cols` to bf16 and puts them where linear wants them

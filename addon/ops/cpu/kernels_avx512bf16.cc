@@ -12,6 +12,8 @@ constexpr Kernels with_bf16() {
   Kernels kernels = kKernels;
   kernels.name = "avx512bf16";
   kernels.linear = linear_bf16;
+  kernels.probe = probe_bf16;
+  kernels.probe_flops = 2 * 2 * kLanes;
   kernels.takes_packed = takes_packed;
   kernels.pack = pack_bf16;
   return kernels;

@@ -315,5 +315,17 @@ void pack_bf16(const float* x, int64_t first, int64_t n, int64_t cols, uint16_t*
   }
 }
 
+void probe_bf16(int64_t n, float* out) {
+  V sums[kProbeProducts];
+  for (int i = 0; i < kProbeProducts; ++i) sums[i] = set1(static_cast<float>(i));
+  const __m512bh by = _mm512_cvtne2ps_pbh(set1(0.5f), set1(0.25f));
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 16
+    for (V& sum : sums) sum = _mm512_dpbf16_ps(sum, by, by);
+  }
+  for (int i = 1; i < kProbeProducts; ++i) sums[0] = add(sums[0], sums[i]);
+  store(out, sums[0]);
+}
+
 }  // namespace
 }  // namespace rodin
