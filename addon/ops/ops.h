@@ -105,6 +105,8 @@ class Ops {
   // The host memory outlives the Ops; a CPU keeps pointing at it. Called once each, before reserve().
   // Tied tensors are placed once and the result is copied by the caller.
   virtual void place(Weight& weight) = 0;
+  // A table of embeddings that no product uses.
+  virtual void place_table(Weight& table) { place(table); }
   virtual const float* place_vector(const float* host, int64_t size) = 0;  // [size]
   // The families may be repacked as a whole (`packed`); by default each tensor is placed on its own.
   virtual void place(MlpWeights& mlp) {

@@ -14,8 +14,10 @@ namespace rodin {
 namespace {
 
 constexpr int64_t kMinTokensPerPart = 16;
-
-int64_t round_up_to_group(int64_t n) { return ceil_div(n, kPackGroup) * kPackGroup; }
+// Elements from one row of Worker::rows_bf16 to the next.
+int64_t bf16_stride(const MlaShape& shape) {
+  return ceil_div(std::max(shape.lora_rank, shape.nope_dim), 32) * 32;
+}
 
 }  // namespace
 
@@ -92,6 +94,9 @@ void CpuOps::absorb_queries(const Attention& at) {
       worker.out[i] = to;
       kernels_.scale(query + shape.nope_dim, shape.softmax_scale, shape.rope_dim, to + shape.lora_rank);
     }
+    if (const auto* packed = static_cast<const PackedMla*>(at.mla.packed)) {
+      return absorb_packed(packed->keys[static_cast<size_t>(head)], shape, count, worker);
+    }
     AbsorbArgs args;
     args.weight = &at.mla.kv_b;
     args.row0 = head * (shape.nope_dim + shape.v_dim);
@@ -104,6 +109,25 @@ void CpuOps::absorb_queries(const Attention& at) {
     args.panel = worker.panel;
     kernels_.absorb(args);
   });
+}
+
+// The first `count` rows of worker.x, times the softmax scale, through a head's transposed W_UK to
+// worker.out.
+void CpuOps::absorb_packed(const Weight& key, const MlaShape& shape, int64_t count, Worker& worker) const {
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t* row = worker.rows_bf16 + i * bf16_stride(shape);
+    kernels_.scale(worker.x[i], shape.softmax_scale, shape.nope_dim, worker.scaled);
+    kernels_.to_bf16(worker.scaled, shape.nope_dim, row);
+    worker.x_bf16[i] = row;
+  }
+  LinearArgs args;
+  args.weight = &key;
+  args.rows = key.rows;
+  args.x_bf16 = worker.x_bf16;
+  args.out = worker.out;
+  args.m = count;
+  args.panel = worker.panel;
+  kernels_.linear(args);
 }
 
 // Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk.
@@ -216,19 +240,23 @@ void CpuOps::apply_values(const Attention& at) {
       float* latent = value_latents_ + row * shape.lora_rank;
       kernels_.scale(latent, 1.0f / softmax_sum_[row], shape.lora_rank, latent);
       worker.x[i] = latent;
-      if (kernels_.pack) {
-        uint16_t* packed = worker.packed + i * round_up_to_group(shape.lora_rank);
-        kernels_.pack(latent, 0, shape.lora_rank, shape.lora_rank, packed);
-        worker.packed_rows[i] = packed;
+      if (at.mla.packed) {
+        uint16_t* row = worker.rows_bf16 + i * bf16_stride(shape);
+        kernels_.to_bf16(latent, shape.lora_rank, row);
+        worker.x_bf16[i] = row;
       }
       worker.out[i] = at.out.row<float>(at.first_token + first + i) + head * shape.v_dim;
     }
     LinearArgs args;
-    args.weight = &at.mla.kv_b;
-    args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
+    if (const auto* packed = static_cast<const PackedMla*>(at.mla.packed)) {
+      args.weight = &packed->values[static_cast<size_t>(head)];
+      args.x_bf16 = worker.x_bf16;
+    } else {
+      args.weight = &at.mla.kv_b;
+      args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
+    }
     args.rows = shape.v_dim;
     args.x = worker.x;
-    args.packed = worker.packed_rows;
     args.out = worker.out;
     args.out_row0 = args.row0;
     args.m = count;

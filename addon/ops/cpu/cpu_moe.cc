@@ -10,7 +10,7 @@ namespace rodin {
 namespace {
 
 // Outputs of one task of the down pass, and rows that gate and up take at once.
-constexpr int64_t kStrip = 16;
+constexpr int64_t kStrip = 64;
 
 }  // namespace
 
@@ -40,18 +40,18 @@ void CpuOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_
   });
 }
 
-// Sorts the pairs by expert, keeping the order of tokens, and points x_rows_, packed_ and out_rows_ at their
+// Sorts the pairs by expert, keeping the order of tokens, and points x_rows_, x_bf16_ and out_rows_ at their
 // inputs and at their rows of expert_hidden_.
 void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe) {
   const int64_t num_experts = moe.route.num_experts;
   const int64_t num_slots = expert_ids.cols;
   const int64_t inner = moe.experts[0].gate.rows;
-  take_inputs(x);  // packs every token once; the rows are pointed at anew, pair by pair
+  take_inputs(x);  // rounds every token once; the rows are pointed at anew, pair by pair
   const auto point_pair = [&](int64_t pair, int64_t t) {
     x_rows_[pair] = x.row<float>(t);
-    if (packed_ == nullptr) return;
-    packed_[pair] = packed_inputs_ + t * packed_stride_;
-    packed_hidden_rows_[pair] = packed_hidden_ + pair * packed_hidden_stride_;
+    if (x_bf16_ == nullptr) return;
+    x_bf16_[pair] = inputs_bf16_ + t * bf16_stride_;
+    hidden_rows_[pair] = hidden_bf16_ + pair * hidden_stride_;
   };
   std::fill(expert_start_.begin(), expert_start_.end(), 0);
   for (int64_t t = 0; t < x.rows; ++t) {
@@ -113,7 +113,7 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
     const int64_t e = is_shared ? num_experts : active_experts_[static_cast<size_t>(task / pieces)];
     const int64_t row0 = piece * (is_shared ? task - num_routed * pieces : task % pieces);
     const int64_t rows = std::min(piece, mlp_of(e).gate.rows - row0);
-    run_gate_up(mlp_of(e), first_pair(e), num_pairs(e), row0, rows, packed_ != nullptr,
+    run_gate_up(mlp_of(e), first_pair(e), num_pairs(e), row0, rows, x_bf16_ != nullptr,
                 workers_[static_cast<size_t>(worker)]);
   });
 
@@ -134,7 +134,7 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
       }
       args.weight = &mlp_of(e).down;
       args.x = out_rows_ + first_pair(e);
-      if (packed_) args.packed = packed_hidden_rows_ + first_pair(e);
+      if (hidden_rows_) args.x_bf16 = hidden_rows_ + first_pair(e);
       args.out = worker.out + first_pair(e);
       args.m = num_pairs(e);
       kernels_.linear(args);

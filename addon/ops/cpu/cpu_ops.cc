@@ -8,7 +8,10 @@ namespace rodin {
 namespace {
 
 // Rows of a task are a multiple of the rows that a kernel takes at once.
-constexpr int64_t kRowGroup = 16;
+constexpr int64_t kRowGroup = 64;
+
+// Rows in bf16 start at multiples of this.
+constexpr int64_t kBf16Align = 32;
 
 constexpr int64_t kMaxChunkTokens = 256;
 constexpr int64_t kMinParts = 1024;
@@ -58,20 +61,19 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     make(worker.out, max_pairs);
     make(worker.scores, 3 * limits.num_experts);
   }
-  const bool has_packed = kernels_.pack != nullptr;
-  packed_stride_ = round_up(max_inputs, kPackGroup);
-  packed_hidden_stride_ =
-      round_up(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size), kPackGroup);
-  if (has_packed) {
-    make(packed_, max_pairs);
-    make(packed_inputs_, tokens * packed_stride_);
+  bf16_stride_ = round_up(max_inputs, kBf16Align);
+  hidden_stride_ =
+      round_up(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size), kBf16Align);
+  if (kernels_.to_bf16) {
+    make(x_bf16_, max_pairs);
+    make(inputs_bf16_, tokens * bf16_stride_);
     for (Worker& worker : workers_) {
-      make(worker.packed, chunk_tokens_ * round_up(mla.lora_rank, kPackGroup));
-      make(worker.packed_rows, chunk_tokens_);
+      make(worker.rows_bf16, chunk_tokens_ * round_up(std::max(mla.lora_rank, mla.nope_dim), kBf16Align));
+      make(worker.x_bf16, chunk_tokens_);
     }
     if (slots > 0) {
-      make(packed_hidden_, max_pairs * packed_hidden_stride_);
-      make(packed_hidden_rows_, max_pairs);
+      make(hidden_bf16_, max_pairs * hidden_stride_);
+      make(hidden_rows_, max_pairs);
     }
   }
   make(x_rows_, max_pairs);
@@ -134,7 +136,7 @@ void CpuOps::run_linear(const Weight& weight, const RowTasks& tasks, int64_t tas
   args.row0 = task * tasks.rows_per_task;
   args.rows = std::min(tasks.rows_per_task, weight.rows - args.row0);
   args.x = x_rows_;
-  args.packed = packed_;
+  args.x_bf16 = x_bf16_;
   args.out = out;
   args.m = m;
   args.panel = worker.panel;
@@ -143,12 +145,12 @@ void CpuOps::run_linear(const Weight& weight, const RowTasks& tasks, int64_t tas
 
 void CpuOps::take_inputs(const Tensor& x) {
   for (int64_t t = 0; t < x.rows; ++t) x_rows_[t] = x.row<float>(t);
-  if (packed_ == nullptr) return;
+  if (x_bf16_ == nullptr) return;
   for_parts(x.rows, x.cols / 8, [&](int64_t first, int64_t end, Worker&) {
     for (int64_t t = first; t < end; ++t) {
-      uint16_t* to = packed_inputs_ + t * packed_stride_;
-      packed_[t] = to;
-      kernels_.pack(x_rows_[t], 0, x.cols, x.cols, to);
+      uint16_t* to = inputs_bf16_ + t * bf16_stride_;
+      x_bf16_[t] = to;
+      kernels_.to_bf16(x_rows_[t], x.cols, to);
     }
   });
 }
@@ -203,13 +205,13 @@ void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& 
 }
 
 // Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
-// out_rows_, and where is_packed to the rows of packed_hidden_ too.
+// out_rows_, and where is_rounded to the rows of hidden_bf16_ too.
 void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
-                         int64_t rows, bool is_packed, Worker& worker) {
+                         int64_t rows, bool is_rounded, Worker& worker) {
   for (int64_t i = 0; i < num_pairs; ++i) worker.out[i] = worker.pairs + i * kRowGroup;
   LinearArgs args;
   args.x = x_rows_ + first_pair;
-  if (packed_) args.packed = packed_ + first_pair;
+  if (x_bf16_) args.x_bf16 = x_bf16_ + first_pair;
   args.m = num_pairs;
   args.panel = worker.panel;
   for (int64_t row = row0; row < row0 + rows; row += kRowGroup) {
@@ -226,9 +228,8 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     for (int64_t i = 0; i < num_pairs; ++i) {
       float* to = out_rows_[first_pair + i] + row;
       kernels_.silu_mul(to, worker.out[i], args.rows, to);
-      if (!is_packed) continue;
-      kernels_.pack(to, row, args.rows, mlp.gate.rows,
-                    packed_hidden_ + (first_pair + i) * packed_hidden_stride_);
+      if (!is_rounded) continue;
+      kernels_.to_bf16(to, args.rows, hidden_bf16_ + (first_pair + i) * hidden_stride_ + row);
     }
   }
 }

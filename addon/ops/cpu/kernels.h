@@ -19,9 +19,7 @@ constexpr int64_t kQueryTile = 4;
 // Weight rows that `linear` widens at once when there are many tokens.
 constexpr int64_t kPanelRows = 16;
 // Elements that a row of a panel takes are rounded up to this.
-constexpr int64_t kPanelAlign = 64;
-// Packed inputs come in groups of so many; a packed row is whole groups, 64-byte aligned.
-constexpr int64_t kPackGroup = 64;
+constexpr int64_t kPanelAlign = 16;
 
 // out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
 struct LinearArgs {
@@ -29,8 +27,9 @@ struct LinearArgs {
   int64_t row0 = 0;
   int64_t rows = 0;
   const float* const* x = nullptr;  // [m] rows of [cols]
-  // The same rows packed, read instead of x where takes_packed(weight); null: the products are float32.
-  const uint16_t* const* packed = nullptr;  // [m] rows of [cols rounded up to kPackGroup] bf16
+  // The same rows rounded to bf16, zeros after the last column; read in place of x where the weight is
+  // packed, and row0 is then a multiple of 16. Null: the products are float32.
+  const uint16_t* const* x_bf16 = nullptr;  // [m] rows of [cols rounded up to 4]
   float* const* out = nullptr;              // [m]
   int64_t out_row0 = 0;
   int64_t m = 0;
@@ -111,12 +110,9 @@ struct Kernels {
   int64_t probe_flops;
   // Reads n floats, a multiple of 256, as fast as it can; the result is a sum of them.
   float (*read)(const float* data, int64_t n);
-  // Only paths with bf16 products have these two; null elsewhere.
-  bool (*takes_packed)(const Weight& weight);
-  // Rounds the inputs first .. first + n - 1 of a row of `cols` to bf16 and puts them where linear wants them
-  // in `out`, the packed row. `first` is a multiple of 16, n too unless the row ends there; where it ends,
-  // what is left of its last group becomes zero. x: [n]
-  void (*pack)(const float* x, int64_t first, int64_t n, int64_t cols, uint16_t* out);
+  // Only paths that take packed weights (packed_weight.h) have this: rounds n inputs to bf16, with zeros
+  // after them up to a multiple of 4. Null elsewhere.
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
 };
 
 const Kernels& kernels_portable();

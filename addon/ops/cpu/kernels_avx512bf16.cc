@@ -14,8 +14,7 @@ constexpr Kernels with_bf16() {
   kernels.linear = linear_bf16;
   kernels.probe = probe_bf16;
   kernels.probe_flops = 2 * 2 * kLanes;
-  kernels.takes_packed = takes_packed;
-  kernels.pack = pack_bf16;
+  kernels.to_bf16 = to_bf16;
   return kernels;
 }
 constexpr Kernels kBf16Kernels = with_bf16();
