@@ -70,6 +70,7 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     for (Worker& worker : workers_) {
       make(worker.rows_bf16, chunk_tokens_ * round_up(std::max(mla.lora_rank, mla.nope_dim), kBf16Align));
       make(worker.x_bf16, chunk_tokens_);
+      make(worker.queries_bf16, kQueryTile * round_up(mla.latent_dim(), kBf16Align));
     }
     if (slots > 0) {
       make(hidden_bf16_, max_pairs * hidden_stride_);

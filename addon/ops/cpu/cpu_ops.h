@@ -23,7 +23,7 @@ class CpuOps final : public HostOps {
   ~CpuOps() override;
 
   std::string name() const override;
-  Dtype cache_dtype() const override { return Dtype::kF16; }
+  Dtype cache_dtype() const override { return kernels_.cache_dtype; }
   Ceilings measure_ceilings() override;
   // On a path that takes packed weights the placed ones are copies; routers and tables of embeddings stay.
   using HostOps::place;
@@ -69,6 +69,7 @@ class CpuOps final : public HostOps {
     float* part = nullptr;              // [kQueryTile, lora_rank] one tile of attention
     uint16_t* rows_bf16 = nullptr;      // [chunk_tokens, max(lora_rank, nope_dim) rounded up] of attention
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
+    uint16_t* queries_bf16 = nullptr;   // [kQueryTile, latent_dim rounded up] of attention
     float* pairs = nullptr;             // [max pairs, 16] one strip of outputs of every (token, expert) pair
     const float** x = nullptr;          // [max rows]
     float** out = nullptr;              // [max rows]
@@ -108,8 +109,8 @@ class CpuOps final : public HostOps {
   void attend_rows_in_order(const Attention& at);
   void attend_split(const Attention& at);
   void apply_values(const Attention& at);
-  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, float* const* out,
-                   float* max, float* sum) const;
+  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, Worker& worker,
+                   float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
   void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,

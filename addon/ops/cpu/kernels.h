@@ -56,11 +56,12 @@ struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
   int64_t num_rows = 0;             // 1 .. kQueryTile
   const uint16_t* const* keys =
-      nullptr;  // [kKeyTile] f16 rows of [latent_dim]; only first .. end - 1 are read
+      nullptr;  // [kKeyTile] cache rows of [latent_dim]; only first .. end - 1 are read
   int64_t first = 0;
   int64_t end = 0;
   int64_t latent_dim = 0;
   int64_t lora_rank = 0;
+  uint16_t* scratch = nullptr;  // [kQueryTile, latent_dim rounded up to 32] working memory
   float* const* out = nullptr;  // [num_rows] rows of [lora_rank]
   float* max = nullptr;         // [num_rows]
   float* sum = nullptr;         // [num_rows]
@@ -69,10 +70,11 @@ struct AttendArgs {
 // One tile of grouped-query attention for query rows that share a kv head and see the same keys, over keys
 // j = first .. end - 1: s_j = scale * q . key_j, then max, sum and out (of value_j) as above.
 struct AttendGqaArgs {
-  const float* const* q = nullptr;        // [num_rows] rows of [head_dim]
-  int64_t num_rows = 0;                   // any number
-  const uint16_t* const* keys = nullptr;  // [kKeyTile] f16 rows of [head_dim]; only first .. end - 1 are read
-  int64_t value_at = 0;                   // value_j = key_j + value_at
+  const float* const* q = nullptr;  // [num_rows] rows of [head_dim]
+  int64_t num_rows = 0;             // any number
+  const uint16_t* const* keys =
+      nullptr;           // [kKeyTile] cache rows of [head_dim]; only first .. end - 1 are read
+  int64_t value_at = 0;  // value_j = key_j + value_at
   int64_t first = 0;
   int64_t end = 0;
   int64_t head_dim = 0;
@@ -86,6 +88,7 @@ constexpr int kProbeProducts = 16;
 
 struct Kernels {
   const char* name;
+  Dtype cache_dtype;  // kF16 or kBF16
   void (*linear)(const LinearArgs& args);
   void (*absorb)(const AbsorbArgs& args);
   void (*attend)(const AttendArgs& args);
@@ -102,7 +105,7 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weights, int64_t num, const float* shared,
                        int64_t n, float* out);
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
-  void (*to_f16)(const float* x, int64_t n, uint16_t* out);
+  void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
   // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
   // what `linear` could reach. The result is written so that they are not left out.

@@ -2,7 +2,9 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#define RODIN_BF16_CACHE
 #include "ops/cpu/kernels_bf16.h"
+#include "ops/cpu/kernels_bf16_attention.h"
 #include "ops/cpu/kernels_table.h"
 
 namespace rodin {
@@ -12,6 +14,7 @@ constexpr Kernels with_bf16() {
   Kernels kernels = kKernels;
   kernels.name = "avx512bf16";
   kernels.linear = linear_bf16;
+  kernels.attend = attend_bf16;
   kernels.probe = probe_bf16;
   kernels.probe_flops = 2 * 2 * kLanes;
   kernels.to_bf16 = to_bf16;

@@ -119,11 +119,11 @@ float read_all(const float* data, int64_t n) {
   return hsum(sums[0]);
 }
 
-void to_f16(const float* x, int64_t n, uint16_t* out) {
+void to_cache(const float* x, int64_t n, uint16_t* out) {
   for_vectors(n, [&](int64_t i, int64_t count) {
-    if (count == kLanes) return store_f16(out + i, load(x + i));
+    if (count == kLanes) return store_cache(out + i, load(x + i));
     uint16_t buffer[16];  // [16]
-    store_f16(buffer, load_tail(x + i, count));
+    store_cache(buffer, load_tail(x + i, count));
     memcpy(out + i, buffer, static_cast<size_t>(count) * sizeof(uint16_t));
   });
 }
