@@ -69,6 +69,7 @@ class CpuOps final : public HostOps {
     float* part = nullptr;              // [kQueryTile, lora_rank] one tile of attention
     uint16_t* rows_bf16 = nullptr;      // [chunk_tokens, max(lora_rank, nope_dim) rounded up] of attention
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
+    uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
     uint16_t* queries_bf16 = nullptr;   // [kQueryTile, latent_dim rounded up] of attention
     float* pairs = nullptr;             // [max pairs, 16] one strip of outputs of every (token, expert) pair
     const float** x = nullptr;          // [max rows]
@@ -113,6 +114,8 @@ class CpuOps final : public HostOps {
                    float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
+  const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
+                                          Worker& worker) const;
   void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,
                    bool is_rounded, Worker& worker);
 
