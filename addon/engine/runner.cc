@@ -131,7 +131,7 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
     state->cache->fill_synthetic();
   }
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
-  place_weights(state->weights, ops, spec);
+  place_weights(state->weights, ops, spec, *state->table);
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
                                              ops_limits(options_).max_logit_rows);

@@ -1,5 +1,8 @@
 #include "model/tensor_table.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <mutex>
@@ -139,6 +142,15 @@ const float* TensorTable::copy_to_float(const TensorEntry& entry) {
   const char* data = data_of(entry);
   for (int64_t i = 0; i < size; ++i) copy[static_cast<size_t>(i)] = element_as_float(data, dtype, i);
   return copy.data();
+}
+
+void TensorTable::release(const Weight& weight) const {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(weight.data);
+  const auto bytes = static_cast<uintptr_t>(weight.rows * weight.cols * dtype_bytes(weight.dtype));
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
 }
 
 void TensorTable::make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads) {

@@ -38,6 +38,10 @@ class TensorTable {
   // and refuses FP8 weights that hold NaN; `loaded_bytes` rises by each tensor's bytes.
   void make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads);
 
+  // Gives the memory of a tensor that is never read again back to the system, but for the pages that it
+  // shares.
+  void release(const Weight& weight) const;
+
  private:
   const TensorEntry& find(const std::string& name) const;
   const char* data_of(const TensorEntry& entry) const;

@@ -31,6 +31,7 @@ class CpuOps final : public HostOps {
   void place(MoeWeights& moe) override;
   void place(MlaWeights& mla) override;
   void place_table(Weight&) override {}
+  bool is_copied(const Weight& weight) const override { return weight.packed != nullptr; }
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
