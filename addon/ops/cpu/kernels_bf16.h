@@ -79,9 +79,30 @@ inline __m512bh pair_of(const uint16_t* x) {
 template <class Read, int P, int M>
 inline void dot_panels(const Read& read, const char* const* panels, const uint16_t* const* x, int64_t begin,
                        int64_t end, V (&part)[P][M]) {
+  constexpr bool kIsPipelined = M == 2;
+  Wide next[P];  // [P] of a pipelined loop
+  if constexpr (kIsPipelined) {
+    for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + begin / kPackInputs * Read::kBytes);
+  }
   for (int64_t k = begin; k < end; k += kPackInputs) {
+    const int64_t at = k / kPackInputs * Read::kBytes;
+    if constexpr (M == 1) {  // one panel after another: the inputs stay in registers
+      const __m512bh first = pair_of(x[0] + k), second = pair_of(x[0] + k + 2);
+      for (int p = 0; p < P; ++p) {
+        const Wide wide = read.read(panels[p] + at);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.first, first);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.second, second);
+      }
+      continue;
+    }
     Wide wide[P];
-    for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + k / kPackInputs * Read::kBytes);
+    if constexpr (kIsPipelined) {  // the next weights are widened while these are multiplied
+      const int64_t ahead = k + kPackInputs < end ? at + Read::kBytes : at;
+      for (int p = 0; p < P; ++p) wide[p] = next[p];
+      for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + ahead);
+    } else {
+      for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + at);
+    }
     for (int t = 0; t < M; ++t) {
       const __m512bh pair = pair_of(x[t] + k);
       for (int p = 0; p < P; ++p) part[p][t] = _mm512_dpbf16_ps(part[p][t], wide[p].first, pair);
