@@ -54,12 +54,24 @@ export interface LogitsConfig {
   readonly draft: boolean;
 }
 
+export interface DoctorConfig {
+  readonly model: string;
+  readonly device: string;
+  readonly threads: number | null;
+}
+
 export type Command =
-  { kind: 'print'; text: string } | { kind: 'serve'; config: ServeConfig } | { kind: 'logits'; config: LogitsConfig };
+  | { kind: 'print'; text: string }
+  | { kind: 'serve'; config: ServeConfig }
+  | { kind: 'logits'; config: LogitsConfig }
+  | { kind: 'doctor'; config: DoctorConfig }
+  | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
+  doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
+  build: 'builds the native addon on this machine, where the one in the package does not load',
 };
 
 /** Throws StartupError for anything it does not know or cannot use. */
@@ -69,7 +81,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (first === undefined || first === '--help' || first === '-h' || first === 'help')
     return { kind: 'print', text: overview() };
   if (!Object.hasOwn(COMMANDS, first)) {
-    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(' and ')}.`);
+    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
@@ -77,8 +89,16 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
   if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
   const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
-  if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
-  return { kind: 'logits', config: logitsConfig(values) };
+  switch (command) {
+    case 'serve':
+      return { kind: 'serve', config: serveConfig(values, env) };
+    case 'logits':
+      return { kind: 'logits', config: logitsConfig(values) };
+    case 'doctor':
+      return { kind: 'doctor', config: doctorConfig(values) };
+    case 'build':
+      return { kind: 'build' };
+  }
 }
 
 export function packageVersion(): string {
@@ -138,6 +158,14 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     threads: values['threads'] as number | null,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
+  });
+}
+
+function doctorConfig(values: Record<string, FlagValue>): DoctorConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    device: values['device'] as string,
+    threads: values['threads'] as number | null,
   });
 }
 
@@ -209,5 +237,7 @@ function helpOf(command: CommandName, flags: readonly Flag[]): string {
     const note = flag.isRequired ? 'needed' : flag.isSwitch ? 'off' : (flag.defaultText ?? value);
     return `${name}${flag.help}\n${' '.repeat(30)}[${note}; ${variableOf(flag)}]`;
   });
-  return `rodin ${command}: ${COMMANDS[command]}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
+  const about = `rodin ${command}: ${COMMANDS[command]}`;
+  if (lines.length === 0) return `${about}\n\nIt has no flags.`;
+  return `${about}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
 }

@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-export type CommandName = 'serve' | 'logits';
+export type CommandName = 'serve' | 'logits' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
 
 export interface Flag {
@@ -22,6 +22,7 @@ export interface Flag {
 }
 
 const BOTH = ['serve', 'logits'] as const;
+const ALL = ['serve', 'logits', 'doctor'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
@@ -33,7 +34,7 @@ const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'
 export const FLAGS: readonly Flag[] = [
   {
     name: 'model',
-    commands: BOTH,
+    commands: ALL,
     value: 'DIR',
     default: BUNDLED_MODEL,
     defaultText: 'the bundled models/pocket-r1',
@@ -79,7 +80,7 @@ export const FLAGS: readonly Flag[] = [
     isList: true,
     help: "web origin that may call the API from a browser, or '*'; may be repeated",
   },
-  { name: 'device', commands: BOTH, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
+  { name: 'device', commands: ALL, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
   {
     name: 'compute',
     commands: BOTH,
@@ -90,7 +91,7 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'threads',
-    commands: BOTH,
+    commands: ALL,
     value: 'N',
     default: null,
     defaultText: 'one per core',

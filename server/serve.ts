@@ -1,5 +1,4 @@
 import type { AddressInfo } from 'node:net';
-import { availableParallelism } from 'node:os';
 import type { FastifyInstance } from 'fastify';
 import { Drain } from './api/drain.js';
 import { buildApp } from './app.js';
@@ -7,6 +6,7 @@ import type { ServeConfig } from './config.js';
 import { EngineClient } from './engine/process.js';
 import { StartupError } from './errors.js';
 import { textLog } from './log.js';
+import { usableCores } from './machine.js';
 import { readCheckpoint } from './model/checkpoint.js';
 import { LoadingProgress, sizeText } from './progress.js';
 import { PromptEncoder } from './text/prompt-encoder.js';
@@ -29,7 +29,7 @@ export async function serve(config: ServeConfig): Promise<number> {
       device: config.device,
       compute: config.compute,
       cpuPath: 'auto',
-      numThreads: config.threads ?? availableParallelism(),
+      numThreads: config.threads ?? usableCores(),
       blockSize: config.blockSize,
       cacheMemory: config.cacheMemory,
       maxModelLen: config.maxModelLen,

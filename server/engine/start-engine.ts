@@ -1,7 +1,7 @@
-import { freemem } from 'node:os';
 import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
+import { usableMemory } from '../machine.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
@@ -127,7 +127,7 @@ export function countBlocks(cacheMemory: number, blockBytes: number, blockSize: 
 /** As much as all sequences at full length could use, but at most half of what is free now. */
 function defaultCacheMemory(usefulBytes: number, device: string): number {
   if (device !== 'cpu') throw new StartupError(`--cache-memory must be given for the device ${device}.`);
-  return Math.min(usefulBytes, Math.floor(freemem() / 2));
+  return Math.min(usefulBytes, Math.floor(usableMemory() / 2));
 }
 
 /** The device to run on; 'auto' is the best usable one. */

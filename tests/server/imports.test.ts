@@ -13,16 +13,18 @@ const SERVER_RULES: Record<string, string[]> = {
   config: ['errors', 'flags'],
   log: [],
   progress: [],
+  machine: [],
   model: ['errors'],
   text: ['errors', 'type:engine'],
   grammar: ['errors', 'text'],
   metrics: ['errors', 'type:engine'],
-  engine: ['errors', 'model', 'grammar'],
-  logits: ['errors', 'model', 'engine', 'config'],
+  engine: ['errors', 'model', 'grammar', 'machine'],
+  logits: ['errors', 'model', 'engine', 'config', 'machine'],
+  doctor: ['errors', 'model', 'engine', 'config', 'machine', 'progress'],
   api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model'],
   app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model'],
-  serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress'],
-  main: ['errors', 'config', 'flags', 'serve', 'logits', 'progress'],
+  serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress', 'machine'],
+  main: ['errors', 'config', 'flags', 'serve', 'logits', 'doctor', 'progress'],
 };
 
 const NATIVE_RULES: Record<string, string[]> = {
