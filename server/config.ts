@@ -35,6 +35,10 @@ export interface ServeConfig {
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** ZeroMQ address to publish cache events on; null: none are published */
+  readonly kvEvents: string | null;
+  /** null: kv@HOSTNAME@MODEL */
+  readonly kvEventsTopic: string | null;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
@@ -130,6 +134,8 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    kvEvents: values['kv-events'] as string | null,
+    kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     shutdownTimeout: values['shutdown-timeout'] as number,

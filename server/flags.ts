@@ -223,6 +223,24 @@ export const FLAGS: readonly Flag[] = [
     help: 'text, json, or auto: text on a terminal, json elsewhere',
   },
   {
+    name: 'kv-events',
+    commands: SERVE,
+    value: 'ADDRESS',
+    default: null,
+    defaultText: 'off',
+    parse: zmqAddress,
+    help: 'address such as tcp://*:5557 on which routers read, by ZeroMQ, what the prefix cache holds',
+  },
+  {
+    name: 'kv-events-topic',
+    commands: SERVE,
+    value: 'TOPIC',
+    default: null,
+    defaultText: 'kv@HOSTNAME@MODEL',
+    parse: nonEmpty,
+    help: 'topic of those messages, by which routers tell servers and models apart',
+  },
+  {
     name: 'prompts',
     commands: LOGITS,
     value: 'FILE',
@@ -274,6 +292,13 @@ function folder(text: string): string {
 function origin(text: string): string {
   if (text !== '*' && !/^https?:\/\/[^/]+$/.test(text))
     throw new Error("must be an origin such as https://example.org, or '*'");
+  return text;
+}
+
+function zmqAddress(text: string): string {
+  const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
+  if (!(port <= 65535))
+    throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
   return text;
 }
 

@@ -1,10 +1,13 @@
 import type { AddressInfo } from 'node:net';
+import { hostname } from 'node:os';
 import type { FastifyInstance } from 'fastify';
 import { Drain } from './api/drain.js';
 import { buildApp } from './app.js';
 import type { ServeConfig } from './config.js';
 import { EngineClient } from './engine/process.js';
 import { StartupError } from './errors.js';
+import { readAddress } from './kv-events/address.js';
+import { KvEvents } from './kv-events/kv-events.js';
 import { textLog } from './log.js';
 import { usableCores } from './machine.js';
 import { readCheckpoint } from './model/checkpoint.js';
@@ -23,6 +26,7 @@ export async function serve(config: ServeConfig): Promise<number> {
   const prompts = PromptEncoder.read(config.model, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
   const log: { line: (line: string) => void } = { line: () => {} };
   const drain = new Drain();
+  const kvEvents = await publishCache(config, checkpoint.name, (line) => log.line(line));
   const engine = new EngineClient({
     config: {
       model: checkpoint.folder,
@@ -37,7 +41,9 @@ export async function serve(config: ServeConfig): Promise<number> {
       maxNumSeqs: config.maxNumSeqs,
       maxQueue: config.maxQueue,
       speculativeTokens: config.speculativeTokens,
+      hasCacheEvents: kvEvents !== null,
     },
+    ...(kvEvents === null ? {} : { onCacheEvents: (events) => kvEvents.publish(events) }),
     log: (line) => log.line(line),
   });
   let app: FastifyInstance | null = null;
@@ -61,7 +67,23 @@ export async function serve(config: ServeConfig): Promise<number> {
   } finally {
     await app?.close();
     await engine.close();
+    await kvEvents?.close();
     await prompts.close();
+  }
+}
+
+/** Publishes cache events where the config asks for it; null where it does not. */
+async function publishCache(
+  { kvEvents, kvEventsTopic, servedModelNames, blockSize }: ServeConfig,
+  folder: string,
+  log: (line: string) => void,
+): Promise<KvEvents | null> {
+  if (kvEvents === null) return null;
+  const topic = kvEventsTopic ?? `kv@${hostname()}@${servedModelNames[0] ?? folder}`;
+  try {
+    return await KvEvents.listen({ ...readAddress(kvEvents), topic, blockSize, log });
+  } catch (error) {
+    throw new StartupError(`--kv-events ${kvEvents} cannot be listened on: ${(error as Error).message}.`);
   }
 }
 

@@ -1,3 +1,4 @@
+import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import type { EngineEvent, EngineRequest, EngineStats } from './request.js';
 import type { EngineConfig } from './start-engine.js';
@@ -24,6 +25,6 @@ export type ChildMessage =
   | { type: 'progress'; loadedBytes: number; totalBytes: number }
   | { type: 'ready'; info: EngineInfo }
   /** one a step, carrying the events of all sequences; without events it is the heartbeat */
-  | { type: 'step'; events: EngineEvent[]; stats: EngineStats }
+  | { type: 'step'; events: EngineEvent[]; stats: EngineStats; cacheEvents?: CacheEvent[] }
   /** the last message: a sentence to show as it is where isStartup, the reason for a restart otherwise */
   | { type: 'failed'; message: string; isStartup: boolean };

@@ -1,5 +1,6 @@
 import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
+import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { DraftPlanner } from './draft-planner.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
@@ -22,6 +23,8 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** told of whatever changes in the prefix cache */
+  onCacheEvent?: (event: CacheEvent) => void;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
   grammars?: GrammarFollower;
 }
@@ -60,7 +63,7 @@ export class Scheduler {
     }
     this.#options = options;
     this.#pool = new BlockPool(options.numBlocks);
-    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint, options.onCacheEvent);
     this.#drafts = options.drafts ?? new FixedDrafts(0);
     this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
   }

@@ -29,6 +29,8 @@ export interface EngineConfig {
   maxNumSeqs: number;
   /** requests that may wait beyond maxNumSeqs */
   maxQueue: number;
+  /** tell what changes in the prefix cache; false where it is left out */
+  hasCacheEvents?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -90,6 +92,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,

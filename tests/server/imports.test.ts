@@ -17,13 +17,14 @@ const SERVER_RULES: Record<string, string[]> = {
   model: ['errors'],
   text: ['errors', 'type:engine'],
   grammar: ['errors', 'text'],
+  'kv-events': ['type:engine'],
   metrics: ['errors', 'type:engine'],
   engine: ['errors', 'model', 'grammar', 'machine'],
   logits: ['errors', 'model', 'engine', 'config', 'machine'],
   doctor: ['errors', 'model', 'engine', 'config', 'machine', 'progress'],
   api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model'],
   app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model'],
-  serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress', 'machine'],
+  serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress', 'machine', 'kv-events'],
   main: ['errors', 'config', 'flags', 'serve', 'logits', 'doctor', 'progress'],
 };
 
