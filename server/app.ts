@@ -11,6 +11,7 @@ import type { EngineHandle } from './engine/request.js';
 import { ApiError, StartupError } from './errors.js';
 import { Metrics } from './metrics.js';
 import type { Checkpoint } from './model/spec.js';
+import type { CompletionTracer } from './telemetry/completion-trace.js';
 import type { PromptEncoder } from './text/prompt-encoder.js';
 
 export interface AppOptions {
@@ -20,6 +21,8 @@ export interface AppOptions {
   engine: EngineHandle;
   /** begun by whoever shuts the server down */
   drain?: Drain;
+  /** who wants traces of completions */
+  tracer?: CompletionTracer;
   /** how patient streams are; tests are not */
   sse?: SseOptions;
   /** none: nothing is logged */
@@ -37,7 +40,16 @@ const HEARTBEAT_MS = 10_000;
 const STALL_MS = 60_000;
 
 /** The HTTP server over an engine and a checkpoint's text side. Never listens; close() closes neither of them. */
-export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logger }: AppOptions): FastifyInstance {
+export function buildApp({
+  config,
+  checkpoint,
+  prompts,
+  engine,
+  drain,
+  tracer,
+  sse,
+  logger,
+}: AppOptions): FastifyInstance {
   const { spec, defaults, name, fingerprint } = checkpoint;
   if (config.maxModelLen !== null && config.maxModelLen > spec.maxPositionEmbeddings) {
     throw new StartupError(
@@ -86,6 +98,7 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
     startedAt: Math.floor(Date.now() / 1000),
     contract: Contract.read(),
     metrics: new Metrics(engine, modelNames[0]!),
+    tracer: tracer ?? null,
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

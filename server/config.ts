@@ -35,6 +35,8 @@ export interface ServeConfig {
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** where traces go; null: there are none */
+  readonly otlpTracesEndpoint: string | null;
   /** ZeroMQ address to publish cache events on; null: none are published */
   readonly kvEvents: string | null;
   /** null: kv@HOSTNAME@MODEL */
@@ -134,6 +136,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,
     kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,

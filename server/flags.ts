@@ -223,6 +223,15 @@ export const FLAGS: readonly Flag[] = [
     help: 'text, json, or auto: text on a terminal, json elsewhere',
   },
   {
+    name: 'otlp-traces-endpoint',
+    commands: SERVE,
+    value: 'URL',
+    default: null,
+    defaultText: 'off',
+    parse: httpUrl,
+    help: 'OpenTelemetry collector that gets a trace of each request, e.g. http://localhost:4318/v1/traces',
+  },
+  {
     name: 'kv-events',
     commands: SERVE,
     value: 'ADDRESS',
@@ -299,6 +308,12 @@ function zmqAddress(text: string): string {
   const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
   if (!(port <= 65535))
     throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
+  return text;
+}
+
+function httpUrl(text: string): string {
+  const protocol = URL.canParse(text) ? new URL(text).protocol : '';
+  if (protocol !== 'http:' && protocol !== 'https:') throw new Error('must be an http or https address with its path');
   return text;
 }
 

@@ -16,7 +16,7 @@ export async function createChatCompletion(
   const job = await readChatRequest(request.body, request.tenant, context);
   checkReady(context);
   const jobs = Array.from({ length: job.numChoices }, (_, index) => jobOfChoice(job, index));
-  const choices = new Choices([jobs], context, request.log, startedAt);
+  const choices = new Choices([jobs], context, request, startedAt);
   abortWithClient(choices, context, request, reply);
   if (job.isStream) {
     const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));

@@ -53,7 +53,7 @@ function beginCompletion(
   reply: FastifyReply,
   startedAt: number,
 ): Completion {
-  const completion = new Completion(chat, context, request.log, startedAt);
+  const completion = new Completion(chat, context, request, startedAt);
   const leave = context.drain.enter(() => context.engine.abort(chat.engineRequest.requestId));
   // 'close' comes after every response; before the response is written the client has left.
   reply.raw.once('close', () => {

@@ -25,7 +25,7 @@ export async function createCompletion(
   const groups = jobs.map((job) =>
     Array.from({ length: job.numChoices }, (_, index): Job => ({ ...jobOfChoice(job, index), echo: job.echo })),
   );
-  const choices = new Choices(groups, context, request.log, startedAt);
+  const choices = new Choices(groups, context, request, startedAt);
   abortWithClient(choices, context, request, reply);
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
   if (jobs[0]!.isStream) return streamChoices(context, choices, bodies, jobs[0]!, reply);

@@ -43,6 +43,7 @@ export class Engine implements EngineHandle {
     this.#runner = runner;
     this.#options = options;
     this.#scheduler = new Scheduler({
+      now: () => performance.now(),
       ...options,
       ...(options.hasCacheEvents ? { onCacheEvent: (event) => void this.#cacheEvents.push(event) } : {}),
     });

@@ -23,6 +23,8 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** milliseconds of a clock: events then say how long their sequence waited */
+  now?: () => number;
   /** told of whatever changes in the prefix cache */
   onCacheEvent?: (event: CacheEvent) => void;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
@@ -81,6 +83,7 @@ export class Scheduler {
     if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
+    if (this.#options.now) sequence.addedAt = this.#options.now();
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
     if (request.grammar) this.#follow(sequence, request.grammar);
@@ -300,6 +303,7 @@ export class Scheduler {
     if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
     this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
+      if (this.#options.now) sequence.queueMs = this.#options.now() - sequence.addedAt;
       sequence.cachedTokens = sequence.numShared;
       this.#counters.prefixCacheQueries += sequence.promptLength;
       this.#counters.prefixCacheHits += sequence.cachedTokens;
@@ -387,13 +391,16 @@ export class Scheduler {
       reasoningEnded,
       numDraftTokens: draftTokens,
       numAcceptedTokens: acceptedTokens,
+      queueMs,
     } = sequence;
+    sequence.queueMs = null;
     return {
       requestId: id,
       tokens: [],
       cachedTokens: Math.max(0, cachedTokens),
       ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
       ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...(queueMs === null ? {} : { queueMs }),
       ...rest,
     };
   }

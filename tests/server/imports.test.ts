@@ -18,13 +18,18 @@ const SERVER_RULES: Record<string, string[]> = {
   text: ['errors', 'type:engine'],
   grammar: ['errors', 'text'],
   'kv-events': ['type:engine'],
+  telemetry: [],
   metrics: ['errors', 'type:engine'],
   engine: ['errors', 'model', 'grammar', 'machine'],
   logits: ['errors', 'model', 'engine', 'config', 'machine'],
   doctor: ['errors', 'model', 'engine', 'config', 'machine', 'progress'],
-  api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model'],
-  app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model'],
-  serve: ['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'progress', 'machine', 'kv-events'],
+  api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model', 'type:telemetry'],
+  app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model', 'type:telemetry'],
+  server: [
+    ...['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'machine', 'kv-events', 'telemetry'],
+  ],
+  serve: ['errors', 'server', 'config', 'type:engine', 'log', 'progress'],
+  index: ['errors', 'server', 'config', 'flags', 'type:api'],
   main: ['errors', 'config', 'flags', 'serve', 'logits', 'doctor', 'progress'],
 };
 
