@@ -4,6 +4,7 @@ import { Contract } from './api/contract.js';
 import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
+import { requestIdFor } from './api/request-id.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -59,6 +60,7 @@ export function buildApp({
   const app = fastify({
     logger: logger ?? false,
     logController: new LogController({ disableRequestLogging: true }),
+    genReqId: requestIdFor,
     bodyLimit: config.maxBodyBytes,
     requestTimeout: REQUEST_TIMEOUT_MS,
     keepAliveTimeout: KEEP_ALIVE_TIMEOUT_MS,

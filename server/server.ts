@@ -127,15 +127,12 @@ async function publishCache(
 }
 
 function listenError(host: string, port: number, { code, message }: NodeJS.ErrnoException): StartupError {
-  switch (code) {
-    case 'EADDRINUSE':
-      return new StartupError(`Port ${port} on ${host} is in use; give another with --port.`);
-    case 'EADDRNOTAVAIL':
-    case 'ENOTFOUND':
-      return new StartupError(`This machine has no address ${host}; give another with --host.`);
-    case 'EACCES':
-      return new StartupError(`Port ${port} may not be used by this account; give another with --port.`);
-    default:
-      return new StartupError(`The server cannot listen on ${host}:${port}: ${message}`);
+  if (code === 'EADDRINUSE') return new StartupError(`Port ${port} on ${host} is in use; give another with --port.`);
+  if (code === 'EADDRNOTAVAIL' || code === 'ENOTFOUND') {
+    return new StartupError(`This machine has no address ${host}; give another with --host.`);
   }
+  if (code === 'EACCES') {
+    return new StartupError(`Port ${port} may not be used by this account; give another with --port.`);
+  }
+  return new StartupError(`The server cannot listen on ${host}:${port}: ${message}`);
 }
