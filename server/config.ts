@@ -35,6 +35,12 @@ export interface ServeConfig {
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** where traces go; null: there are none */
+  readonly otlpTracesEndpoint: string | null;
+  /** ZeroMQ address to publish cache events on; null: none are published */
+  readonly kvEvents: string | null;
+  /** null: kv@HOSTNAME@MODEL */
+  readonly kvEventsTopic: string | null;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
@@ -56,12 +62,24 @@ export interface LogitsConfig {
   readonly draft: boolean;
 }
 
+export interface DoctorConfig {
+  readonly model: string;
+  readonly device: string;
+  readonly threads: number | null;
+}
+
 export type Command =
-  { kind: 'print'; text: string } | { kind: 'serve'; config: ServeConfig } | { kind: 'logits'; config: LogitsConfig };
+  | { kind: 'print'; text: string }
+  | { kind: 'serve'; config: ServeConfig }
+  | { kind: 'logits'; config: LogitsConfig }
+  | { kind: 'doctor'; config: DoctorConfig }
+  | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
+  doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
+  build: 'builds the native addon on this machine, where the one in the package does not load',
 };
 
 /** Throws StartupError for anything it does not know or cannot use. */
@@ -71,7 +89,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (first === undefined || first === '--help' || first === '-h' || first === 'help')
     return { kind: 'print', text: overview() };
   if (!Object.hasOwn(COMMANDS, first)) {
-    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(' and ')}.`);
+    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
@@ -79,8 +97,16 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
   if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
   const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
-  if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
-  return { kind: 'logits', config: logitsConfig(values) };
+  switch (command) {
+    case 'serve':
+      return { kind: 'serve', config: serveConfig(values, env) };
+    case 'logits':
+      return { kind: 'logits', config: logitsConfig(values) };
+    case 'doctor':
+      return { kind: 'doctor', config: doctorConfig(values) };
+    case 'build':
+      return { kind: 'build' };
+  }
 }
 
 export function packageVersion(): string {
@@ -112,6 +138,9 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
+    kvEvents: values['kv-events'] as string | null,
+    kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     streamResume: values['stream-resume'] as number,
@@ -141,6 +170,14 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     threads: values['threads'] as number | null,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
+  });
+}
+
+function doctorConfig(values: Record<string, FlagValue>): DoctorConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    device: values['device'] as string,
+    threads: values['threads'] as number | null,
   });
 }
 
@@ -212,5 +249,7 @@ function helpOf(command: CommandName, flags: readonly Flag[]): string {
     const note = flag.isRequired ? 'needed' : flag.isSwitch ? 'off' : (flag.defaultText ?? value);
     return `${name}${flag.help}\n${' '.repeat(30)}[${note}; ${variableOf(flag)}]`;
   });
-  return `rodin ${command}: ${COMMANDS[command]}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
+  const about = `rodin ${command}: ${COMMANDS[command]}`;
+  if (lines.length === 0) return `${about}\n\nIt has no flags.`;
+  return `${about}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
 }

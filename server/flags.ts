@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-export type CommandName = 'serve' | 'logits';
+export type CommandName = 'serve' | 'logits' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
 
 export interface Flag {
@@ -22,6 +22,7 @@ export interface Flag {
 }
 
 const BOTH = ['serve', 'logits'] as const;
+const ALL = ['serve', 'logits', 'doctor'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
@@ -33,7 +34,7 @@ const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'
 export const FLAGS: readonly Flag[] = [
   {
     name: 'model',
-    commands: BOTH,
+    commands: ALL,
     value: 'DIR',
     default: BUNDLED_MODEL,
     defaultText: 'the bundled models/pocket-r1',
@@ -79,7 +80,7 @@ export const FLAGS: readonly Flag[] = [
     isList: true,
     help: "web origin that may call the API from a browser, or '*'; may be repeated",
   },
-  { name: 'device', commands: BOTH, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
+  { name: 'device', commands: ALL, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
   {
     name: 'compute',
     commands: BOTH,
@@ -90,7 +91,7 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'threads',
-    commands: BOTH,
+    commands: ALL,
     value: 'N',
     default: null,
     defaultText: 'one per core',
@@ -230,6 +231,33 @@ export const FLAGS: readonly Flag[] = [
     help: 'text, json, or auto: text on a terminal, json elsewhere',
   },
   {
+    name: 'otlp-traces-endpoint',
+    commands: SERVE,
+    value: 'URL',
+    default: null,
+    defaultText: 'off',
+    parse: httpUrl,
+    help: 'OpenTelemetry collector that gets a trace of each request, e.g. http://localhost:4318/v1/traces',
+  },
+  {
+    name: 'kv-events',
+    commands: SERVE,
+    value: 'ADDRESS',
+    default: null,
+    defaultText: 'off',
+    parse: zmqAddress,
+    help: 'address such as tcp://*:5557 on which routers read, by ZeroMQ, what the prefix cache holds',
+  },
+  {
+    name: 'kv-events-topic',
+    commands: SERVE,
+    value: 'TOPIC',
+    default: null,
+    defaultText: 'kv@HOSTNAME@MODEL',
+    parse: nonEmpty,
+    help: 'topic of those messages, by which routers tell servers and models apart',
+  },
+  {
     name: 'prompts',
     commands: LOGITS,
     value: 'FILE',
@@ -281,6 +309,19 @@ function folder(text: string): string {
 function origin(text: string): string {
   if (text !== '*' && !/^https?:\/\/[^/]+$/.test(text))
     throw new Error("must be an origin such as https://example.org, or '*'");
+  return text;
+}
+
+function zmqAddress(text: string): string {
+  const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
+  if (!(port <= 65535))
+    throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
+  return text;
+}
+
+function httpUrl(text: string): string {
+  const protocol = URL.canParse(text) ? new URL(text).protocol : '';
+  if (protocol !== 'http:' && protocol !== 'https:') throw new Error('must be an http or https address with its path');
   return text;
 }
 

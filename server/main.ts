@@ -1,6 +1,9 @@
 #!/usr/bin/env node
 /** Entry and command line. */
-import { readCommandLine } from './config.js';
+import { spawnSync } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
+import { packageVersion, readCommandLine } from './config.js';
+import { examine, report } from './doctor.js';
 import { StartupError } from './errors.js';
 import { runLogits } from './logits.js';
 import { LoadingProgress } from './progress.js';
@@ -25,6 +28,15 @@ async function main(): Promise<number> {
       progress.end();
       say(`wrote the logits of ${numPrompts} prompts to ${command.config.out}`);
       return 0;
+    }
+    case 'doctor': {
+      const { text, code } = report(examine(command.config, packageVersion()));
+      process.stdout.write(`${text}\n`);
+      return code;
+    }
+    case 'build': {
+      const setup = fileURLToPath(new URL('../server/setup.mjs', import.meta.url));
+      return spawnSync(process.execPath, [setup, '--addon'], { stdio: 'inherit' }).status ?? 1;
     }
   }
 }

@@ -20,7 +20,9 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
   };
   const fail = (message: string, isStartup: boolean) => send({ type: 'failed', message, isStartup }, () => exit(1));
   const sendEvents = (events: Extract<ChildMessage, { type: 'step' }>['events']) => {
-    if (engine !== null) send({ type: 'step', events, stats: engine.stats() });
+    if (engine === null) return;
+    const cacheEvents = engine.takeCacheEvents();
+    send({ type: 'step', events, stats: engine.stats(), ...(cacheEvents.length > 0 ? { cacheEvents } : {}) });
   };
 
   const sendHeartbeat = () => {

@@ -97,6 +97,8 @@ export interface EngineEvent {
   /** prompt tokens whose latents came from the prefix cache; known from the first event on */
   cachedTokens: number;
   finishReason?: FinishReason;
+  /** in the first event after its first step began: milliseconds that it waited for that */
+  queueMs?: number;
   /** with finishReason 'stop': the token that ended it (-1 where the caller ended it) */
   stopTokenId?: number;
   /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */

@@ -1,7 +1,7 @@
-import { freemem } from 'node:os';
 import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
+import { usableMemory } from '../machine.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
@@ -29,6 +29,8 @@ export interface EngineConfig {
   maxNumSeqs: number;
   /** requests that may wait beyond maxNumSeqs */
   maxQueue: number;
+  /** tell what changes in the prefix cache; false where it is left out */
+  hasCacheEvents?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -90,6 +92,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,
@@ -127,7 +130,7 @@ export function countBlocks(cacheMemory: number, blockBytes: number, blockSize: 
 /** As much as all sequences at full length could use, but at most half of what is free now. */
 function defaultCacheMemory(usefulBytes: number, device: string): number {
   if (device !== 'cpu') throw new StartupError(`--cache-memory must be given for the device ${device}.`);
-  return Math.min(usefulBytes, Math.floor(freemem() / 2));
+  return Math.min(usefulBytes, Math.floor(usableMemory() / 2));
 }
 
 /** The device to run on; 'auto' is the best usable one. */
