@@ -32,6 +32,8 @@ export async function serve(config: ServeConfig): Promise<number> {
       numThreads: config.threads ?? availableParallelism(),
       blockSize: config.blockSize,
       cacheMemory: config.cacheMemory,
+      gpuMemoryUtilization: config.gpuMemoryUtilization,
+      kvCacheDtype: config.kvCacheDtype,
       maxModelLen: config.maxModelLen,
       maxStepTokens: config.maxStepTokens,
       maxNumSeqs: config.maxNumSeqs,
@@ -53,6 +55,8 @@ export async function serve(config: ServeConfig): Promise<number> {
     logger.info(`loading ${checkpoint.folder}`);
 
     const isReady = await Promise.race([showLoading(engine, (line) => logger.info(line)), stopped.then(() => false)]);
+    const state = engine.state();
+    if (state.status === 'ready' && state.deviceNote !== undefined) logger.info(state.deviceNote);
     if (isReady) printReady(url, config, engine, checkpoint.name, performance.now() - startedAt);
     const signal = await stopped;
     logger.info(`${signal}: finishing ${drain.numRunning} completions, for at most ${config.shutdownTimeout} s`);

@@ -9,7 +9,7 @@ import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface EngineOptions extends SchedulerOptions {
   /** of the loaded runner */
-  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'>;
+  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'> & { deviceNote?: string };
 }
 
 /** Steps in a row in which every sequence failed, after which the runner counts as broken. */
@@ -43,7 +43,15 @@ export class Engine implements EngineHandle {
       if (event !== null) this.onEvents([event]);
       this.#wake();
     };
-    this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
+    const { device, weightBytes, cacheBytes, deviceNote } = options.info;
+    this.#state = {
+      status: 'ready',
+      device,
+      weightBytes,
+      cacheBytes,
+      maxContext: options.limits.maxContext,
+      ...(deviceNote === undefined ? {} : { deviceNote }),
+    };
     this.#loop = this.#run();
   }
 

@@ -1,6 +1,7 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
+import { TEST_DEVICE } from '../helpers/device.js';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 
@@ -51,7 +52,7 @@ export class Server {
   }
 
   static async start(...args: string[]): Promise<Server> {
-    const started = start(['serve', '--port', '0', '--cache-memory', '256MiB', ...args]);
+    const started = start(['serve', '--port', '0', '--device', TEST_DEVICE, '--cache-memory', '256MiB', ...args]);
     const end = performance.now() + 60_000;
     while (performance.now() < end && started.child.exitCode === null) {
       const url = /Rodin serves .* on (http:\/\/\S+) [\s\S]*Try:/.exec(started.output.stdout)?.[1];
