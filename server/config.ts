@@ -52,18 +52,18 @@ export interface ServeConfig {
 /** What `serve` can be told, by programs: the flags' names in camelCase, texts or numbers as on the command line. */
 export type ServeOptions = {
   -readonly [Key in keyof Omit<ServeConfig, 'warnings' | RenamedKey>]?: Option<ServeConfig[Key]>;
-} & { [Key in RenamedKey as (typeof RENAMED)[Key]]?: Option<ServeConfig[Key]> };
+} & { [Key in RenamedKey as Renamed[Key]]?: Option<ServeConfig[Key]> };
 
 type Option<Value> = Value | string | undefined;
-type RenamedKey = keyof typeof RENAMED;
+type RenamedKey = keyof Renamed;
 
 /** Fields whose flag has another name: camelCase of that. */
-const RENAMED = {
-  servedModelNames: 'servedModelName',
-  apiKeys: 'apiKey',
-  corsOrigins: 'corsOrigin',
-  maxBodyBytes: 'maxBodySize',
-} as const satisfies Partial<Record<keyof ServeConfig, string>>;
+interface Renamed {
+  servedModelNames: 'servedModelName';
+  apiKeys: 'apiKey';
+  corsOrigins: 'corsOrigin';
+  maxBodyBytes: 'maxBodySize';
+}
 
 export interface LogitsConfig {
   readonly model: string;
