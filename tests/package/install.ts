@@ -22,7 +22,12 @@ const PATH = (process.env.PATH ?? '')
   .join(delimiter);
 
 async function serves(folder: string): Promise<void> {
-  const server = spawn('npx', ['rodin', 'serve', '--port', '0'], { cwd: folder, stdio: ['ignore', 'pipe', 'inherit'] });
+  // A group of its own, because npx keeps signals to itself.
+  const server = spawn('npx', ['rodin', 'serve', '--port', '0'], {
+    cwd: folder,
+    stdio: ['ignore', 'pipe', 'inherit'],
+    detached: true,
+  });
   const exit = new Promise<number | null>((resolve) => server.once('close', resolve));
   let output = '';
   server.stdout.on('data', (part: Buffer) => (output += part.toString()));
@@ -40,7 +45,7 @@ async function serves(folder: string): Promise<void> {
     });
     assert.match(await response.text(), /36351/);
   } finally {
-    server.kill('SIGTERM');
+    process.kill(-server.pid!, 'SIGTERM');
     await exit;
   }
 }
