@@ -5,6 +5,7 @@ import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
+import { ResumableStreams } from './api/resumable.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -103,6 +104,7 @@ export function buildApp({
     tracer: tracer ?? null,
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
+    resumable: new ResumableStreams(config.streamResume),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

@@ -44,6 +44,8 @@ export interface ServeConfig {
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
+  /** seconds in which a stream that was cut off can be gone on with; 0: not at all */
+  readonly streamResume: number;
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
@@ -177,6 +179,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
+    streamResume: values['stream-resume'] as number,
     shutdownTimeout: values['shutdown-timeout'] as number,
     warnings: Object.freeze(
       Object.keys(env)

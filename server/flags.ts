@@ -199,6 +199,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'reasoning that repeats itself for so many tokens is ended; 0 never ends it',
   },
   {
+    name: 'stream-resume',
+    commands: SERVE,
+    value: 'SECONDS',
+    default: 60,
+    parse: integer(0, 3600),
+    help: 'time in which a chat stream that was cut off can be gone on with; 0 keeps no events',
+  },
+  {
     name: 'shutdown-timeout',
     commands: SERVE,
     value: 'SECONDS',

@@ -68,6 +68,7 @@ function buildAddon() {
   const target = args.has('--tests') ? 'all' : 'rodin_addon';
   const stamp = join('build', `.rodin-stamp-${target}`);
   const sources = [...files('addon', /\.(h|cc|txt|cmake)$/), ...files('cuda', /\.(h|cuh|cu|cc)$/)];
+  const wantedAddon = digest(sources);
   if (target === 'all') sources.push(...files('tests/native', /\.(h|cc|cu|txt)$/));
   const wanted = digest(sources);
   if (isCurrent(stamp, wanted) && existsSync('build/rodin.node')) return;
@@ -91,6 +92,7 @@ function buildAddon() {
     if (cpuProblem !== null) fail(`${cpuProblem}; what it printed is above.`);
   }
   writeFileSync(stamp, wanted);
+  writeFileSync(join('build', '.rodin-stamp-rodin_addon'), wantedAddon);
 }
 
 /** Configures and builds; null, or what failed. */

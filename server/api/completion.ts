@@ -14,6 +14,11 @@ export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers'>;
  */
 export class Completion {
   readonly output: ChatOutput;
+  /** that the output has taken in */
+  readonly tokenIds: number[]; // [num_tokens]
+  /** the engine's name of this submission: an aborted one may still have an event on its way */
+  readonly requestId: string;
+  readonly #numSubmitted: number;
   readonly #job: ChatJob;
   readonly #context: ApiContext;
   readonly #origin: RequestOrigin;
@@ -30,15 +35,25 @@ export class Completion {
   #errorCode: string | null = null;
   #isEnded = false;
 
-  /** Throws ApiError where the engine does not take the request. */
-  constructor(job: ChatJob, context: ApiContext, origin: RequestOrigin, startedAt: number) {
+  /**
+   * Submits the request; with `earlier`, an aborted completion of the same job, behind the tokens that it had. Throws
+   * ApiError where the engine does not take it.
+   */
+  constructor(job: ChatJob, context: ApiContext, origin: RequestOrigin, startedAt: number, earlier?: Completion) {
     this.#job = job;
     this.#context = context;
     this.#origin = origin;
     this.#startedAt = startedAt;
-    this.output = new ChatOutput(job, context.prompts);
+    this.output = earlier?.output ?? new ChatOutput(job, context.prompts);
+    this.tokenIds = [...(earlier?.tokenIds ?? [])];
+    this.#numTimed = this.tokenIds.length;
+    const { engineRequest } = job;
+    this.#numSubmitted = earlier === undefined ? 1 : earlier.#numSubmitted + 1;
+    this.requestId = engineRequest.requestId + (earlier ? `.${this.#numSubmitted}` : '');
+    const resumed = this.tokenIds.length ? { resumedIds: this.tokenIds } : {};
+    const request = { ...engineRequest, requestId: this.requestId, ...resumed };
     this.#submittedAt = performance.now();
-    this.#events = context.engine.submit(job.engineRequest)[Symbol.asyncIterator]();
+    this.#events = context.engine.submit(request)[Symbol.asyncIterator]();
   }
 
   /** Takes in the next event; false when the completion is over. Throws ApiError. */
@@ -51,6 +66,7 @@ export class Completion {
       const { queueMs } = next.value;
       if (queueMs !== undefined) this.#scheduledAt = Math.min(performance.now(), this.#submittedAt + queueMs);
       this.output.accept(next.value);
+      for (const { id } of next.value.tokens) this.tokenIds.push(id);
       this.#keepTime();
       if (this.output.finishReason !== null) this.#end(this.output.finishReason);
       return this.output.finishReason === null;
@@ -91,7 +107,7 @@ export class Completion {
     this.#isEnded = true;
     this.#events.return?.().catch((error: unknown) => this.#origin.log.error(error, 'aborting a sequence failed'));
     const { numTokens, numReasoning, cachedTokens, reasoningEnded } = this.output;
-    const { promptIds, sampling, requestId } = this.#job.engineRequest;
+    const { promptIds, sampling } = this.#job.engineRequest;
     const now = performance.now();
     const since = (time: number | null): number | null => (time === null ? null : (time - this.#startedAt) / 1000);
     const from = this.#reasoningFrom;
@@ -114,7 +130,7 @@ export class Completion {
     const traceId = this.#trace(finishReason, now);
     this.#origin.log.info(
       {
-        completion: requestId,
+        completion: this.requestId,
         ...(traceId === null ? {} : { trace_id: traceId }),
         finish_reason: finishReason,
         prompt_tokens: promptIds.length,

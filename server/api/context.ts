@@ -7,6 +7,7 @@ import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { ResumableStreams } from './resumable.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -30,4 +31,5 @@ export interface ApiContext {
   drain: Drain;
   formats: OutputFormats;
   sse: SseOptions;
+  resumable: ResumableStreams;
 }

@@ -7,7 +7,7 @@ import { allowOrigins } from './cors.js';
 import { sendError } from './error-handler.js';
 import { makeHandlers } from './handlers.js';
 import { keepSeedSource } from './json-body.js';
-import { isMessagesUrl, requestIdOf } from './messages-error.js';
+import { isMessagesClient, requestIdOf } from './messages-error.js';
 import { refuseUnsupportedInMessages } from './messages-unsupported.js';
 import { isObject, refuseUnsupported, type Json } from './unsupported.js';
 import { toApiError } from './validation-error.js';
@@ -31,7 +31,7 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   allowOrigins(app, config.corsOrigins);
   app.addHook('onRequest', async (request, reply) => {
     reply.header('x-request-id', request.id);
-    if (isMessagesUrl(request.url)) requestIdOf(reply);
+    if (isMessagesClient(request)) requestIdOf(reply);
   });
   // Deny by default: unknown paths ask for the key too.
   app.addHook('onRequest', async (request) => {

@@ -4,7 +4,7 @@ import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import { EventStream } from './event-stream.js';
 import { packStep, unpackStep } from './pack-step.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats } from './request.js';
+import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
 import { Scheduler, type SchedulerOptions } from './scheduler.js';
 import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
@@ -77,6 +77,14 @@ export class Engine implements EngineHandle {
   abort(requestId: string): void {
     const event = this.#scheduler.end(requestId, 'abort');
     if (event !== null) this.onEvents([event]);
+  }
+
+  progress(requestId: string): RequestProgress | null {
+    return this.allProgress().find(([id]) => id === requestId)?.[1] ?? null;
+  }
+
+  allProgress(): [requestId: string, progress: RequestProgress][] {
+    return this.#scheduler.progress();
   }
 
   get limits(): RequestLimits {

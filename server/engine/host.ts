@@ -25,6 +25,10 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     send({ type: 'step', events, stats: engine.stats(), ...(cacheEvents.length > 0 ? { cacheEvents } : {}) });
   };
 
+  const sendHeartbeat = () => {
+    if (engine !== null) send({ type: 'step', events: [], stats: engine.stats(), progress: engine.allProgress() });
+  };
+
   process.on('disconnect', () => process.kill(process.pid, 'SIGKILL'));
   // A terminal's Ctrl-C reaches the whole group; when to stop is the API process's decision.
   process.on('SIGINT', () => {});
@@ -56,7 +60,7 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     const { device, weightBytes, cacheBytes } = state;
     sendEvents([]); // stats are known before anybody is told that it is ready
     send({ type: 'ready', info: { device, weightBytes, cacheBytes, limits: engine.limits } });
-    setInterval(() => sendEvents([]), HEARTBEAT_MS);
+    setInterval(sendHeartbeat, HEARTBEAT_MS);
   }
 
   /** Nothing that one request does may end the process. */

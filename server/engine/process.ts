@@ -7,7 +7,7 @@ import { checkRequest, type RequestLimits } from './check-request.js';
 import { CounterTotals } from './counter-totals.js';
 import { EventStream } from './event-stream.js';
 import type { ChildMessage, ParentMessage, ParentRequest } from './messages.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats } from './request.js';
+import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 export interface EngineClientOptions {
@@ -53,6 +53,8 @@ export class EngineClient implements EngineHandle {
   #numRestarts = 0;
   #backoffMs = MIN_BACKOFF_MS;
   #restart: NodeJS.Timeout | undefined;
+  /** as of the last heartbeat */
+  #progress = new Map<string, RequestProgress>();
   #startedAt = 0;
   #lastMessageAt = 0;
   #lastStepAt = 0;
@@ -87,6 +89,10 @@ export class EngineClient implements EngineHandle {
 
   abort(requestId: string): void {
     if (this.#streams.has(requestId)) this.#post({ type: 'abort', requestId });
+  }
+
+  progress(requestId: string): RequestProgress | null {
+    return this.#progress.get(requestId) ?? null;
   }
 
   state(): EngineState {
@@ -182,6 +188,7 @@ export class EngineClient implements EngineHandle {
           this.#lastNumSteps = message.stats.numSteps;
           this.#lastStepAt = performance.now();
         }
+        if (message.progress !== undefined) this.#progress = new Map(message.progress);
         for (const event of message.events) this.#push(event);
         if (message.cacheEvents !== undefined) this.#options.onCacheEvents?.(message.cacheEvents);
     }
@@ -197,6 +204,7 @@ export class EngineClient implements EngineHandle {
   #died(reason: string, isStartup: boolean): void {
     const wasReady = this.#state.status === 'ready';
     this.#outbox = [];
+    this.#progress.clear();
     this.#totals.close();
     this.#options.onCacheEvents?.([{ kind: 'cleared' }]);
     this.#endStreams('engine_failed', `The engine stopped while it was serving this request: ${reason}.`);

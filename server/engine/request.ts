@@ -60,6 +60,8 @@ export interface EngineRequest {
   /** what ends reasoning before the model does; nothing where it is left out */
   thinking?: ThinkingLimits;
   grammar?: RequestGrammar;
+  /** first tokens of this completion, given out by an earlier submission that was aborted: it goes on behind them */
+  resumedIds?: number[]; // [num_resumed]
 }
 
 export interface ThinkingLimits {
@@ -107,6 +109,10 @@ export interface EngineEvent {
   speculative?: { draftTokens: number; acceptedTokens: number };
 }
 
+/** Of a request that has had no event yet: requests before it in the queue, or prompt tokens computed and in all. */
+export type RequestProgress =
+  { status: 'waiting'; numAhead: number } | { status: 'prefill'; numComputed: number; numTokens: number };
+
 /** Counters and gauges for /metrics and /health; a snapshot. */
 export interface EngineStats {
   numRunning: number;
@@ -153,6 +159,8 @@ export type EngineState =
 export interface EngineHandle {
   submit(request: EngineRequest): AsyncIterable<EngineEvent>;
   abort(requestId: string): void;
+  /** where a request without a first event stands, as last heard; null where nothing is known of it */
+  progress(requestId: string): RequestProgress | null;
   state(): EngineState;
   stats(): EngineStats;
   /** resolves when state becomes ready; rejects when it failed to start */

@@ -44,7 +44,8 @@ export function startHarness(
     'tracer' | 'logger'
   > = {},
 ): Harness {
-  const prompts = PromptEncoder.read(POCKET);
+  const config = configOf(...(options.args ?? []));
+  const prompts = PromptEncoder.read(POCKET, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
   const tokens = (text: string, phase: EmittedToken['phase']): EmittedToken[] =>
     prompts.tokenizer.encodeText(text).map((id) => ({ id, phase }));
   const thought = (reasoning: string, answer: string): EmittedToken[] => [
@@ -56,7 +57,6 @@ export function startHarness(
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
   const { drain, sse, tracer, logger } = options;
-  const config = configOf(...(options.args ?? []));
   if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
     engine.engineState.maxContext = config.maxModelLen;
   }
@@ -98,10 +98,7 @@ export function startHarness(
 
 /** Data of each event; comments are left out. */
 export function eventsOf(sse: string): any[] {
-  const data = sse
-    .split('\n\n')
-    .filter((part) => part.startsWith('data: '))
-    .map((part) => part.slice('data: '.length));
+  const data = sse.split('\n\n').flatMap((part) => /^data: (.*)$/m.exec(part)?.[1] ?? []);
   return data.map((text) => (text === '[DONE]' ? text : JSON.parse(text)));
 }
 

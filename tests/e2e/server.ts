@@ -5,6 +5,9 @@ import { fileURLToPath } from 'node:url';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 
+/** of every Server */
+export const CACHE_MEMORY_MIB = 256;
+
 export interface Exit {
   code: number | null;
   stdout: string;
@@ -72,7 +75,7 @@ export class Server {
   }
 
   static async start(...args: string[]): Promise<Server> {
-    const started = start(['serve', '--port', '0', '--cache-memory', '256MiB', ...args]);
+    const started = start(['serve', '--port', '0', '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args]);
     const end = performance.now() + 60_000;
     while (performance.now() < end && started.child.exitCode === null) {
       const url = /Rodin serves .* on (http:\/\/\S+) [\s\S]*Try:/.exec(started.output.stdout)?.[1];
@@ -145,8 +148,8 @@ export async function readEvents(
     const blocks = rest.split('\n\n');
     rest = blocks.pop()!;
     for (const block of blocks) {
-      if (!block.startsWith('data: ')) continue;
-      const data = block.slice('data: '.length);
+      const data = /^data: (.*)$/m.exec(block)?.[1];
+      if (data === undefined) continue;
       if (data === '[DONE]') isDone = true;
       else {
         events.push(JSON.parse(data));
