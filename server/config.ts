@@ -54,6 +54,22 @@ export interface ServeConfig {
   readonly warnings: readonly string[];
 }
 
+/** What `serve` can be told, by programs: the flags' names in camelCase, texts or numbers as on the command line. */
+export type ServeOptions = {
+  -readonly [Key in keyof Omit<ServeConfig, 'warnings' | RenamedKey>]?: Option<ServeConfig[Key]>;
+} & { [Key in RenamedKey as Renamed[Key]]?: Option<ServeConfig[Key]> };
+
+type Option<Value> = Value | string | undefined;
+type RenamedKey = keyof Renamed;
+
+/** Fields whose flag has another name: camelCase of that. */
+interface Renamed {
+  servedModelNames: 'servedModelName';
+  apiKeys: 'apiKey';
+  corsOrigins: 'corsOrigin';
+  maxBodyBytes: 'maxBodySize';
+}
+
 export interface LogitsConfig {
   readonly model: string;
   readonly prompts: string;
@@ -110,6 +126,26 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
     case 'build':
       return { kind: 'build' };
   }
+}
+
+/** Options of a program, checked as flags are; no variable is read. Throws StartupError. */
+export function serveConfigOf(options: ServeOptions): ServeConfig {
+  const flags = FLAGS.filter((flag) => flag.commands.includes('serve'));
+  const byOption = new Map(flags.map((flag) => [camelCase(flag.name), flag]));
+  const values = Object.fromEntries(flags.map((flag) => [flag.name, flag.default]));
+  for (const [option, value] of Object.entries(options)) {
+    if (value === undefined || value === null) continue;
+    const flag = byOption.get(option);
+    if (flag === undefined) {
+      throw new StartupError(`There is no option '${option}'; there are ${[...byOption.keys()].join(', ')}.`);
+    }
+    values[flag.name] = parse(flag, Array.isArray(value) ? value.map(String) : [String(value)], option);
+  }
+  return serveConfig(values, {});
+}
+
+function camelCase(name: string): string {
+  return name.replace(/-(\w)/g, (_, letter: string) => letter.toUpperCase());
 }
 
 export function packageVersion(): string {
@@ -230,6 +266,10 @@ function valueOf(command: CommandName, flag: Flag, given: string[] | undefined, 
       throw new StartupError(`--${flag.name} ${flag.value} is needed; 'rodin ${command} --help' says what it is.`);
     return flag.default;
   }
+  return parse(flag, texts, origin);
+}
+
+function parse(flag: Flag, texts: string[], origin: string): FlagValue {
   if (texts.length > 1 && !flag.isList)
     throw new StartupError(`${origin} is given ${texts.length} times; give it once.`);
   const parsed = texts.map((text) => {

@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 /** Entry and command line. */
 import { spawnSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { packageVersion, readCommandLine } from './config.js';
 import { examine, report } from './doctor.js';
@@ -36,6 +37,8 @@ async function main(): Promise<number> {
     }
     case 'build': {
       const setup = fileURLToPath(new URL('../server/setup.mjs', import.meta.url));
+      if (!existsSync(setup))
+        throw new StartupError('There are no sources here to build from: an image has its addon.');
       return spawnSync(process.execPath, [setup, '--addon'], { stdio: 'inherit' }).status ?? 1;
     }
   }

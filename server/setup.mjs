@@ -146,6 +146,8 @@ function compileServer() {
   }
   rmSync('dist', { recursive: true, force: true });
   run(process.execPath, [COMPILER, '-p', 'tsconfig.json']);
+  // tsc leaves declarations where they are, and those of what it compiled import this one.
+  copyFileSync('server/api/openapi.d.ts', 'dist/api/openapi.d.ts');
   writeFileSync(DIST_STAMP, wanted);
 }
 

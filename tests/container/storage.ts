@@ -1,6 +1,6 @@
 /** Images in a storage of their own, through buildah, which needs no engine: root, and a copy of every layer. */
 import { spawnSync } from 'node:child_process';
-import { copyFileSync, existsSync, mkdirSync, readFileSync, realpathSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, readFileSync, realpathSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
 const ENV = { ...process.env, STORAGE_DRIVER: 'vfs', BUILDAH_ISOLATION: 'chroot' };
@@ -83,6 +83,7 @@ export class Storage {
   /** Bytes that somebody pulls: the compressed layers. */
   compressedBytes(tag: string): number {
     const folder = join(this.folder, 'pushed');
+    rmSync(folder, { recursive: true, force: true });
     run('buildah', ...this.#flags, 'push', '--quiet', '--format', 'oci', tag, `oci:${folder}:image`);
     const blob = (digest: string) => readFileSync(join(folder, 'blobs', ...digest.split(':')), 'utf8');
     const index = JSON.parse(readFileSync(join(folder, 'index.json'), 'utf8')) as { manifests: { digest: string }[] };

@@ -29,7 +29,8 @@ const SERVER_RULES: Record<string, string[]> = {
     ...['errors', 'app', 'api', 'text', 'engine', 'config', 'model', 'log', 'machine', 'kv-events', 'telemetry'],
   ],
   serve: ['errors', 'server', 'config', 'type:engine', 'log', 'progress'],
-  index: ['errors', 'server', 'config', 'flags', 'type:api'],
+  'local-chat': ['errors', 'type:api'],
+  index: ['errors', 'server', 'config', 'local-chat'],
   main: ['errors', 'config', 'flags', 'serve', 'logits', 'doctor', 'progress'],
 };
 
