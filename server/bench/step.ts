@@ -22,6 +22,8 @@ const FILL_TOKENS = 512;
 export interface BenchCase extends Step {
   kind: 'decode' | 'prefill';
   numSteps: number;
+  /** the least that other programs have interrupted */
+  minMs: number;
   medianMs: number;
   p90Ms: number;
   tokensPerSecond: number;
@@ -168,6 +170,7 @@ function caseOf(
     kind,
     ...step,
     numSteps: micros.length,
+    minMs: micros[0]! / 1000,
     medianMs: at(0.5) / 1000,
     p90Ms: at(0.9) / 1000,
     tokensPerSecond: step.numSequences * step.numTokens * perSecond,

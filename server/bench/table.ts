@@ -11,6 +11,7 @@ export function formatReport(report: BenchReport): string {
   const rows = report.cases.map((one) => [
     one.kind === 'decode' ? `decode ${one.numSequences} @ ${one.context}` : `prefill ${one.numTokens}`,
     String(one.numSteps),
+    one.minMs.toFixed(3),
     one.medianMs.toFixed(3),
     one.p90Ms.toFixed(3),
     one.tokensPerSecond.toFixed(1),
@@ -23,6 +24,7 @@ export function formatReport(report: BenchReport): string {
   const titles = [
     'case',
     'steps',
+    'min ms',
     'median ms',
     'p90 ms',
     'tokens/s',

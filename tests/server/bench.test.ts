@@ -106,7 +106,7 @@ test('synthetic weights run: a tiny model is timed, its figures agree with one a
     );
     assert.ok(report.ceilings.readBytesPerSecond > 1e8 && report.ceilings.flopsPerSecond > 1e9);
     for (const one of report.cases) {
-      assert.ok(one.numSteps >= 5 && one.medianMs > 0 && one.p90Ms >= one.medianMs);
+      assert.ok(one.numSteps >= 5 && one.minMs > 0 && one.medianMs >= one.minMs && one.p90Ms >= one.medianMs);
       const tokens = one.numSequences * one.numTokens;
       assert.ok(Math.abs(one.tokensPerSecond * one.medianMs - 1000 * tokens) < 1e-6 * tokens * 1000);
       const share = one.bytesPerSecond / report.ceilings.readBytesPerSecond;

@@ -113,9 +113,11 @@ struct PackedRows {
 // The outputs row .. row + 16 P - 1 for M tokens from `token` on. Of each output, the sum over a block of
 // inputs, times its scale, is added to those of the blocks before: the one place where this order is written
 // down.
+// A function of its own, so that its tables and sums have all registers.
 template <class Read, bool kIsScaled, int P, int M>
-inline void linear_panels(const Read& read, const LinearArgs& args, const PackedRows& rows,
-                          const char* first_panel, int64_t panel_bytes, int64_t row, int64_t token) {
+[[gnu::noinline]] void linear_panels(const LinearArgs& args, const PackedRows& rows, const char* first_panel,
+                                     int64_t panel_bytes, int64_t row, int64_t token) {
+  const Read read;
   const char* panels[P];  // [P]
   const float* scale[P];  // [P]
   for (int p = 0; p < P; ++p) {
@@ -158,68 +160,48 @@ inline void linear_panels(const Read& read, const LinearArgs& args, const Packed
   }
 }
 
-// At most 4 tokens: P panels at a time are read, widened and used at once.
-template <class Read, bool kIsScaled, int M>
-inline void linear_few_tokens(const LinearArgs& args) {
-  constexpr int P = M <= 2 ? 4 : 2;
-  const Read read;
-  const PackedRows rows(*args.weight);
-  const int64_t panel_bytes = rows.inputs / kPackInputs * Read::kBytes;
-  const int64_t end = args.row0 + args.rows;
-  const char* panel = static_cast<const char*>(args.weight->packed) + args.row0 / kPanelOutputs * panel_bytes;
-  int64_t row = args.row0;
-  for (; row + (P - 1) * kPanelOutputs < end; row += P * kPanelOutputs, panel += P * panel_bytes) {
-    linear_panels<Read, kIsScaled, P, M>(read, args, rows, panel, panel_bytes, row, 0);
+// Tokens that one pass over the weights serves at most. Few tokens take several panels at once: as many sums
+// as registers hold beside the tables, and enough independent ones to hide an instruction's latency.
+constexpr int kMaxTokens = 8;
+
+// P panels from `row` on for the tokens token .. token + num_tokens - 1, which are kMin .. kMax.
+template <class Read, bool kIsScaled, int P, int kMin, int kMax>
+inline void linear_tokens(const LinearArgs& args, const PackedRows& rows, const char* panel,
+                          int64_t panel_bytes, int64_t row, int64_t token, int64_t num_tokens) {
+  if constexpr (kMin < kMax) {
+    if (num_tokens > kMin) {
+      return linear_tokens<Read, kIsScaled, P, kMin + 1, kMax>(args, rows, panel, panel_bytes, row, token,
+                                                               num_tokens);
+    }
   }
-  for (; row < end; row += kPanelOutputs, panel += panel_bytes) {
-    linear_panels<Read, kIsScaled, 1, M>(read, args, rows, panel, panel_bytes, row, 0);
-  }
+  linear_panels<Read, kIsScaled, P, kMin>(args, rows, panel, panel_bytes, row, token);
 }
 
-// Many tokens: two panels are widened once and used for all of them.
-template <class Read, bool kIsScaled>
-inline void linear_many_tokens(const LinearArgs& args) {
-  constexpr int M = 6;
-  const Read read;
-  const Bf16Panel read_wide;
-  const PackedRows rows(*args.weight);
-  const int64_t groups = rows.inputs / kPackInputs;
-  const int64_t panel_bytes = groups * Read::kBytes;
-  const int64_t wide_bytes = groups * Bf16Panel::kBytes;
+// The rows from `row` on, P panels at a time as long as there are so many; all tokens over some panels, while
+// those are in the cache. A pass serves at most kMax tokens. Returns the row after the last.
+template <class Read, bool kIsScaled, int P, int kMax>
+inline int64_t linear_rows(const LinearArgs& args, const PackedRows& rows, int64_t row, int64_t per_pass) {
+  const int64_t panel_bytes = rows.inputs / kPackInputs * Read::kBytes;
   const int64_t end = args.row0 + args.rows;
-  const char* panel = static_cast<const char*>(args.weight->packed) + args.row0 / kPanelOutputs * panel_bytes;
-  auto* wide_panels = reinterpret_cast<char*>(args.panel);  // [2, inputs, kPanelOutputs] bf16
-  for (int64_t row = args.row0; row < end; row += 2 * kPanelOutputs) {
-    const int64_t num_panels = row + kPanelOutputs < end ? 2 : 1;
-    for (int64_t group = 0; group < num_panels * groups; ++group, panel += Read::kBytes) {
-      const Wide wide = read.read(panel);
-      _mm512_store_si512(wide_panels + group * Bf16Panel::kBytes, (__m512i)wide.first);
-      _mm512_store_si512(wide_panels + group * Bf16Panel::kBytes + 64, (__m512i)wide.second);
-    }
-    for (int64_t token = 0; token < args.m; token += M) {
-      if (num_panels == 2) {
-        linear_panels<Bf16Panel, kIsScaled, 2, M>(read_wide, args, rows, wide_panels, wide_bytes, row, token);
-      } else {
-        linear_panels<Bf16Panel, kIsScaled, 1, M>(read_wide, args, rows, wide_panels, wide_bytes, row, token);
-      }
+  const char* panel = static_cast<const char*>(args.weight->packed) + row / kPanelOutputs * panel_bytes;
+  for (; row + (P - 1) * kPanelOutputs < end; row += P * kPanelOutputs, panel += P * panel_bytes) {
+    for (int64_t token = 0; token < args.m; token += per_pass) {
+      linear_tokens<Read, kIsScaled, P, 1, kMax>(args, rows, panel, panel_bytes, row, token,
+                                                 min_of(per_pass, args.m - token));
     }
   }
+  return row;
 }
 
 template <class Read, bool kIsScaled>
 inline void linear_packed_of(const LinearArgs& args) {
-  switch (args.m) {
-    case 1:
-      return linear_few_tokens<Read, kIsScaled, 1>(args);
-    case 2:
-      return linear_few_tokens<Read, kIsScaled, 2>(args);
-    case 3:
-      return linear_few_tokens<Read, kIsScaled, 3>(args);
-    case 4:
-      return linear_few_tokens<Read, kIsScaled, 4>(args);
-    default:
-      return linear_many_tokens<Read, kIsScaled>(args);
-  }
+  if (args.m == 0) return;
+  const PackedRows rows(*args.weight);
+  const int64_t per_pass = ceil_div(args.m, ceil_div(args.m, kMaxTokens));
+  int64_t row = args.row0;
+  if (per_pass == 1) row = linear_rows<Read, kIsScaled, 4, 1>(args, rows, row, per_pass);
+  if (per_pass <= 4) row = linear_rows<Read, kIsScaled, 2, 4>(args, rows, row, per_pass);
+  linear_rows<Read, kIsScaled, 1, kMaxTokens>(args, rows, row, per_pass);
 }
 
 void linear_bf16(const LinearArgs& args) {
