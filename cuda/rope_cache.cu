@@ -4,6 +4,8 @@
 // rope_store_kernel: one block of 128 threads a token; the block norms the latent, then thread i rotates
 // pairs i, i + 128, .. of the A + 1 rope parts (the last one is the key). Bound by bytes: q's rope parts in
 // and out, kv in, one cache row out.
+#include <cuda_fp8.h>
+
 #include "cuda/common.cuh"
 
 namespace rodin::cuda {
@@ -22,12 +24,48 @@ __global__ void __launch_bounds__(kThreads) rope_table_kernel(const __grid_const
   row[p.half + j] = sinf(angle) * p.multiplier;
 }
 
+// The larger one, a NaN where there is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+// Writes one row of an FP8 cache: thread i holds latents i, i + 128, ..: one of each group.
+__device__ __forceinline__ void store_fp8_latents(const float (&values)[kMlaMaxLora / kFp8Group], uint8_t* to,
+                                                  float* scratch) {  // [kMlaMaxLora / kFp8Group * 4]
+  static_assert(kThreads == kFp8Group);
+  constexpr int kGroups = kMlaMaxLora / kFp8Group;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    float most = fabsf(values[i]);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+      most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
+    if (threadIdx.x % 32 == 0) scratch[i * 4 + threadIdx.x / 32] = most;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const float* most_of = scratch + i * 4;
+    const float most =
+        max_or_nan(max_or_nan(most_of[0], most_of[1]), max_or_nan(most_of[2], most_of[3]));
+    const float inverse = most == 0 ? 0.0f : 448.0f / most;
+    to[i * kFp8Group + threadIdx.x] =
+        __nv_cvt_float_to_fp8(values[i] * inverse, __NV_SATFINITE, __NV_E4M3) & 0xff;
+    if (threadIdx.x == 0) reinterpret_cast<float*>(to + kMlaMaxLora)[i] = most / 448.0f;
+  }
+}
+
+template <bool kFp8>
 __global__ void __launch_bounds__(kThreads) rope_store_kernel(const __grid_constant__ RopeStoreParams p) {
   __shared__ float scratch[kThreads / 32];  // [kThreads / 32]
   const int64_t token = blockIdx.x;
   const bf16* kv = static_cast<const bf16*>(p.kv) + token * p.kv_stride;
   const int slot = p.slots[token];
-  bf16* cache = static_cast<bf16*>(p.cache) + slot * p.cache_stride;
+  char* cache = static_cast<char*>(p.cache) + slot * p.cache_stride * (kFp8 ? 1 : 2);
+  bf16* cache_rope = reinterpret_cast<bf16*>(
+      cache + (kFp8 ? kMlaMaxLora + kMlaMaxLora / kFp8Group * 4 : p.lora_rank * 2));
   if (slot >= 0) {
     float sum = 0;
     for (int i = threadIdx.x; i < p.lora_rank; i += kThreads) {
@@ -36,8 +74,17 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const __grid_const
     }
     sum = block_sum<kThreads>(sum, scratch);
     const float inverse = 1.0f / sqrtf(sum / static_cast<float>(p.lora_rank) + p.eps);
-    for (int i = threadIdx.x; i < p.lora_rank; i += kThreads) {
-      cache[i] = __float2bfloat16_rn(__bfloat162float(kv[i]) * inverse * p.norm_weight[i]);
+    const auto normed = [&](int i) { return __bfloat162float(kv[i]) * inverse * p.norm_weight[i]; };
+    if constexpr (kFp8) {
+      __shared__ float group_scratch[kMlaMaxLora / kFp8Group * 4];  // [4, 4]
+      float values[kMlaMaxLora / kFp8Group];                        // [4]
+#pragma unroll
+      for (int i = 0; i < kMlaMaxLora / kFp8Group; ++i) values[i] = normed(i * kFp8Group + threadIdx.x);
+      store_fp8_latents(values, reinterpret_cast<uint8_t*>(cache), group_scratch);
+    } else {
+      for (int i = threadIdx.x; i < p.lora_rank; i += kThreads) {
+        reinterpret_cast<bf16*>(cache)[i] = __float2bfloat16_rn(normed(i));
+      }
     }
   }
   const float* angles = p.rope_table + token * p.rope_stride;
@@ -49,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) rope_store_kernel(const __grid_const
     const bool is_key = head == p.num_heads;
     if (is_key && slot < 0) continue;
     const bf16* from = is_key ? kv + p.lora_rank : q + head * qk_dim + p.nope_dim;
-    bf16* to = is_key ? cache + p.lora_rank : q + head * qk_dim + p.nope_dim;
+    bf16* to = is_key ? cache_rope : q + head * qk_dim + p.nope_dim;
     const int first = p.is_interleaved ? 2 * pair : pair;
     const int second = p.is_interleaved ? 2 * pair + 1 : half + pair;
     const float a = __bfloat162float(from[first]), b = __bfloat162float(from[second]);
@@ -70,7 +117,12 @@ void run_rope_table(const RopeTableParams& params, cudaStream_t stream) {
 
 void run_rope_store(const RopeStoreParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
-  rope_store_kernel<<<static_cast<unsigned>(params.num_tokens), kThreads, 0, stream>>>(params);
+  const auto grid = static_cast<unsigned>(params.num_tokens);
+  if (params.is_cache_fp8) {
+    rope_store_kernel<true><<<grid, kThreads, 0, stream>>>(params);
+  } else {
+    rope_store_kernel<false><<<grid, kThreads, 0, stream>>>(params);
+  }
   RODIN_CHECK_LAUNCH("rope_store_kernel");
 }
 

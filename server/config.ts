@@ -24,6 +24,9 @@ export interface ServeConfig {
   readonly maxStepTokens: number;
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
+  /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
+  readonly gpuMemoryUtilization: number | null;
+  readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
   readonly blockSize: number;
   /** drafts of the MTP layer a step */
   readonly speculativeTokens: number | 'auto';
@@ -165,6 +168,8 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxNumSeqs: values['max-num-seqs'] as number,
     maxStepTokens: values['max-step-tokens'] as number,
     cacheMemory: values['cache-memory'] as number | null,
+    gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
+    kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,

@@ -2,7 +2,7 @@
 import { availableParallelism, cpus, freemem, totalmem } from 'node:os';
 import type { DoctorConfig } from './config.js';
 import { findAddon, type LoadedAddon } from './engine/load-addon.js';
-import { resolveDevice } from './engine/start-engine.js';
+import { chooseDevice } from './engine/device.js';
 import { StartupError } from './errors.js';
 import { usableCores, usableMemory } from './machine.js';
 import { readCheckpoint } from './model/checkpoint.js';
@@ -42,7 +42,6 @@ export function examine(config: DoctorConfig, version: string, find: () => Loade
   );
   tell('memory', `${sizeText(usableMemory())} can be used, ${sizeText(freemem())} of ${sizeText(totalmem())} are free`);
 
-  let device: string | null = null;
   const loaded = ask('addon', find);
   if (loaded !== null) {
     const { addon, path } = loaded;
@@ -51,13 +50,16 @@ export function examine(config: DoctorConfig, version: string, find: () => Loade
     const { usable, unusable } = addon.devices();
     tell('devices', usable.join(', '));
     for (const entry of unusable) tell('not usable', `${entry.device}: ${entry.reason}`);
-    device = ask('device', () => resolveDevice(addon, config.device));
-    if (device !== null) tell('device', `${device} is used with --device ${config.device}`);
   }
 
   const checkpoint = ask('model', () => readCheckpoint(config.model));
+  let device: string | null = null;
   if (checkpoint !== null) {
     const { spec, weightBytes, notes } = checkpoint;
+    const choice = loaded && ask('device', () => chooseDevice(loaded.addon, config.device, spec, 'auto'));
+    device = choice?.device ?? null;
+    if (choice) tell('device', `${choice.device} is used with --device ${config.device}`);
+    if (choice?.note !== undefined) tell('note', choice.note);
     const drafts = spec.numMtpLayers > 0 ? ', drafts tokens with its MTP layer' : '';
     tell('model', `${checkpoint.folder}: ${spec.numHiddenLayers} layers, ${sizeText(weightBytes)} of weights${drafts}`);
     for (const note of notes) tell('note', note);

@@ -119,9 +119,26 @@ export const FLAGS: readonly Flag[] = [
     commands: SERVE,
     value: 'BYTES',
     default: null,
-    defaultText: 'what is of use, at most half of the free memory',
+    defaultText: 'CPU: what is of use, at most half of the free memory; GPU: see --gpu-memory-utilization',
     parse: bytes,
     help: 'memory for the latent cache, e.g. 512MiB or 8GiB',
+  },
+  {
+    name: 'gpu-memory-utilization',
+    commands: SERVE,
+    value: 'SHARE',
+    default: null,
+    defaultText: '0.92',
+    parse: share,
+    help: "share of the GPU's memory for weights, workspace and latent cache, which gets what the others leave",
+  },
+  {
+    name: 'kv-cache-dtype',
+    commands: SERVE,
+    value: 'DTYPE',
+    default: 'auto',
+    parse: choice(['auto', 'bf16', 'fp8']),
+    help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
     name: 'block-size',
@@ -343,6 +360,12 @@ function integer(min: number, max: number, orElse = ''): (text: string) => numbe
     if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
     return value;
   };
+}
+
+function share(text: string): number {
+  const value = /^\d*\.?\d+$/.test(text) ? Number(text) : NaN;
+  if (!(value > 0 && value <= 1)) throw new Error('must be a number above 0 and at most 1');
+  return value;
 }
 
 function boolean(text: string): boolean {

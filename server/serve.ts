@@ -25,6 +25,8 @@ export async function serve(config: ServeConfig): Promise<number> {
       showLoading(server.engine, (line) => logger.info(line)),
       stopped.then(() => false),
     ]);
+    const state = server.engine.state();
+    if (state.status === 'ready' && state.deviceNote !== undefined) logger.info(state.deviceNote);
     if (isReady) printReady(url, server, performance.now() - startedAt);
     const signal = await stopped;
     logger.info(`${signal}: finishing ${server.drain.numRunning} completions, for at most ${config.shutdownTimeout} s`);

@@ -43,6 +43,8 @@ export class Server {
         numThreads: config.threads ?? usableCores(),
         blockSize: config.blockSize,
         cacheMemory: config.cacheMemory,
+        gpuMemoryUtilization: config.gpuMemoryUtilization,
+        kvCacheDtype: config.kvCacheDtype,
         maxModelLen: config.maxModelLen,
         maxStepTokens: config.maxStepTokens,
         maxNumSeqs: config.maxNumSeqs,

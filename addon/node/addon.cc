@@ -43,7 +43,7 @@ Napi::Value get_cache_bytes_per_token(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const CacheOptions options = to_cache_options(info[0]);
     const int64_t bytes =
-        cache_bytes_per_token(options.spec, options.compute, options.device, options.load_mtp);
+        cache_bytes_per_token(options.spec, options.compute, options.device, options.kv_cache_dtype, options.load_mtp);
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   });
 }

@@ -3,6 +3,8 @@ import type { ModelSpec, TensorEntry } from '../model/spec.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 
 export type ComputeMode = 'float32' | 'auto';
+/** of the latent cache; 'auto' is the device's own: bf16 on a GPU */
+export type KvCacheDtype = 'auto' | 'bf16' | 'fp8';
 
 export interface RunnerOptions {
   spec: ModelSpec;
@@ -16,7 +18,12 @@ export interface RunnerOptions {
   /** compute threads, the engine thread included */
   numThreads: number;
   blockSize: number;
+  /** blocks of the latent cache; the most of them where gpuMemoryUtilization is not 0 */
   numBlocks: number;
+  /** 0, or the share of the GPU's memory that weights, workspace and cache take: the cache gets what is left of it */
+  gpuMemoryUtilization: number;
+  /** the CPU takes 'auto' alone */
+  kvCacheDtype: KvCacheDtype;
   /** most tokens in one step: sizes the workspace */
   maxStepTokens: number;
   /** most sequences in one step */
@@ -28,6 +35,7 @@ export interface RunnerOptions {
 export interface RunnerInfo {
   /** e.g. 'cpu (avx512)' */
   device: string;
+  numBlocks: number;
   weightBytes: number;
   cacheBytes: number;
   workspaceBytes: number;
@@ -47,7 +55,7 @@ export interface NativeRunner {
 export interface NativeAddon {
   createRunner(options: RunnerOptions): NativeRunner;
   /** bytes one token takes in the latent cache over all layers (MTP included if loaded), before anything is allocated */
-  cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'loadMtp'>): number;
+  cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'kvCacheDtype' | 'loadMtp'>): number;
   /** devices usable on this machine, best first, and why others are not */
   devices(): { usable: string[]; unusable: { device: string; reason: string }[] };
   /** CPU paths this machine can run, best first */

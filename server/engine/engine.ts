@@ -12,7 +12,7 @@ export interface EngineOptions extends Omit<SchedulerOptions, 'onCacheEvent'> {
   /** keep what changes in the prefix cache for takeCacheEvents() */
   hasCacheEvents?: boolean;
   /** of the loaded runner */
-  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'>;
+  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'> & { deviceNote?: string };
 }
 
 /** Steps in a row in which every sequence failed, after which the runner counts as broken. */
@@ -51,7 +51,15 @@ export class Engine implements EngineHandle {
       if (event !== null) this.onEvents([event]);
       this.#wake();
     };
-    this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
+    const { device, weightBytes, cacheBytes, deviceNote } = options.info;
+    this.#state = {
+      status: 'ready',
+      device,
+      weightBytes,
+      cacheBytes,
+      maxContext: options.limits.maxContext,
+      ...(deviceNote === undefined ? {} : { deviceNote }),
+    };
     this.#loop = this.#run();
   }
 

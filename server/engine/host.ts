@@ -57,9 +57,10 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     engine.onFailed = (reason) => fail(reason, false);
     const state = engine.state();
     if (state.status !== 'ready') return fail('The engine stopped before its first request.', false);
-    const { device, weightBytes, cacheBytes } = state;
+    const { device, deviceNote, weightBytes, cacheBytes } = state;
+    const note = deviceNote === undefined ? {} : { deviceNote };
     sendEvents([]); // stats are known before anybody is told that it is ready
-    send({ type: 'ready', info: { device, weightBytes, cacheBytes, limits: engine.limits } });
+    send({ type: 'ready', info: { device, ...note, weightBytes, cacheBytes, limits: engine.limits } });
     setInterval(sendHeartbeat, HEARTBEAT_MS);
   }
 

@@ -15,6 +15,7 @@ export type ParentRequest = { type: 'submit'; request: EngineRequest } | { type:
 /** What is known of an engine that is ready. */
 export interface EngineInfo {
   device: string;
+  deviceNote?: string;
   weightBytes: number;
   cacheBytes: number;
   limits: RequestLimits;

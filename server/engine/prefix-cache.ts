@@ -150,6 +150,11 @@ export class PrefixCache {
     return this.#byBlock.has(blockId);
   }
 
+  /** Hashes by which a block is found now: for checks. */
+  findable(): string[] {
+    return [...this.#byHash.keys()];
+  }
+
   /** What is published now, replaced blocks that are still in use included: for checks. */
   published(): readonly Readonly<CachedBlock>[] {
     return [...this.#byBlock.values()];

@@ -142,6 +142,8 @@ export type EngineState =
   | {
       status: 'ready';
       device: string;
+      /** why --device auto took no GPU */
+      deviceNote?: string;
       weightBytes: number;
       cacheBytes: number;
       /** most tokens of prompt and completion: the smallest of positions, --max-model-len and cache */

@@ -181,6 +181,11 @@ export class Scheduler {
     };
   }
 
+  /** Hashes that the prefix cache finds: for checks. */
+  findable(): string[] {
+    return this.#cache.findable();
+  }
+
   /** What the prefix cache holds: for checks. */
   published(): readonly Readonly<CachedBlock>[] {
     return this.#cache.published();

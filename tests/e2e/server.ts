@@ -2,6 +2,7 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
+import { TEST_DEVICE } from '../helpers/device.js';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 
@@ -75,7 +76,8 @@ export class Server {
   }
 
   static async start(...args: string[]): Promise<Server> {
-    const started = start(['serve', '--port', '0', '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args]);
+    const device = ['--device', TEST_DEVICE, '--cache-memory', `${CACHE_MEMORY_MIB}MiB`];
+    const started = start(['serve', '--port', '0', ...device, ...args]);
     const end = performance.now() + 60_000;
     while (performance.now() < end && started.child.exitCode === null) {
       const url = /Rodin serves .* on (http:\/\/\S+) [\s\S]*Try:/.exec(started.output.stdout)?.[1];
