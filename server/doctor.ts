@@ -53,17 +53,17 @@ export function examine(config: DoctorConfig, version: string, find: () => Loade
   }
 
   const checkpoint = ask('model', () => readCheckpoint(config.model));
-  let device: string | null = null;
+  // Where the model cannot be read, the device is judged as for one that runs anywhere.
+  const { spec: model } = checkpoint ?? { spec: { modelType: 'deepseek_v3' } as const };
+  const choice = loaded && ask('device', () => chooseDevice(loaded.addon, config.device, model, 'auto'));
+  if (choice) tell('device', `${choice.device} is used with --device ${config.device}`);
+  if (choice?.note !== undefined) tell('note', choice.note);
   if (checkpoint !== null) {
     const { spec, weightBytes, notes } = checkpoint;
-    const choice = loaded && ask('device', () => chooseDevice(loaded.addon, config.device, spec, 'auto'));
-    device = choice?.device ?? null;
-    if (choice) tell('device', `${choice.device} is used with --device ${config.device}`);
-    if (choice?.note !== undefined) tell('note', choice.note);
     const drafts = spec.numMtpLayers > 0 ? ', drafts tokens with its MTP layer' : '';
     tell('model', `${checkpoint.folder}: ${spec.numHiddenLayers} layers, ${sizeText(weightBytes)} of weights${drafts}`);
     for (const note of notes) tell('note', note);
-    if (device === 'cpu' && weightBytes > usableMemory()) {
+    if (choice?.device === 'cpu' && weightBytes > usableMemory()) {
       tell('weights', 'more than the memory that can be used: give this process more memory', false);
     }
   }

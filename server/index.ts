@@ -55,9 +55,18 @@ export async function createServer(options: ServeOptions & LogOptions = {}): Pro
   };
 }
 
+/** Options of an engine: those of a server that have to do with more than its port. */
+export type EngineOptions = Omit<ServeOptions, (typeof PORT_OPTIONS)[number]>;
+
+const PORT_OPTIONS = ['host', 'port', 'corsOrigin', 'streamResume'] as const;
+
 /** Resolves when the model is loaded. Rejects with StartupError where that cannot be. */
-export async function createEngine(options: ServeOptions & LogOptions = {}): Promise<RodinEngine> {
-  const server = await makeServer(options);
+export async function createEngine(options: EngineOptions & LogOptions = {}): Promise<RodinEngine> {
+  for (const name of PORT_OPTIONS) {
+    if (name in options) throw new StartupError(`'${name}' is an option of createServer(): an engine has no port.`);
+  }
+  // A loop that was left cannot be gone on with.
+  const server = await makeServer({ ...options, streamResume: 0 });
   const chat = new LocalChat(server.app, server.modelName, server.config.apiKeys[0]);
   try {
     await server.engine.ready();

@@ -64,9 +64,8 @@ export class LocalChat {
         const blocks = text.split('\n\n');
         text = blocks.pop()!;
         for (const block of blocks) {
-          if (!block.startsWith('data: ')) continue; // a comment
-          const data = block.slice('data: '.length);
-          if (data === '[DONE]') continue;
+          const data = /^data: (.*)$/m.exec(block)?.[1];
+          if (data === undefined || data === '[DONE]') continue; // a comment, or the end
           const chunk = JSON.parse(data) as ChatCompletionChunk | ErrorBody;
           if ('error' in chunk) throw errorOf(chunk);
           yield chunk;

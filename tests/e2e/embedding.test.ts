@@ -89,4 +89,5 @@ test('options that cannot be used are refused, as flags are', async () => {
   await refuses({ port: [1, 2] }, /port is given 2 times/);
   await refuses({ apiKey: 'a', cacheMemory: 'much' }, /cacheMemory must be a size/);
   await assert.rejects(createEngine({ model: '/nowhere' }), StartupError);
+  await assert.rejects(createEngine({ port: 1 } as object), /'port' is an option of createServer/);
 });

@@ -34,13 +34,18 @@ export async function inFolder(job: (folder: string) => Promise<void> | void): P
   }
 }
 
+interface Packed {
+  filename: string;
+  files: { path: string }[];
+}
+
 /** Packs this project, with the addon that is built, into the folder; returns the archive and the files in it. */
 export function pack(folder: string, ...flags: string[]): { archive: string; files: string[] } {
   mkdirSync(folder, { recursive: true });
   const { status, stdout, stderr } = npm(ROOT, 'pack', '--json', '--pack-destination', folder, ...flags);
   if (status !== 0) throw new Error(`npm pack failed:\n${stderr}`);
-  const [{ filename, files }] = JSON.parse(stdout.slice(stdout.indexOf('['))) as [
-    { filename: string; files: { path: string }[] },
-  ];
+  // A list up to npm 11, an object by package name from npm 12 on.
+  const packed = JSON.parse(stdout.slice(stdout.search(/^[[{]/m))) as Record<string, Packed> | Packed[];
+  const [{ filename, files }] = Object.values(packed) as [Packed];
   return { archive: join(folder, filename), files: files.map(({ path }) => path) };
 }
