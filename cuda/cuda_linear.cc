@@ -13,6 +13,8 @@ bool is_aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 LinearIo io_of(const Tensor& x, const Tensor& out) { return {x.data, x.stride, out.data, out.stride}; }
 
 }  // namespace
@@ -91,6 +93,9 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
   if (x.rows == 0) return;
   const int64_t num_experts = moe.route.num_experts;
   linear(x, moe.router, {router_logits_, Dtype::kF32, x.rows, num_experts, num_experts});
+  // One token's experts need no sorting: the router makes its plan.
+  const bool is_planned = x.rows == 1;
+  planned_ids_ = is_planned ? expert_ids.row<int32_t>(0) : nullptr;
   run_route({.logits = router_logits_,
              .correction_bias = moe.correction_bias,
              .expert_ids = expert_ids.row<int32_t>(0),
@@ -98,7 +103,9 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
              .expert_weights = expert_weights.row<float>(0),
              .weights_stride = expert_weights.stride,
              .num_tokens = static_cast<int32_t>(x.rows),
-             .route = moe.route},
+             .route = moe.route,
+             .plan = is_planned ? moe_plan_ : MoePlan{},
+             .has_shared = moe.has_shared() && static_cast<const PlacedMoe*>(moe.packed)->is_shared_grouped},
             stream_);
 }
 
@@ -118,6 +125,8 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
+  const auto row_tiles = [](int64_t rows) { return ceil_div(rows, 16); };
+  const int64_t busy_experts = std::min<int64_t>(x.rows * k, num_experts);
   const auto tokens_each =
       static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
 
@@ -129,7 +138,8 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
                               .has_shared = is_shared_grouped,
                               .tile_tokens = linear_tile_tokens(tokens_each),
                               .plan = moe_plan_};
-  run_moe_plan(plan, stream_);
+  if (x.rows != 1 || planned_ids_ != plan.expert_ids) run_moe_plan(plan, stream_);
+  planned_ids_ = nullptr;
 
   LinearParams params = linear_params(x, expert_mid_, view_of(moe.experts[0].gate));
   params.is_gated = true;
@@ -141,6 +151,7 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   params.x_divisor = k;
   params.num_tokens = tokens_each;
   params.io[1] = io_of(x, shared_mid_);
+  params.row_tiles = busy_experts * row_tiles(params.max_rows) + row_tiles(shared_rows);
   params.max_rows = std::max(params.max_rows, shared_rows);
   run_linear(params, stream_);
 
@@ -152,6 +163,7 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   down.num_tokens = tokens_each;
   down.io[1] = io_of(shared_mid_, shared_out_);
   down.max_cols = std::max(down.max_cols, shared_rows);
+  down.row_tiles = (busy_experts + (is_shared_grouped ? 1 : 0)) * row_tiles(down.max_rows);
   run_linear(down, stream_);
 
   if (moe.has_shared() && !is_shared_grouped) {

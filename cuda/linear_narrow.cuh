@@ -45,6 +45,9 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
   constexpr int kGroupRows = kGated ? 16 : 16 * MT;
   extern __shared__ float sums[];  // [2, kNarrowWarps, MT, NT, kSumTile]
 
+  let_successor_begin();
+  const bool is_grouped = p.table[0] != nullptr;
+  if (is_grouped) wait_for_predecessor();  // the plan; elsewhere the first weights are on their way before
   LinearWork work;
   if (!find_work(p, 8 * NT, work)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -126,6 +129,7 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
   };
 
   if constexpr (kPrefetch) load(kw);
+  if (!is_grouped) wait_for_predecessor();
   if constexpr (KW == 1) {
     const float* scales[MT][2] = {};  // [MT, row half]
     if constexpr (W::kHasScale) {

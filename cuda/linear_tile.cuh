@@ -161,8 +161,9 @@ __device__ __forceinline__ bool find_work(const LinearParams& p, int tile_tokens
   work.order = nullptr;
   work.x_divisor = 1;
   if (p.table[0] != nullptr) {
-    if (static_cast<int>(blockIdx.y) >= *p.plan.num_tiles) return false;
+    // Read before it is known that it is one, so that the two loads overlap.
     const MoeTile tile = p.plan.tiles[blockIdx.y];
+    if (static_cast<int>(blockIdx.y) >= *p.plan.num_tiles) return false;
     io = tile.expert == p.num_experts;
     work.weight = p.table[0] + tile.expert;
     work.up = p.table[1] + tile.expert;

@@ -81,8 +81,9 @@ int64_t blocks_that_fit(const RunnerOptions& options, const DeviceMemory& memory
   const int64_t used = memory.total - memory.free;
   const int64_t left = usable - used - num_layers * kGrain;
   check(left >= block_bytes, "the GPU is out of memory: ", options.memory_utilization, " of its ",
-        memory.total / kMegabyte, " MiB (--gpu-memory-utilization) are ", usable / kMegabyte, " MiB, of which ",
-        used / kMegabyte, " MiB are taken by weights, workspace and other programs; a latent cache of one block takes ",
+        memory.total / kMegabyte, " MiB (--gpu-memory-utilization) are ", usable / kMegabyte,
+        " MiB, of which ", used / kMegabyte,
+        " MiB are taken by weights, workspace and other programs; a latent cache of one block takes ",
         (block_bytes + num_layers * kGrain) / kMegabyte,
         " MiB more. Raise the share, or lower --max-step-tokens or --max-num-seqs");
   return std::min(options.num_blocks, left / block_bytes);
