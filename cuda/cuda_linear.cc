@@ -13,8 +13,6 @@ bool is_aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 LinearIo io_of(const Tensor& x, const Tensor& out) { return {x.data, x.stride, out.data, out.stride}; }
 
 }  // namespace
@@ -125,8 +123,6 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
-  const auto row_tiles = [](int64_t rows) { return ceil_div(rows, 16); };
-  const int64_t busy_experts = std::min<int64_t>(x.rows * k, num_experts);
   const auto tokens_each =
       static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
 
@@ -151,7 +147,6 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   params.x_divisor = k;
   params.num_tokens = tokens_each;
   params.io[1] = io_of(x, shared_mid_);
-  params.row_tiles = busy_experts * row_tiles(params.max_rows) + row_tiles(shared_rows);
   params.max_rows = std::max(params.max_rows, shared_rows);
   run_linear(params, stream_);
 
@@ -163,7 +158,6 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   down.num_tokens = tokens_each;
   down.io[1] = io_of(shared_mid_, shared_out_);
   down.max_cols = std::max(down.max_cols, shared_rows);
-  down.row_tiles = (busy_experts + (is_shared_grouped ? 1 : 0)) * row_tiles(down.max_rows);
   run_linear(down, stream_);
 
   if (moe.has_shared() && !is_shared_grouped) {

@@ -91,7 +91,6 @@ struct LinearParams {
   int32_t max_tiles = 0;
   int32_t num_experts = 0;
   int32_t x_divisor = 1;
-  int64_t row_tiles = 0;  // grouped: 16-row tiles of all experts that are expected to have work
 };
 
 // Tokens of one tile for a call with `num_tokens` tokens (a MoePlan must be made for the same tile size).

@@ -80,7 +80,7 @@ class LinearLauncher {
     if constexpr (NT != 2 || W::kParts == 1) {
       // Teams as small as keeps the GPU busy: warps that work alone need no barriers.
       const dim3 alone = grid(p, kGated ? 16 : 16 * MT, 8 * NT);
-      const int64_t num_tiles = p.row_tiles > 0 ? p.row_tiles : int64_t{alone.x} * alone.y * alone.z;
+      const int64_t num_tiles = int64_t{alone.x} * alone.y * alone.z;
       const int64_t num_blocks = ceil_div(p.max_cols, kBlockK);
       int team = 1;
       const int most = W::kParts == 1 && !kGated && NT < 4 ? 16 : 8;

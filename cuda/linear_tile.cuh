@@ -109,8 +109,9 @@ __device__ __forceinline__ void load_inputs(uint32_t (&x)[8], const bf16* row, i
     return;
   }
   if (k + 16 <= cols && is_aligned) {
-    const uint4 a = __ldg(reinterpret_cast<const uint4*>(row + k));
-    const uint4 b = __ldg(reinterpret_cast<const uint4*>(row + k) + 1);
+    // Not through the read-only path: the kernel before this one may have written them while this one ran.
+    const uint4 a = *reinterpret_cast<const uint4*>(row + k);
+    const uint4 b = *(reinterpret_cast<const uint4*>(row + k) + 1);
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
     x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
     return;
