@@ -1,7 +1,7 @@
-import { freemem } from 'node:os';
 import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
+import { usableMemory } from '../machine.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
@@ -18,7 +18,7 @@ export interface EngineConfig {
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
-  /** 'auto' | 'avx512' | 'avx2' | 'portable' */
+  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable' */
   cpuPath: string;
   numThreads: number;
   blockSize: number;
@@ -33,6 +33,8 @@ export interface EngineConfig {
   maxNumSeqs: number;
   /** requests that may wait beyond maxNumSeqs */
   maxQueue: number;
+  /** tell what changes in the prefix cache; false where it is left out */
+  hasCacheEvents?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -95,6 +97,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,
@@ -161,7 +164,7 @@ function planCache(
   }
   // As much as all sequences at full length could use, but at most half of what is free now.
   const usefulBlocks = config.maxNumSeqs * Math.ceil((maxModelLen ?? spec.maxPositionEmbeddings) / blockSize);
-  return fixed(countBlocks(Math.min(usefulBlocks * blockBytes, Math.floor(freemem() / 2)), blockBytes, blockSize));
+  return fixed(countBlocks(Math.min(usefulBlocks * blockBytes, Math.floor(usableMemory() / 2)), blockBytes, blockSize));
 }
 
 /** Creates and loads a runner, reporting progress; whatever it refuses becomes a StartupError. */

@@ -34,7 +34,8 @@ test('every operation of the document is routed, and nothing else is', async () 
   const { operations } = Contract.read();
   assert.ok(operations.length >= 8);
   for (const { method, url } of operations) assert.ok(app.hasRoute({ method, url }), `${method} ${url}`);
-  const routed = app.printRoutes({ commonPrefix: false }).match(/\((GET|POST|PUT|PATCH|DELETE|OPTIONS)[^)]*\)/g) ?? [];
+  const groups = app.printRoutes({ commonPrefix: false }).matchAll(/\(((?:[A-Z]+(?:, )?)+)\)/g);
+  const routed = [...groups].flatMap(([, methods]) => methods!.split(', ').filter((method) => method !== 'HEAD'));
   // One more than the document has: ids with unescaped slashes.
   assert.equal(routed.length, operations.length + 1);
   await close();
