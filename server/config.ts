@@ -24,6 +24,9 @@ export interface ServeConfig {
   readonly maxStepTokens: number;
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
+  /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
+  readonly gpuMemoryUtilization: number | null;
+  readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
   readonly blockSize: number;
   /** drafts of the MTP layer a step */
   readonly speculativeTokens: number | 'auto';
@@ -35,12 +38,36 @@ export interface ServeConfig {
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** where traces go; null: there are none */
+  readonly otlpTracesEndpoint: string | null;
+  /** ZeroMQ address to publish cache events on; null: none are published */
+  readonly kvEvents: string | null;
+  /** null: kv@HOSTNAME@MODEL */
+  readonly kvEventsTopic: string | null;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
+  /** seconds in which a stream that was cut off can be gone on with; 0: not at all */
+  readonly streamResume: number;
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
+}
+
+/** What `serve` can be told, by programs: the flags' names in camelCase, texts or numbers as on the command line. */
+export type ServeOptions = {
+  -readonly [Key in keyof Omit<ServeConfig, 'warnings' | RenamedKey>]?: Option<ServeConfig[Key]>;
+} & { [Key in RenamedKey as Renamed[Key]]?: Option<ServeConfig[Key]> };
+
+type Option<Value> = Value | string | undefined;
+type RenamedKey = keyof Renamed;
+
+/** Fields whose flag has another name: camelCase of that. */
+interface Renamed {
+  servedModelNames: 'servedModelName';
+  apiKeys: 'apiKey';
+  corsOrigins: 'corsOrigin';
+  maxBodyBytes: 'maxBodySize';
 }
 
 export interface LogitsConfig {
@@ -52,6 +79,12 @@ export interface LogitsConfig {
   readonly threads: number | null;
   readonly last: number;
   readonly draft: boolean;
+}
+
+export interface DoctorConfig {
+  readonly model: string;
+  readonly device: string;
+  readonly threads: number | null;
 }
 
 export interface BenchConfig {
@@ -75,12 +108,16 @@ export type Command =
   | { kind: 'print'; text: string }
   | { kind: 'serve'; config: ServeConfig }
   | { kind: 'logits'; config: LogitsConfig }
-  | { kind: 'bench'; config: BenchConfig };
+  | { kind: 'bench'; config: BenchConfig }
+  | { kind: 'doctor'; config: DoctorConfig }
+  | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
   bench: "'rodin bench step' times steps of the runner beside what the machine could do",
+  doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
+  build: 'builds the native addon on this machine, where the one in the package does not load',
 };
 
 /** Throws StartupError for anything it does not know or cannot use. */
@@ -102,9 +139,38 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
   if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
   const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
-  if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
-  if (command === 'bench') return { kind: 'bench', config: benchConfig(values) };
-  return { kind: 'logits', config: logitsConfig(values) };
+  switch (command) {
+    case 'serve':
+      return { kind: 'serve', config: serveConfig(values, env) };
+    case 'logits':
+      return { kind: 'logits', config: logitsConfig(values) };
+    case 'bench':
+      return { kind: 'bench', config: benchConfig(values) };
+    case 'doctor':
+      return { kind: 'doctor', config: doctorConfig(values) };
+    case 'build':
+      return { kind: 'build' };
+  }
+}
+
+/** Options of a program, checked as flags are; no variable is read. Throws StartupError. */
+export function serveConfigOf(options: ServeOptions): ServeConfig {
+  const flags = FLAGS.filter((flag) => flag.commands.includes('serve'));
+  const byOption = new Map(flags.map((flag) => [camelCase(flag.name), flag]));
+  const values = Object.fromEntries(flags.map((flag) => [flag.name, flag.default]));
+  for (const [option, value] of Object.entries(options)) {
+    if (value === undefined || value === null) continue;
+    const flag = byOption.get(option);
+    if (flag === undefined) {
+      throw new StartupError(`There is no option '${option}'; there are ${[...byOption.keys()].join(', ')}.`);
+    }
+    values[flag.name] = parse(flag, Array.isArray(value) ? value.map(String) : [String(value)], option);
+  }
+  return serveConfig(values, {});
+}
+
+function camelCase(name: string): string {
+  return name.replace(/-(\w)/g, (_, letter: string) => letter.toUpperCase());
 }
 
 export function packageVersion(): string {
@@ -127,6 +193,8 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxNumSeqs: values['max-num-seqs'] as number,
     maxStepTokens: values['max-step-tokens'] as number,
     cacheMemory: values['cache-memory'] as number | null,
+    gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
+    kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
@@ -136,8 +204,12 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
+    kvEvents: values['kv-events'] as string | null,
+    kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
+    streamResume: values['stream-resume'] as number,
     shutdownTimeout: values['shutdown-timeout'] as number,
     warnings: Object.freeze(
       Object.keys(env)
@@ -164,6 +236,14 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     threads: values['threads'] as number | null,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
+  });
+}
+
+function doctorConfig(values: Record<string, FlagValue>): DoctorConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    device: values['device'] as string,
+    threads: values['threads'] as number | null,
   });
 }
 
@@ -227,6 +307,10 @@ function valueOf(command: CommandName, flag: Flag, given: string[] | undefined, 
       throw new StartupError(`--${flag.name} ${flag.value} is needed; 'rodin ${command} --help' says what it is.`);
     return flag.default;
   }
+  return parse(flag, texts, origin);
+}
+
+function parse(flag: Flag, texts: string[], origin: string): FlagValue {
   if (texts.length > 1 && !flag.isList)
     throw new StartupError(`${origin} is given ${texts.length} times; give it once.`);
   const parsed = texts.map((text) => {
@@ -251,5 +335,7 @@ function helpOf(command: CommandName, flags: readonly Flag[]): string {
     const note = flag.isRequired ? 'needed' : flag.isSwitch ? 'off' : (flag.defaultText ?? value);
     return `${name}${flag.help}\n${' '.repeat(30)}[${note}; ${variableOf(flag)}]`;
   });
-  return `rodin ${command}: ${COMMANDS[command]}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
+  const about = `rodin ${command}: ${COMMANDS[command]}`;
+  if (lines.length === 0) return `${about}\n\nIt has no flags.`;
+  return `${about}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
 }

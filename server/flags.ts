@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-export type CommandName = 'serve' | 'logits' | 'bench';
+export type CommandName = 'serve' | 'logits' | 'bench' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
 
 export interface Flag {
@@ -21,7 +21,8 @@ export interface Flag {
   isRequired?: boolean;
 }
 
-const ALL = ['serve', 'logits', 'bench'] as const;
+const RUN = ['serve', 'logits', 'bench'] as const;
+const ALL = ['serve', 'logits', 'bench', 'doctor'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
 const BENCH = ['bench'] as const;
@@ -83,7 +84,7 @@ export const FLAGS: readonly Flag[] = [
   { name: 'device', commands: ALL, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
   {
     name: 'compute',
-    commands: ALL,
+    commands: RUN,
     value: 'MODE',
     default: 'auto',
     parse: choice(['auto', 'float32']),
@@ -119,9 +120,26 @@ export const FLAGS: readonly Flag[] = [
     commands: SERVE,
     value: 'BYTES',
     default: null,
-    defaultText: 'what is of use, at most half of the free memory',
+    defaultText: 'CPU: what is of use, at most half of the free memory; GPU: see --gpu-memory-utilization',
     parse: bytes,
     help: 'memory for the latent cache, e.g. 512MiB or 8GiB',
+  },
+  {
+    name: 'gpu-memory-utilization',
+    commands: SERVE,
+    value: 'SHARE',
+    default: null,
+    defaultText: '0.92',
+    parse: share,
+    help: "share of the GPU's memory for weights, workspace and latent cache, which gets what the others leave",
+  },
+  {
+    name: 'kv-cache-dtype',
+    commands: SERVE,
+    value: 'DTYPE',
+    default: 'auto',
+    parse: choice(['auto', 'bf16', 'fp8']),
+    help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
     name: 'block-size',
@@ -199,6 +217,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'reasoning that repeats itself for so many tokens is ended; 0 never ends it',
   },
   {
+    name: 'stream-resume',
+    commands: SERVE,
+    value: 'SECONDS',
+    default: 60,
+    parse: integer(0, 3600),
+    help: 'time in which a chat stream that was cut off can be gone on with; 0 keeps no events',
+  },
+  {
     name: 'shutdown-timeout',
     commands: SERVE,
     value: 'SECONDS',
@@ -221,6 +247,33 @@ export const FLAGS: readonly Flag[] = [
     default: 'auto',
     parse: choice(['auto', 'text', 'json']),
     help: 'text, json, or auto: text on a terminal, json elsewhere',
+  },
+  {
+    name: 'otlp-traces-endpoint',
+    commands: SERVE,
+    value: 'URL',
+    default: null,
+    defaultText: 'off',
+    parse: httpUrl,
+    help: 'OpenTelemetry collector that gets a trace of each request, e.g. http://localhost:4318/v1/traces',
+  },
+  {
+    name: 'kv-events',
+    commands: SERVE,
+    value: 'ADDRESS',
+    default: null,
+    defaultText: 'off',
+    parse: zmqAddress,
+    help: 'address such as tcp://*:5557 on which routers read, by ZeroMQ, what the prefix cache holds',
+  },
+  {
+    name: 'kv-events-topic',
+    commands: SERVE,
+    value: 'TOPIC',
+    default: null,
+    defaultText: 'kv@HOSTNAME@MODEL',
+    parse: nonEmpty,
+    help: 'topic of those messages, by which routers tell servers and models apart',
   },
   {
     name: 'prompts',
@@ -335,6 +388,19 @@ function origin(text: string): string {
   return text;
 }
 
+function zmqAddress(text: string): string {
+  const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
+  if (!(port <= 65535))
+    throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
+  return text;
+}
+
+function httpUrl(text: string): string {
+  const protocol = URL.canParse(text) ? new URL(text).protocol : '';
+  if (protocol !== 'http:' && protocol !== 'https:') throw new Error('must be an http or https address with its path');
+  return text;
+}
+
 function device(text: string): string {
   if (!/^(auto|cpu|cuda:\d{1,3})$/.test(text)) throw new Error('must be auto, cpu or cuda:N');
   return text;
@@ -353,6 +419,12 @@ function integer(min: number, max: number, orElse = ''): (text: string) => numbe
     if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
     return value;
   };
+}
+
+function share(text: string): number {
+  const value = /^\d*\.?\d+$/.test(text) ? Number(text) : NaN;
+  if (!(value > 0 && value <= 1)) throw new Error('must be a number above 0 and at most 1');
+  return value;
 }
 
 function boolean(text: string): boolean {

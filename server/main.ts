@@ -1,8 +1,12 @@
 #!/usr/bin/env node
 /** Entry and command line. */
+import { spawnSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
 import { runBenchStep } from './bench/step.js';
 import { formatReport } from './bench/table.js';
-import { readCommandLine } from './config.js';
+import { packageVersion, readCommandLine } from './config.js';
+import { examine, report } from './doctor.js';
 import { StartupError } from './errors.js';
 import { runLogits } from './logits.js';
 import { LoadingProgress } from './progress.js';
@@ -33,6 +37,17 @@ async function main(): Promise<number> {
       progress.end();
       say(`wrote the logits of ${numPrompts} prompts to ${command.config.out}`);
       return 0;
+    }
+    case 'doctor': {
+      const { text, code } = report(examine(command.config, packageVersion()));
+      process.stdout.write(`${text}\n`);
+      return code;
+    }
+    case 'build': {
+      const setup = fileURLToPath(new URL('../server/setup.mjs', import.meta.url));
+      if (!existsSync(setup))
+        throw new StartupError('There are no sources here to build from: an image has its addon.');
+      return spawnSync(process.execPath, [setup, '--addon'], { stdio: 'inherit' }).status ?? 1;
     }
   }
 }

@@ -189,8 +189,11 @@ GqaShape gqa_shape(const ModelSpec& spec) {
   return shape;
 }
 
-int64_t cache_row_dim(const ModelSpec& spec) {
-  return spec.is_gqa() ? gqa_shape(spec).row_dim() : mla_shape(spec).latent_dim();
+int64_t cache_row_dim(const ModelSpec& spec, Dtype dtype) {
+  if (spec.is_gqa()) return gqa_shape(spec).row_dim();
+  const MlaShape shape = mla_shape(spec);
+  if (dtype != Dtype::kF8E4M3) return shape.latent_dim();
+  return shape.lora_rank + shape.lora_rank / 128 * 4 + shape.rope_dim * 2;
 }
 
 ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_mtp) {

@@ -57,7 +57,7 @@ std::vector<TensorEntry> needed_entries(const ModelSpec& spec, const std::vector
 MlaShape mla_shape(const ModelSpec& spec);
 GqaShape gqa_shape(const ModelSpec& spec);
 
-// Elements that one position takes in one layer of the latent cache.
-int64_t cache_row_dim(const ModelSpec& spec);
+// Elements of `dtype` that one position takes in one layer of the latent cache (ops.h, CacheLayer).
+int64_t cache_row_dim(const ModelSpec& spec, Dtype dtype);
 
 }  // namespace rodin

@@ -198,6 +198,8 @@ RunnerOptions to_runner_options(const Napi::Value& value) {
   options.num_threads = fields.count("numThreads");
   options.block_size = fields.count("blockSize");
   options.num_blocks = fields.count("numBlocks");
+  options.memory_utilization = fields.number("gpuMemoryUtilization");
+  options.kv_cache_dtype = fields.text("kvCacheDtype");
   options.max_step_tokens = fields.count("maxStepTokens");
   options.max_num_seqs = fields.count("maxNumSeqs");
   options.load_mtp = fields.boolean("loadMtp");
@@ -216,6 +218,7 @@ CacheOptions to_cache_options(const Napi::Value& value) {
   options.spec = to_model_spec(fields.value("spec"));
   options.compute = fields.text("compute");
   options.device = fields.text("device");
+  options.kv_cache_dtype = fields.text("kvCacheDtype");
   options.load_mtp = fields.boolean("loadMtp");
   return options;
 }
@@ -266,6 +269,7 @@ StepBatch to_step_batch(const Napi::Value& value) {
 Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("device", info.device);
+  object.Set("numBlocks", static_cast<double>(info.num_blocks));
   object.Set("weightBytes", static_cast<double>(info.weight_bytes));
   object.Set("cacheBytes", static_cast<double>(info.cache_bytes));
   object.Set("workspaceBytes", static_cast<double>(info.workspace_bytes));

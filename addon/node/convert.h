@@ -18,6 +18,7 @@ struct CacheOptions {
   ModelSpec spec;
   std::string compute;
   std::string device;
+  std::string kv_cache_dtype;
   bool load_mtp = false;
 };
 CacheOptions to_cache_options(const Napi::Value& value);

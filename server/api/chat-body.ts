@@ -5,7 +5,7 @@ import type { Choices } from './choices.js';
 import type { ApiContext } from './context.js';
 import { choiceLogprobs } from './logprobs.js';
 import type { components } from './openapi.js';
-import type { ChunkBodies } from './stream.js';
+import type { ChunkBodies } from './chunk-dialect.js';
 
 type Schemas = components['schemas'];
 

@@ -107,7 +107,7 @@ export class ChatOutput {
   accept(event: EngineEvent): void {
     if (event.finishReason === 'error') throw toApiError(event.error, this.#job.formatParam);
     if (event.finishReason === 'abort') throw new ApiError('engine_failed', 'The request was aborted by the server.');
-    this.#cachedTokens = event.cachedTokens;
+    if (this.#numTokens === 0) this.#cachedTokens = event.cachedTokens;
     this.#speculative = event.speculative ?? this.#speculative;
     this.#reasoningEnded = event.reasoningEnded ?? null;
     for (const token of event.tokens) {

@@ -1,10 +1,13 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { ApiError } from '../errors.js';
 import { ChatBodies, wholeChat } from './chat-body.js';
 import { jobOfChoice, readChatRequest, type ChatBody } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect } from './chunk-dialect.js';
+import { abortWithClient, checkReady } from './client.js';
 import type { ApiContext } from './context.js';
-import { streamChoices } from './stream.js';
+import { MAX_LOG_BYTES } from './resumable.js';
+import { ChoiceStream } from './stream.js';
+import { sendWhole } from './whole.js';
 
 export async function createChatCompletion(
   context: ApiContext,
@@ -16,38 +19,17 @@ export async function createChatCompletion(
   const job = await readChatRequest(request.body, request.tenant, context);
   checkReady(context);
   const jobs = Array.from({ length: job.numChoices }, (_, index) => jobOfChoice(job, index));
-  const choices = new Choices([jobs], context, request.log, startedAt);
-  abortWithClient(choices, context, request, reply);
-  if (job.isStream) {
-    const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));
-    return streamChoices(context, choices, bodies, job, reply);
+  const choices = new Choices([jobs], context, request, startedAt);
+  if (!job.isStream) {
+    abortWithClient(context, request, reply, choices);
+    return sendWhole(context, choices, () => wholeChat(job, context, choices), reply);
   }
-  await choices.run(() => {});
-  if (choices.isAborted) return reply.hijack();
-  return reply.type('application/json; charset=utf-8').send(wholeChat(job, context, choices));
-}
-
-/** Ends the choices when the client leaves, or when the server drains for too long. */
-export function abortWithClient(
-  choices: Choices,
-  context: ApiContext,
-  request: FastifyRequest,
-  reply: FastifyReply,
-): void {
-  const leave = context.drain.enter(() => {
-    for (const requestId of choices.requestIds()) context.engine.abort(requestId);
-  });
-  // 'close' comes after every response; before the response is written the client has left.
-  reply.raw.once('close', () => {
-    leave();
-    if (!reply.raw.writableFinished) choices.abort();
-  });
-  if (request.raw.socket.destroyed) {
-    leave();
-    choices.abort();
-  }
-}
-
-export function checkReady({ drain }: ApiContext): void {
-  if (drain.isDraining) throw new ApiError('shutting_down', 'The server is shutting down; send the request elsewhere.');
+  const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));
+  const { resumable } = context;
+  const isKept = resumable.seconds > 0;
+  const options = isKept ? { kept: { id: job.id, maxBytes: MAX_LOG_BYTES } } : {};
+  const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, job), options);
+  if (isKept) resumable.enter(job.id, { stream, choices, tenant: request.tenant }, reply);
+  abortWithClient(context, request, reply, choices, () => stream.leave(reply));
+  return stream.begin(reply);
 }

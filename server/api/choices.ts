@@ -1,7 +1,6 @@
-import type { FastifyBaseLogger } from 'fastify';
 import type { ChatOutput, Usage } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
-import { Completion } from './completion.js';
+import { Completion, type RequestOrigin } from './completion.js';
 import type { ApiContext } from './context.js';
 import type { components } from './openapi.js';
 
@@ -21,12 +20,14 @@ export interface Choice {
 export class Choices {
   readonly all: readonly Choice[];
   readonly #groups: readonly (readonly Choice[])[];
-  readonly #submit: (job: ChatJob) => Completion;
+  readonly #submit: (job: ChatJob, earlier?: Completion) => Completion;
+  /** times that all were aborted: a run of before must not go on when they are resumed */
+  #numAborts = 0;
   #isAborted = false;
 
   /** Submits the first of each group. Throws ApiError where the engine does not take one. */
-  constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, log: FastifyBaseLogger, startedAt: number) {
-    this.#submit = (job) => new Completion(job, context, log, startedAt);
+  constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, origin: RequestOrigin, startedAt: number) {
+    this.#submit = (job, earlier) => new Completion(job, context, origin, startedAt, earlier);
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
     this.all = this.#groups.flat();
@@ -45,15 +46,32 @@ export class Choices {
   /** The client is gone, or one choice has failed. */
   abort(): void {
     this.#isAborted = true;
+    this.#numAborts++;
     for (const { completion } of this.all) completion?.abort();
+  }
+
+  /** After abort(): those that had not ended are submitted again and go on behind their tokens. Throws ApiError. */
+  resume(): void {
+    this.#isAborted = false;
+    try {
+      for (const choice of this.all) {
+        const { completion, job } = choice;
+        if (completion !== null && completion.output.finishReason === null) {
+          choice.completion = this.#submit(job, completion);
+        }
+      }
+    } catch (error) {
+      this.abort();
+      throw error;
+    }
   }
 
   /** Ids of the engine's requests that have been submitted. */
   requestIds(): string[] {
-    return this.all.filter(({ completion }) => completion !== null).map(({ job }) => job.engineRequest.requestId);
+    return this.all.flatMap(({ completion }) => completion?.requestId ?? []);
   }
 
-  /** Runs all to their ends; `onEvent` is told after each event, its choice's last one included. Throws ApiError. */
+  /** Runs all to their ends, or to the next abort(); `onEvent` is told after each event, its choice's last one included. Throws ApiError. */
   async run(onEvent: (choice: Choice, output: ChatOutput) => void): Promise<void> {
     try {
       await Promise.all(this.#groups.map((group) => this.#runGroup(group, onEvent)));
@@ -95,15 +113,18 @@ export class Choices {
 
   async #runGroup(group: readonly Choice[], onEvent: (choice: Choice, output: ChatOutput) => void): Promise<void> {
     const [leader, ...others] = group as [Choice, ...Choice[]];
+    const numAborts = this.#numAborts;
     const advance = async (choice: Choice): Promise<boolean> => {
       const completion = choice.completion!;
       const goesOn = await completion.advance();
+      if (numAborts !== this.#numAborts) return false;
       if (goesOn || completion.output.finishReason !== null) onEvent(choice, completion.output);
       return goesOn;
     };
-    const leaderGoesOn = await advance(leader);
-    if (this.#isAborted) return;
-    for (const choice of others) choice.completion = this.#submit(choice.job);
+    const hasBegun = leader.completion!.tokenIds.length > 0;
+    const leaderGoesOn = hasBegun || (await advance(leader));
+    if (numAborts !== this.#numAborts) return;
+    for (const choice of others) choice.completion ??= this.#submit(choice.job);
     const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
       while (goesOn) goesOn = await advance(choice);
     };

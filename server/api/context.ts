@@ -1,11 +1,13 @@
 import type { ServeConfig } from '../config.js';
 import type { EngineHandle } from '../engine/request.js';
 import type { Metrics } from '../metrics.js';
+import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { ResumableStreams } from './resumable.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -24,7 +26,10 @@ export interface ApiContext {
   startedAt: number;
   contract: Contract;
   metrics: Metrics;
+  /** null: nobody wants traces */
+  tracer: CompletionTracer | null;
   drain: Drain;
   formats: OutputFormats;
   sse: SseOptions;
+  resumable: ResumableStreams;
 }

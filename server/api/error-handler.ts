@@ -1,6 +1,6 @@
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify';
 import { ApiError, type ErrorCode } from '../errors.js';
-import { isMessagesUrl, requestIdOf, toMessagesError } from './messages-error.js';
+import { isMessagesClient, requestIdOf, toMessagesError } from './messages-error.js';
 
 /** Fastify's and Node's own errors under the codes that clients know. */
 const KNOWN: Readonly<Record<string, [ErrorCode, string]>> = {
@@ -33,6 +33,6 @@ export function sendError(error: unknown, request: FastifyRequest, reply: Fastif
   else request.log.debug({ code: shown.code, param: shown.param }, shown.message);
   if (RETRY_LATER.has(shown.status)) reply.header('retry-after', '1');
   if (shown.status === 401) reply.header('www-authenticate', 'Bearer');
-  const body = isMessagesUrl(request.url) ? toMessagesError(shown, requestIdOf(reply)) : shown.toBody();
+  const body = isMessagesClient(request) ? toMessagesError(shown, requestIdOf(reply)) : shown.toBody();
   return reply.code(shown.status).type('application/json; charset=utf-8').send(body);
 }

@@ -6,6 +6,7 @@ import { indexPage } from './index-page.js';
 import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
+import { resumeChatCompletion } from './resumable.js';
 import { createCompletion } from './text-completion.js';
 import { detokenize, tokenize } from './tokens.js';
 
@@ -24,15 +25,16 @@ export type Handlers = {
 export function makeHandlers(context: ApiContext) {
   return {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
+    resumeChatCompletion: (request, reply) => resumeChatCompletion(context, request, reply),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
     createCompletion: (request, reply) => createCompletion(context, request, reply),
     tokenize: (request) => tokenize(context, request),
     detokenize: (request) => detokenize(context, request),
-    listModels: () => listModels(context),
+    listModels: (request) => listModels(context, request),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),
-    getLiveness: () => getLiveness(),
+    getLiveness: (_request, reply) => getLiveness(context, reply),
     getMetrics: async (_request, reply) => {
       void reply.type(context.metrics.registry.contentType);
       return context.metrics.registry.metrics();

@@ -47,10 +47,8 @@ export function toChatMessages(
       }
     }
   }
-  if (turns.at(-1)?.role === 'assistant') {
-    const message = "'messages' must not end with a turn of the assistant: continuing it is not supported. Remove it.";
-    throw new ApiError('unsupported_value', message, `messages[${messages.length - 1}]`);
-  }
+  const [callId] = callIds;
+  if (callId !== undefined) throw withoutResult(callId);
   return chat;
 }
 
@@ -114,13 +112,15 @@ function toolMessages(blocks: readonly Placed<UserBlock>[], callIds: readonly st
   }
   return callIds.map((id) => {
     const result = results.get(id);
-    if (!result) {
-      const message = `The tool_use '${id}' has no tool_result in the turn after it; send one for every call.`;
-      throw new ApiError('invalid_value', message, 'messages');
-    }
+    if (!result) throw withoutResult(id);
     const content = typeof result.content === 'string' ? result.content : joinText(result.content ?? []);
     return { role: 'tool', tool_call_id: id, content: result.is_error ? `Error: ${content}` : content };
   });
+}
+
+function withoutResult(callId: string): ApiError {
+  const message = `The tool_use '${callId}' has no tool_result in the turn after it; send one for every call.`;
+  return new ApiError('invalid_value', message, 'messages');
 }
 
 function partsOf(content: string | readonly TextBlock[]): string | Schemas['TextPart'][] {

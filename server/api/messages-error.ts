@@ -1,5 +1,4 @@
-import { randomUUID } from 'node:crypto';
-import type { FastifyReply } from 'fastify';
+import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { ApiError } from '../errors.js';
 import type { components } from './openapi.js';
 
@@ -14,16 +13,17 @@ const TYPES: Readonly<Record<number, MessagesError['error']['type']>> = {
   503: 'overloaded_error',
 };
 
-/** Whether this URL is of the Messages API, whose clients expect its errors whatever goes wrong. */
-export function isMessagesUrl(url: string): boolean {
-  return /^\/v1\/messages(?:[/?]|$)/.test(url);
+/** Whether a client of the Messages API asks, who expects its errors whatever goes wrong. */
+export function isMessagesClient({ url, headers }: Pick<FastifyRequest, 'url' | 'headers'>): boolean {
+  if (/^\/v1\/messages(?:[/?]|$)/.test(url)) return true;
+  return headers['anthropic-version'] !== undefined && /^\/v1\/models(?:[/?]|$)/.test(url);
 }
 
 /** The id that the response's header request-id carries, set where it is not yet. */
 export function requestIdOf(reply: FastifyReply): string {
   const known = reply.getHeader('request-id');
   if (typeof known === 'string') return known;
-  const id = `req_${randomUUID().replaceAll('-', '')}`;
+  const { id } = reply.request;
   reply.header('request-id', id);
   return id;
 }

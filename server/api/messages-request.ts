@@ -3,9 +3,10 @@ import { ApiError } from '../errors.js';
 import { checkModel, readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
+import { renamed, withNames, type FieldName } from './field-names.js';
 import { toChatMessages } from './messages-conversation.js';
 import type { components } from './openapi.js';
-import { readThinking } from './thinking.js';
+import { checkThinking, readThinking } from './thinking.js';
 
 export type MessagesBody = components['schemas']['MessagesRequest'];
 export type CountBody = components['schemas']['MessagesCountRequest'];
@@ -28,6 +29,7 @@ export async function readMessagesRequest(
   const chatBody: ChatBody = {
     ...conversationOf(body, context),
     ...thinkingBudgetOf(body),
+    ...formatOf(body),
     max_tokens: body.max_tokens,
     temperature: body.temperature ?? null,
     top_p: body.top_p ?? null,
@@ -38,9 +40,11 @@ export async function readMessagesRequest(
     // Blocks keep reasoning apart, whatever --reasoning-format says of chats.
     separate_reasoning: true,
   };
-  const chat = await readChatRequest(chatBody, tenant, context, true);
+  const names = namesOf(body);
+  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, true));
   const fillsContext = body.max_tokens > chat.engineRequest.sampling.maxTokens;
   chat.engineRequest.requestId = `msg_${randomUUID().replaceAll('-', '')}`;
+  chat.formatParam = renamed(chat.formatParam, names);
   return { chat, fillsContext, omitsThinking: body.thinking?.display === 'omitted' };
 }
 
@@ -49,22 +53,51 @@ export async function countPromptTokens(body: CountBody, context: ApiContext): P
   checkModel(body.model, context);
   const unlimited = { ...context, maxModelLen: Number.MAX_SAFE_INTEGER };
   const conversation = conversationOf(body, context);
-  const { ids } = await readConversation(conversation, readThinking(conversation), unlimited);
-  return ids.length;
+  return withNames(namesOf(body), async () => {
+    const wish = readThinking(conversation);
+    checkThinking(wish, conversation, context);
+    return (await readConversation(conversation, wish, unlimited)).ids.length;
+  });
 }
 
 /** What makes up the prompt. */
 function conversationOf(body: MessagesBody | CountBody, { prompts }: ApiContext): ChatBody {
-  const { model, system, messages, tools, tool_choice: choice, thinking } = body;
+  const { model, system, messages, tools, tool_choice: choice, thinking, output_config: output } = body;
   // A model that has no switch thinks as it likes: that is what adaptive asks for.
   const isSwitched = thinking && (thinking.type !== 'adaptive' || prompts.hasThinkingSwitch);
+  // The default effort of a model that does not reason is no effort.
+  const canReason = prompts.markers.thinkEnd >= 0 || prompts.form === 'r1-zero';
+  const effort = output?.effort === 'high' && !canReason ? null : output?.effort;
   return {
     model,
     messages: toChatMessages(system, messages),
     ...(tools ? { tools: tools.map(toChatTool) } : {}),
-    ...(choice?.type === 'none' ? { tool_choice: 'none' } : {}),
+    ...(choice ? { tool_choice: toChatChoice(choice) } : {}),
     ...(isSwitched ? { thinking: { type: thinking.type === 'disabled' ? 'disabled' : 'enabled' } } : {}),
+    ...(effort && thinking?.type !== 'disabled' ? { output_config: { effort } } : {}),
   };
+}
+
+/** The text's format under either of its names. */
+function formatOf({ output_config: output, output_format: older }: MessagesBody): Partial<ChatBody> {
+  const newer = output?.format;
+  if (newer && older) {
+    const message = "'output_config.format' and 'output_format' both say a format; give one of them.";
+    throw new ApiError('invalid_value', message, 'output_format');
+  }
+  const format = newer ?? older;
+  if (!format) return {};
+  return { response_format: { type: 'json_schema', json_schema: { name: 'output', schema: format.schema } } };
+}
+
+/** Chat's names of fields in messages of errors -> the ones of this API. */
+function namesOf({ messages, ...rest }: MessagesBody | CountBody): FieldName[] {
+  const format = 'output_format' in rest && rest.output_format ? 'output_format' : 'output_config.format';
+  return [
+    [/response_format\.json_schema\.schema/, `${format}.schema`],
+    [/(tools\[\d+\])\.function\.parameters/, '$1.input_schema'],
+    [/messages\[\d+\]\.reasoning(_content)?/, `messages[${messages.length - 1}].content`],
+  ];
 }
 
 /** Fields of a chat request that say how long the model may think; {} where there is no budget. */
@@ -90,8 +123,23 @@ function toChatTool({
   name,
   description,
   input_schema: parameters,
+  strict,
 }: components['schemas']['MessagesTool']): components['schemas']['Tool'] {
-  return { type: 'function', function: { name, ...(description ? { description } : {}), parameters } };
+  const described = description ? { description } : {};
+  return { type: 'function', function: { name, ...described, parameters, ...(strict ? { strict } : {}) } };
+}
+
+function toChatChoice(choice: components['schemas']['MessagesToolChoice']): NonNullable<ChatBody['tool_choice']> {
+  switch (choice.type) {
+    case 'auto':
+    case 'none':
+      return choice.type;
+    case 'any':
+      return 'required';
+    case 'tool':
+      if (choice.name) return { type: 'function', function: { name: choice.name } };
+      throw new ApiError('missing_required_parameter', "'tool_choice.name' is missing; it says which tool.", 'tool_choice.name'); // prettier-ignore
+  }
 }
 
 function checkStops(stops: readonly string[]): void {

@@ -2,10 +2,10 @@ import { ApiError } from '../errors.js';
 import { isObject, refuseFields, type Json, type Refusal } from './unsupported.js';
 
 const CHAT_ONLY = 'it is a field of /v1/chat/completions; remove it or send the request there';
-const NO_GRAMMAR = 'constrained output is not supported; remove it and ask for the format in a message';
+const CHAT_FORMAT = "use 'output_config.format' with a JSON schema";
 
 /** Fields of the Messages API, or of this server's chat API, that change results there and are not supported here. */
-const REFUSED: Readonly<Record<string, Refusal>> = {
+export const REFUSED_MESSAGES: Readonly<Record<string, Refusal>> = {
   cache_salt: { advice: CHAT_ONLY },
   chat_template_kwargs: { advice: "use 'thinking'" },
   container: { advice: 'tools run at the client; remove it' },
@@ -20,18 +20,17 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
   min_p: { advice: CHAT_ONLY },
   min_tokens: { accepts: [0], advice: CHAT_ONLY },
   n: { accepts: [1], advice: 'send the request several times' },
-  output_format: { advice: NO_GRAMMAR },
   presence_penalty: { accepts: [0], advice: CHAT_ONLY },
   prompt: { advice: "use 'messages'" },
-  reasoning_effort: { advice: "use 'thinking'" },
+  reasoning_effort: { advice: "use 'output_config.effort'" },
   repetition_penalty: { advice: CHAT_ONLY },
-  response_format: { advice: NO_GRAMMAR },
+  response_format: { advice: CHAT_FORMAT },
   return_token_ids: { accepts: [false], advice: CHAT_ONLY },
   seed: { advice: CHAT_ONLY },
   speed: { accepts: ['standard'], advice: 'there is one speed; remove it' },
   stop: { advice: "use 'stop_sequences'" },
   stop_token_ids: { advice: "use 'stop_sequences'" },
-  structured_outputs: { advice: NO_GRAMMAR },
+  structured_outputs: { advice: CHAT_FORMAT },
   top_logprobs: { advice: CHAT_ONLY },
 };
 
@@ -39,30 +38,17 @@ const REFUSED: Readonly<Record<string, Refusal>> = {
 const REFUSED_IN_TOOL: Readonly<Record<string, Refusal>> = {
   defer_loading: { accepts: [false], advice: 'every tool is shown to the model; remove it' },
   input_examples: { advice: "put the examples into the tool's description" },
-  strict: { accepts: [false], advice: 'arguments are not held to the schema; remove it' },
 };
 
 /** Throws ApiError for the first thing in a Messages request that is known and not supported. */
 export function refuseUnsupportedInMessages(body: Json): void {
-  refuseFields(body, REFUSED);
-  const { context_management: management, output_config: output, tool_choice: choice, tools } = body;
+  refuseFields(body, REFUSED_MESSAGES);
+  const { context_management: management, tools } = body;
   if (isObject(management) && editsContext(management)) {
     refuse(
       'context_management',
       'turns are never taken out of a conversation; leave out what the model should not see',
     );
-  }
-  if (isObject(output)) {
-    const { effort, format } = output;
-    if (format !== undefined && format !== null) refuse('output_config.format', NO_GRAMMAR);
-    if (effort !== undefined && effort !== null && effort !== 'high') {
-      refuse('output_config.effort', "only 'high', the default; use 'thinking' and 'max_tokens'");
-    }
-  }
-  if (isObject(choice)) {
-    if (choice['type'] === 'any' || choice['type'] === 'tool') {
-      refuse('tool_choice.type', 'calls cannot be forced; use auto or none');
-    }
   }
   if (Array.isArray(tools)) tools.forEach(refuseTool);
 }

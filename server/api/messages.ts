@@ -1,9 +1,10 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { checkReady } from './chat.js';
-import type { ChatOutput } from './chat-output.js';
-import { Completion } from './completion.js';
+import type { ApiError } from '../errors.js';
+import { abortWithClient, checkReady } from './client.js';
+import type { ChatOutput, Piece } from './chat-output.js';
+import { Choices, type Choice } from './choices.js';
 import type { ApiContext } from './context.js';
-import { toApiError } from './error-handler.js';
+import type { Dialect, StreamEvent } from './feed.js';
 import { ContentBlocks, joinBlocks } from './messages-blocks.js';
 import { requestIdOf, toMessagesError } from './messages-error.js';
 import {
@@ -14,7 +15,8 @@ import {
   type MessagesJob,
 } from './messages-request.js';
 import type { components } from './openapi.js';
-import { SseWriter } from './sse.js';
+import { ChoiceStream } from './stream.js';
+import { sendWhole } from './whole.js';
 
 type Schemas = components['schemas'];
 
@@ -29,42 +31,33 @@ export async function createMessage(
   checkReady(context);
   const job = await readMessagesRequest(request.body, request.tenant, context);
   checkReady(context);
-  const completion = beginCompletion(job, context, request, reply, startedAt);
-  if (job.chat.isStream) return streamMessage(context, job, completion, reply);
-  while (await completion.advance());
-  const { output } = completion;
-  if (output.finishReason === null) return reply.hijack(); // the client has left
+  const choices = new Choices([[job.chat]], context, request, startedAt);
+  if (job.chat.isStream) {
+    const dialect = new MessagesDialect(context, job, choices, requestIdOf(reply));
+    const stream = new ChoiceStream(context, choices, dialect, { heartbeat: PING });
+    abortWithClient(context, request, reply, choices, () => stream.leave(reply));
+    return stream.begin(reply);
+  }
+  abortWithClient(context, request, reply, choices);
+  return sendWhole(
+    context,
+    choices,
+    () => JSON.stringify(wholeMessage(context, job, choices)),
+    reply,
+    (error) => toMessagesError(error, requestIdOf(reply)),
+  );
+}
+
+function wholeMessage(context: ApiContext, job: MessagesJob, choices: Choices): Schemas['Message'] {
+  const output = outputOf(choices);
   const blocks = new ContentBlocks(job);
   const events = [...output.take().flatMap((piece) => blocks.push(piece)), ...blocks.end()];
-  const message: Schemas['Message'] = {
+  return {
     ...headOf(context, job),
     content: joinBlocks(events),
     ...stopOf(output, job),
     usage: usageOf(output),
   };
-  return reply.type('application/json; charset=utf-8').send(JSON.stringify(message));
-}
-
-/** Submits the job; the client's leaving aborts it, and a shutdown waits for its response. */
-function beginCompletion(
-  { chat }: MessagesJob,
-  context: ApiContext,
-  request: FastifyRequest,
-  reply: FastifyReply,
-  startedAt: number,
-): Completion {
-  const completion = new Completion(chat, context, request.log, startedAt);
-  const leave = context.drain.enter(() => context.engine.abort(chat.engineRequest.requestId));
-  // 'close' comes after every response; before the response is written the client has left.
-  reply.raw.once('close', () => {
-    leave();
-    if (!reply.raw.writableFinished) completion.abort();
-  });
-  if (request.raw.socket.destroyed) {
-    leave();
-    completion.abort();
-  }
-  return completion;
 }
 
 export async function countMessageTokens(
@@ -74,69 +67,59 @@ export async function countMessageTokens(
   return { input_tokens: await countPromptTokens(request.body, context) };
 }
 
-/**
- * The response begins with the first event of the engine, so that an early error still has a status and
- * message_start the usage; or when that takes too long: then message_delta brings what came from the cache.
- */
-async function streamMessage(
-  context: ApiContext,
-  job: MessagesJob,
-  completion: Completion,
-  reply: FastifyReply,
-): Promise<unknown> {
-  const { output } = completion;
-  const first = completion.advance();
-  let timer: NodeJS.Timeout | undefined;
-  const isLate = new Promise<'late'>((resolve) => {
-    timer = setTimeout(() => resolve('late'), context.sse.heartbeatMs);
-  });
-  const started = await Promise.race([first, isLate]).finally(() => clearTimeout(timer));
-  if (started === false && output.finishReason === null) return reply.hijack(); // the client has left
+/** One message as its events. Where message_start had to come early, message_delta tells what came from the cache. */
+class MessagesDialect implements Dialect {
+  readonly #context: ApiContext;
+  readonly #job: MessagesJob;
+  readonly #choices: Choices;
+  readonly #requestId: string;
+  readonly #blocks: ContentBlocks;
 
-  const sse = new SseWriter(context.sse, PING);
-  sse.stream.once('close', () => completion.abort());
-  reply.header('cache-control', 'no-cache').header('x-accel-buffering', 'no');
-  void reply.type('text/event-stream; charset=utf-8').send(sse.stream);
+  constructor(context: ApiContext, job: MessagesJob, choices: Choices, requestId: string) {
+    this.#context = context;
+    this.#job = job;
+    this.#choices = choices;
+    this.#requestId = requestId;
+    this.#blocks = new ContentBlocks(job);
+  }
 
-  const send = (event: Schemas['MessagesEvent']): void => sse.namedEvent(event.type, JSON.stringify(event));
-  const blocks = new ContentBlocks(job);
-  const flush = (): void => {
-    for (const piece of output.take()) blocks.push(piece).forEach(send);
-  };
-  send({
-    type: 'message_start',
-    message: {
-      ...headOf(context, job),
-      content: [],
-      stop_reason: null,
-      stop_sequence: null,
-      usage: usageOf(output),
-    },
-  });
-  sse.onReady = () => {
-    if (output.finishReason === null) flush();
-  };
-  const pump = async (): Promise<void> => {
-    let goesOn = await first;
-    while (goesOn) {
-      if (sse.isReady) flush();
-      goesOn = await completion.advance();
-    }
-    if (output.finishReason === null) return; // the client has left
-    flush();
-    blocks.end().forEach(send);
-    send({ type: 'message_delta', delta: stopOf(output, job), usage: usageOf(output) });
-    send({ type: 'message_stop' });
-    sse.end();
-  };
-  pump().catch((error: unknown) => {
-    const shown = toApiError(error);
-    if (shown.code === 'internal_error') reply.log.error(error, 'a stream broke');
-    flush();
-    send(toMessagesError(shown, requestIdOf(reply)));
-    sse.end();
-  });
-  return reply;
+  begin(): StreamEvent[] {
+    const usage = usageOf(outputOf(this.#choices));
+    const head = headOf(this.#context, this.#job);
+    return named({
+      type: 'message_start',
+      message: { ...head, content: [], stop_reason: null, stop_sequence: null, usage },
+    });
+  }
+
+  piece(_choice: Choice, piece: Piece): StreamEvent[] {
+    return named(...this.#blocks.push(piece));
+  }
+
+  finish({ completion }: Choice): StreamEvent[] {
+    const { output } = completion!;
+    return named(
+      ...this.#blocks.end(),
+      { type: 'message_delta', delta: stopOf(output, this.#job), usage: usageOf(output) },
+      { type: 'message_stop' },
+    );
+  }
+
+  end(): StreamEvent[] {
+    return [];
+  }
+
+  fail(error: ApiError): StreamEvent[] {
+    return named(toMessagesError(error, this.#requestId));
+  }
+}
+
+function named(...events: Schemas['MessagesEvent'][]): StreamEvent[] {
+  return events.map((event) => ({ name: event.type, data: JSON.stringify(event) }));
+}
+
+function outputOf({ all }: Choices): ChatOutput {
+  return all[0]!.completion!.output;
 }
 
 function headOf(

@@ -11,7 +11,8 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        get?: never;
+        /** The rest of a chat stream that was cut off, behind the last event that has arrived. */
+        get: operations["resumeChatCompletion"];
         put?: never;
         /** Completes a conversation, streamed or whole. */
         post: operations["createChatCompletion"];
@@ -79,7 +80,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** The served model, under each of its names. */
+        /** The served model, under each of its names. With the header anthropic-version as the Messages API has it. */
         get: operations["listModels"];
         put?: never;
         post?: never;
@@ -130,7 +131,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Answers as long as the process does, also while loading and while shutting down. */
+        /** Whether waiting can help; 503 means that only a new start does. Alive while loading and while shutting down. */
         get: operations["getLiveness"];
         put?: never;
         post?: never;
@@ -284,10 +285,12 @@ export interface components {
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
-            tool_choice?: string | Record<string, never> | null;
+            tool_choice?: string | {
+                [key: string]: unknown;
+            } | null;
             /** @description With false the answer has at most one call. */
             parallel_tool_calls?: boolean | null;
-            /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. An answer cut by the token limit is incomplete. */
+            /** @description What the answer is held to, token by token. A schema is always followed, whatever `strict` says; one that cannot be followed exactly is refused with the place. Near the token limit only what can still be completed is left, and reasoning is ended in time for that. A limit below the shortest answer cuts it (finish_reason length). */
             response_format?: {
                 /**
                  * @description The format.
@@ -301,7 +304,9 @@ export interface components {
                     /** @description Accepted; has no effect. */
                     description?: string;
                     /** @description JSON Schema of the answer, draft 2020-12 or, where `$schema` says so, draft-07. */
-                    schema?: Record<string, never>;
+                    schema?: {
+                        [key: string]: unknown;
+                    };
                     /** @description Accepted; a schema is always followed. */
                     strict?: boolean | null;
                 };
@@ -891,6 +896,51 @@ export interface components {
             /** @description Longest prompt and completion together, in tokens. */
             max_model_len?: number;
         };
+        /** @description A model as clients of the Messages API expect it. */
+        ModelInfo: {
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            type: "model";
+            /** @description What requests give as `model`. */
+            id: string;
+            /** @description The same. */
+            display_name: string;
+            /**
+             * Format: date-time
+             * @description When this server started.
+             */
+            created_at: string;
+            /** @description Longest prompt, in tokens. */
+            max_input_tokens: number;
+            /** @description Longest completion, in tokens; prompt and completion together have one more. */
+            max_tokens: number;
+            /** @description Not told. */
+            capabilities: null;
+            /**
+             * @description What is served is active.
+             * @enum {string}
+             */
+            lifecycle: "active";
+            /** @description None of theirs. */
+            line: null;
+            /** @description Never. */
+            deprecated_at: null;
+            /** @description Never. */
+            retires_at: null;
+        };
+        /** @description Models as clients of the Messages API expect them. */
+        ModelPage: {
+            /** @description The models. */
+            data: components["schemas"]["ModelInfo"][];
+            /** @description Whether there are others behind these. */
+            has_more: boolean;
+            /** @description Id of the first. */
+            first_id: string | null;
+            /** @description Id of the last; the next page's after_id. */
+            last_id: string | null;
+        };
         ModelList: {
             /**
              * @description The type of this object.
@@ -923,10 +973,12 @@ export interface components {
         };
         Liveness: {
             /**
-             * @description The process answers.
+             * @description failed where the engine will not come back.
              * @enum {string}
              */
-            status: "live";
+            status: "live" | "failed";
+            /** @description Why it failed. */
+            reason?: string;
         };
         Error: {
             /** @description The error. */
@@ -944,7 +996,7 @@ export interface components {
         MessagesRequest: {
             /** @description Id of a served model. */
             model: string;
-            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            /** @description The conversation so far. Neighbours of one role are joined. A last turn of the assistant is gone on with, and the message holds the continuation alone. */
             messages: components["schemas"]["MessagesTurn"][];
             /** @description Instructions; blocks are joined by line breaks. */
             system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
@@ -966,10 +1018,17 @@ export interface components {
             tools?: components["schemas"]["MessagesTool"][] | null;
             /** @description Without it, auto. */
             tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
-            /** @description Only the default effort is supported, and no format. */
+            /** @description Older name of `output_config.format`. */
+            output_format?: components["schemas"]["MessagesFormat"] | null;
+            /** @description How much thinking, and the form of the answer. */
             output_config?: {
-                /** @description Only high, which is the default. */
-                effort?: string | null;
+                /**
+                 * @description Most reasoning as a share of max_tokens, as `reasoning_effort` of chat completions has it. Where thinking is disabled or has a budget it changes nothing.
+                 * @enum {string|null}
+                 */
+                effort?: "low" | "medium" | "high" | "xhigh" | "max" | null;
+                /** @description What the text is held to. */
+                format?: components["schemas"]["MessagesFormat"] | null;
             } | null;
             /** @description Accepted; has no effect. */
             metadata?: {
@@ -990,7 +1049,7 @@ export interface components {
         MessagesCountRequest: {
             /** @description Id of a served model. */
             model: string;
-            /** @description The conversation so far; the last turn is not the assistant's. Neighbours of one role are joined. */
+            /** @description The conversation so far. Neighbours of one role are joined. A last turn of the assistant is gone on with, and the message holds the continuation alone. */
             messages: components["schemas"]["MessagesTurn"][];
             /** @description Instructions; blocks are joined by line breaks. */
             system?: string | components["schemas"]["MessagesPlainBlock"][] | null;
@@ -1000,10 +1059,15 @@ export interface components {
             tools?: components["schemas"]["MessagesTool"][] | null;
             /** @description Without it, auto. */
             tool_choice?: components["schemas"]["MessagesToolChoice"] | null;
-            /** @description Only the default effort is supported, and no format. */
+            /** @description How much thinking, and the form of the answer. */
             output_config?: {
-                /** @description Only high, which is the default. */
-                effort?: string | null;
+                /**
+                 * @description Most reasoning as a share of max_tokens, as `reasoning_effort` of chat completions has it. Where thinking is disabled or has a budget it changes nothing.
+                 * @enum {string|null}
+                 */
+                effort?: "low" | "medium" | "high" | "xhigh" | "max" | null;
+                /** @description What the text is held to. */
+                format?: components["schemas"]["MessagesFormat"] | null;
             } | null;
             /** @description Accepted; prefixes are cached by themselves. */
             cache_control?: {
@@ -1142,16 +1206,27 @@ export interface components {
              * @enum {string|null}
              */
             type?: "custom" | null;
-            /** @description Accepted as null or false; arguments are not held to the schema. */
+            /** @description Whether its arguments are always held to the schema. Where a call must be made they are in any case. */
             strict?: boolean | null;
             /** @description Accepted; prefixes are cached by themselves. */
             cache_control?: {
                 [key: string]: unknown;
             } | null;
         };
+        MessagesFormat: {
+            /**
+             * @description The only one.
+             * @enum {string}
+             */
+            type: "json_schema";
+            /** @description JSON Schema of the text, followed token by token. One that cannot be is refused with the place. */
+            schema: {
+                [key: string]: unknown;
+            };
+        };
         MessagesToolChoice: {
             /**
-             * @description auto or none; any and tool are refused. none hides the tools and bans calls.
+             * @description any calls some tool, tool the named one; none hides the tools and bans calls.
              * @enum {string}
              */
             type: "auto" | "any" | "tool" | "none";
@@ -1382,13 +1457,40 @@ export interface components {
             };
         };
     };
-    parameters: never;
+    parameters: {
+        /** @description Any version asks for the form of the Messages API. */
+        AnthropicVersion: string;
+    };
     requestBodies: never;
     headers: never;
     pathItems: never;
 }
 export type $defs = Record<string, never>;
 export interface operations {
+    resumeChatCompletion: {
+        parameters: {
+            query?: never;
+            header: {
+                /** @description Id of that event, as its `id:` line says it. */
+                "Last-Event-ID": string;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The events behind it, and what follows; as if the stream had never been cut. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/event-stream": components["schemas"]["ChatCompletionChunk"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
     createChatCompletion: {
         parameters: {
             query?: never;
@@ -1493,8 +1595,18 @@ export interface operations {
     };
     listModels: {
         parameters: {
-            query?: never;
-            header?: never;
+            query?: {
+                /** @description With anthropic-version, most models on the page, 1 to 1000; 20 without it. */
+                limit?: string;
+                /** @description With anthropic-version, the page begins behind this model. */
+                after_id?: string;
+                /** @description With anthropic-version, the page ends before this model. */
+                before_id?: string;
+            };
+            header?: {
+                /** @description Any version asks for the form of the Messages API. */
+                "anthropic-version"?: components["parameters"]["AnthropicVersion"];
+            };
             path?: never;
             cookie?: never;
         };
@@ -1506,7 +1618,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["ModelList"];
+                    "application/json": components["schemas"]["ModelList"] | components["schemas"]["ModelPage"];
                 };
             };
             default: components["responses"]["Error"];
@@ -1515,7 +1627,10 @@ export interface operations {
     retrieveModel: {
         parameters: {
             query?: never;
-            header?: never;
+            header?: {
+                /** @description Any version asks for the form of the Messages API. */
+                "anthropic-version"?: components["parameters"]["AnthropicVersion"];
+            };
             path: {
                 /** @description Id of the model. */
                 model: string;
@@ -1530,7 +1645,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["Model"];
+                    "application/json": components["schemas"]["Model"] | components["schemas"]["ModelInfo"];
                 };
             };
             default: components["responses"]["Error"];
@@ -1580,6 +1695,15 @@ export interface operations {
         responses: {
             /** @description Alive. */
             200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Liveness"];
+                };
+            };
+            /** @description The engine has failed for good. */
+            503: {
                 headers: {
                     [name: string]: unknown;
                 };

@@ -7,7 +7,7 @@ import { allowOrigins } from './cors.js';
 import { sendError } from './error-handler.js';
 import { makeHandlers } from './handlers.js';
 import { keepSeedSource } from './json-body.js';
-import { isMessagesUrl, requestIdOf } from './messages-error.js';
+import { isMessagesClient, requestIdOf } from './messages-error.js';
 import { refuseUnsupportedInMessages } from './messages-unsupported.js';
 import { isObject, refuseUnsupported, type Json } from './unsupported.js';
 import { toApiError } from './validation-error.js';
@@ -30,7 +30,8 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   app.decorateRequest('tenant', '');
   allowOrigins(app, config.corsOrigins);
   app.addHook('onRequest', async (request, reply) => {
-    if (isMessagesUrl(request.url)) requestIdOf(reply);
+    reply.header('x-request-id', request.id);
+    if (isMessagesClient(request)) requestIdOf(reply);
   });
   // Deny by default: unknown paths ask for the key too.
   app.addHook('onRequest', async (request) => {

@@ -1,4 +1,5 @@
 import { Readable } from 'node:stream';
+import type { EventSink, StreamEvent } from './feed.js';
 
 export interface SseOptions {
   heartbeatMs: number;
@@ -13,16 +14,18 @@ const MAX_BUFFERED_BYTES = 64 * 1024;
  * Server-sent events to one client. Whoever writes asks `isReady` first and merges what it has while that is false;
  * `onReady` is called when the client has caught up. A heartbeat goes out when nothing else does.
  */
-export class SseWriter {
+export class SseWriter implements EventSink {
   readonly stream: Readable;
   onReady: () => void = () => {};
   #isReady = true;
   #lastProgress = performance.now();
   #lastWrite = performance.now();
   readonly #timer: NodeJS.Timeout;
+  readonly #heartbeat: () => string;
 
   /** `heartbeat` is what goes out when nothing else does. */
-  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat = ': keep-alive\n\n') {
+  constructor({ heartbeatMs, stallMs }: SseOptions, heartbeat: () => string) {
+    this.#heartbeat = heartbeat;
     this.stream = new Readable({ highWaterMark: MAX_BUFFERED_BYTES, read: () => this.#wanted() });
     this.#timer = setInterval(
       () => {
@@ -30,7 +33,7 @@ export class SseWriter {
         if (!this.#isReady && now - this.#lastProgress >= stallMs) {
           this.stream.destroy(new Error(`the client has read nothing for ${stallMs} ms`));
         } else if (this.#isReady && now - this.#lastWrite >= heartbeatMs) {
-          this.#push(heartbeat);
+          this.beat();
         }
       },
       Math.min(1000, heartbeatMs, stallMs),
@@ -47,16 +50,13 @@ export class SseWriter {
     return this.stream.destroyed;
   }
 
-  event(data: string): void {
-    this.#push(`data: ${data}\n\n`);
+  write({ name, data }: StreamEvent, id?: string): void {
+    const lines = [...(id === undefined ? [] : [`id: ${id}`]), ...(name === undefined ? [] : [`event: ${name}`])];
+    this.#push([...lines, `data: ${data}\n\n`].join('\n'));
   }
 
-  namedEvent(name: string, data: string): void {
-    this.#push(`event: ${name}\ndata: ${data}\n\n`);
-  }
-
-  comment(text: string): void {
-    this.#push(`: ${text}\n\n`);
+  beat(): void {
+    this.#push(this.#heartbeat());
   }
 
   end(): void {

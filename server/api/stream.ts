@@ -1,92 +1,164 @@
 import type { FastifyReply } from 'fastify';
-import { isEmpty, type ChatOutput, type Piece, type Usage } from './chat-output.js';
-import type { Choice, Choices } from './choices.js';
+import type { Choices } from './choices.js';
 import type { ApiContext } from './context.js';
 import { toApiError } from './error-handler.js';
+import { EventLog } from './event-log.js';
+import { ChoiceFeed, type Dialect, type EventSink, type StreamEvent } from './feed.js';
+import { keepAlive } from './progress.js';
 import { SseWriter } from './sse.js';
 
-/** Chunks of one choice as JSON text; `usage` is what stands in each of them, undefined where nothing does. */
-export interface ChunkBodies {
-  piece(piece: Piece, usage: Usage | null | undefined): string;
-  /** the chunk that ends the choice; `rest` are pieces without text */
-  finish(output: ChatOutput, rest: readonly Piece[], usage: Usage | null | undefined): string;
-  /** the chunk after all choices */
-  usage(usage: Usage): string;
+/** How a stream is sent, beyond what its dialect says. */
+export interface StreamOptions {
+  /** what is sent when nothing else is; a comment where it is left out */
+  heartbeat?: string;
+  /** events are kept under this id, up to so many bytes */
+  kept?: { id: string; maxBytes: number };
 }
 
-export interface StreamOptions {
-  includeUsage: boolean;
-  hasContinuousUsage: boolean;
+/** One reader of the stream: its response, and where its events go. */
+interface Reader {
+  reply: FastifyReply;
+  writer: SseWriter;
 }
 
 /**
- * Streams choices as server-sent events. The response begins with the first event, so that an early error still has a
- * status; or when that takes too long.
+ * Choices as server-sent events to one reader at a time. When the reader leaves, the choices are aborted. Where events
+ * are kept, another reader may take over: it gets the events that the one before has missed, and the choices go on
+ * behind the tokens they had, which comes out as if nobody had left.
  */
-export async function streamChoices(
-  context: ApiContext,
-  choices: Choices,
-  bodies: readonly ChunkBodies[],
-  { includeUsage, hasContinuousUsage }: StreamOptions,
-  reply: FastifyReply,
-): Promise<unknown> {
-  let sse: SseWriter | null = null;
-  const ended = new Set<number>();
-  const usageNow = (): Usage | null | undefined =>
-    hasContinuousUsage ? choices.usage : includeUsage ? null : undefined;
-  const send = ({ index }: Choice, output: ChatOutput): void => {
-    if (sse === null || ended.has(index)) return;
-    const isOver = output.finishReason !== null;
-    if (!isOver && !sse.isReady) return;
-    const pieces = output.take();
-    const tail = isOver && pieces.length > 0 && isEmpty(pieces.at(-1)!) ? pieces.splice(-1) : [];
-    for (const piece of pieces) sse.event(bodies[index]!.piece(piece, usageNow()));
-    if (!isOver) return;
-    ended.add(index);
-    sse.event(bodies[index]!.finish(output, tail, usageNow()));
-  };
-  const sendAll = (): void => {
-    for (const choice of choices.all) if (choice.completion) send(choice, choice.completion.output);
-  };
+export class ChoiceStream implements EventSink {
+  readonly #context: ApiContext;
+  readonly #choices: Choices;
+  readonly #feed: ChoiceFeed;
+  readonly #options: StreamOptions;
+  readonly #log: EventLog | null;
+  onReady: () => void = () => {};
+  #reader: Reader | null = null;
+  #run: Promise<void> | null = null;
+  #isOver = false;
+  #hasBegun: () => void = () => {};
 
-  let begin: () => void = () => {};
-  const hasBegun = new Promise<'begun'>((resolve) => (begin = () => resolve('begun')));
-  let timer: NodeJS.Timeout | undefined;
-  const isLate = new Promise<'late'>((resolve) => {
-    timer = setTimeout(() => resolve('late'), context.sse.heartbeatMs);
-  });
-  const run = choices.run((choice, output) => {
-    begin();
-    send(choice, output);
-  });
-  const started = await Promise.race([hasBegun, isLate, run]).finally(() => clearTimeout(timer));
-  if (started === undefined && choices.isAborted) return reply.hijack(); // the client has left
+  constructor(context: ApiContext, choices: Choices, dialect: Dialect, options: StreamOptions = {}) {
+    this.#context = context;
+    this.#choices = choices;
+    this.#feed = new ChoiceFeed(choices, dialect);
+    this.#options = options;
+    this.#log = options.kept ? new EventLog(options.kept.maxBytes) : null;
+  }
 
-  const writer = new SseWriter(context.sse);
-  sse = writer;
-  writer.stream.once('close', () => choices.abort());
-  writer.onReady = sendAll;
-  reply.header('cache-control', 'no-cache').header('x-accel-buffering', 'no');
-  void reply.type('text/event-stream; charset=utf-8').send(writer.stream);
-  if (started === 'late') writer.comment('keep-alive');
-  sendAll();
-  run.then(
-    () => {
-      if (ended.size < choices.all.length) return; // the client has left
-      if (includeUsage) writer.event(bodies[0]!.usage(choices.usage));
-      writer.event('[DONE]');
+  get numBytes(): number {
+    return this.#log?.numBytes ?? 0;
+  }
+
+  /**
+   * Serves the first reader. The response begins with the first event, so that an early error still has a status; or
+   * when that takes too long.
+   */
+  async begin(reply: FastifyReply): Promise<unknown> {
+    let timer: NodeJS.Timeout | undefined;
+    const isLate = new Promise<'late'>((resolve) => {
+      timer = setTimeout(() => resolve('late'), this.#context.sse.heartbeatMs);
+    });
+    const hasBegun = new Promise<'begun'>((resolve) => (this.#hasBegun = () => resolve('begun')));
+    const run = this.#start();
+    const started = await Promise.race([hasBegun, isLate, run]).finally(() => clearTimeout(timer));
+    if (started === undefined && this.#choices.isAborted) return reply.hijack(); // the client has left
+    const { writer } = this.#attach(reply);
+    this.#feed.attach(this);
+    if (started === 'late') writer.beat();
+    this.#finishWith(run, reply);
+    return reply;
+  }
+
+  /** Whether what comes behind event number `last` can still be had. */
+  has(last: number): boolean {
+    return this.#log !== null && last < this.#log.length && this.#log.after(last) !== null;
+  }
+
+  /** Serves a reader that has had the events up to number `last`; has(last) is true. */
+  resume(reply: FastifyReply, last: number): FastifyReply {
+    const before = this.#reader;
+    const { writer } = this.#attach(reply);
+    before?.writer.stream.destroy();
+    for (const [number, event] of this.#log!.after(last)!) writer.write(event, this.#idOf(number));
+    if (this.#isOver) {
       writer.end();
-    },
-    (error: unknown) => {
-      const shown = toApiError(error);
-      if (shown.code === 'internal_error') reply.log.error(error, 'a stream broke');
-      for (const { index, completion } of choices.all) {
-        if (completion === null || ended.has(index)) continue;
-        for (const piece of completion.output.take()) writer.event(bodies[index]!.piece(piece, usageNow()));
+    } else if (before !== null) {
+      this.onReady();
+    } else {
+      try {
+        this.#choices.resume();
+        this.#finishWith(this.#start(), reply);
+      } catch (error) {
+        this.#fail(error, reply);
       }
-      writer.event(JSON.stringify(shown.toBody()));
-      writer.end();
-    },
-  );
-  return reply;
+    }
+    return reply;
+  }
+
+  /** The reader of this response is gone: nobody reads, unless another one has taken over. */
+  leave(reply: FastifyReply): void {
+    if (this.#reader !== null && this.#reader.reply !== reply) return;
+    this.#reader = null;
+    if (!this.#isOver) this.#choices.abort();
+  }
+
+  get isReady(): boolean {
+    return this.#reader?.writer.isReady ?? false;
+  }
+
+  write(event: StreamEvent): void {
+    this.#reader?.writer.write(event, this.#idOf(this.#log?.length ?? 0));
+    this.#log?.add(event);
+  }
+
+  #idOf(number: number): string | undefined {
+    return this.#options.kept && `${this.#options.kept.id}:${number}`;
+  }
+
+  #attach(reply: FastifyReply): Reader {
+    const { heartbeat } = this.#options;
+    const comment = (): string => `: ${keepAlive(this.#context.engine, this.#choices.requestIds())}\n\n`;
+    const writer = new SseWriter(this.#context.sse, heartbeat === undefined ? comment : () => heartbeat);
+    this.#reader = { reply, writer };
+    writer.stream.once('close', () => this.leave(reply));
+    writer.onReady = () => this.onReady();
+    reply.header('cache-control', 'no-cache').header('x-accel-buffering', 'no');
+    void reply.type('text/event-stream; charset=utf-8').send(writer.stream);
+    return this.#reader;
+  }
+
+  /** Runs the choices from where they are. */
+  #start(): Promise<void> {
+    const run = this.#choices.run((choice, output) => {
+      this.#hasBegun();
+      this.#feed.onEvent(choice, output);
+    });
+    this.#run = run;
+    return run;
+  }
+
+  #finishWith(run: Promise<void>, reply: FastifyReply): void {
+    run.then(
+      () => {
+        // Otherwise a later run goes on, or the reader has left.
+        if (run === this.#run && this.#feed.end()) this.#end();
+      },
+      (error: unknown) => {
+        if (run === this.#run) this.#fail(error, reply);
+      },
+    );
+  }
+
+  #fail(error: unknown, reply: FastifyReply): void {
+    const shown = toApiError(error);
+    if (shown.code === 'internal_error') reply.log.error(error, 'a stream broke');
+    this.#feed.fail(shown);
+    this.#end();
+  }
+
+  #end(): void {
+    this.#isOver = true;
+    this.#reader?.writer.end();
+  }
 }

@@ -1,14 +1,16 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
-import { abortWithClient, checkReady } from './chat.js';
 import { headOf, withSeed } from './chat-body.js';
 import type { ChatOutput, Piece, Usage } from './chat-output.js';
 import { jobOfChoice } from './chat-request.js';
 import { Choices } from './choices.js';
+import { ChunkDialect, type ChunkBodies } from './chunk-dialect.js';
+import { abortWithClient, checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import type { TokenLogprob } from './logprobs.js';
 import type { components } from './openapi.js';
-import { streamChoices, type ChunkBodies } from './stream.js';
+import { ChoiceStream } from './stream.js';
 import { readTextRequest, type TextBody, type TextJob } from './text-request.js';
+import { sendWhole } from './whole.js';
 
 type Schemas = components['schemas'];
 type Job = TextJob;
@@ -25,18 +27,23 @@ export async function createCompletion(
   const groups = jobs.map((job) =>
     Array.from({ length: job.numChoices }, (_, index): Job => ({ ...jobOfChoice(job, index), echo: job.echo })),
   );
-  const choices = new Choices(groups, context, request.log, startedAt);
-  abortWithClient(choices, context, request, reply);
+  const choices = new Choices(groups, context, request, startedAt);
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
-  if (jobs[0]!.isStream) return streamChoices(context, choices, bodies, jobs[0]!, reply);
-  await choices.run(() => {});
-  if (choices.isAborted) return reply.hijack();
-  const body = {
-    ...headOf(jobs[0]!, context, 'text_completion'),
-    choices: choices.all.map(({ index, completion }) => bodies[index]!.choice(completion!.output)),
-    usage: choices.usage,
+  if (jobs[0]!.isStream) {
+    const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, jobs[0]!));
+    abortWithClient(context, request, reply, choices, () => stream.leave(reply));
+    return stream.begin(reply);
+  }
+  abortWithClient(context, request, reply, choices);
+  const bodyOf = (): string => {
+    const body = {
+      ...headOf(jobs[0]!, context, 'text_completion'),
+      choices: choices.all.map(({ index, completion }) => bodies[index]!.choice(completion!.output)),
+      usage: choices.usage,
+    };
+    return withSeed(JSON.stringify(body), jobs[0]!);
   };
-  return reply.type('application/json; charset=utf-8').send(withSeed(JSON.stringify(body), jobs[0]!));
+  return sendWhole(context, choices, bodyOf, reply);
 }
 
 /** Bodies of one choice; text offsets count from the choice's own beginning. */

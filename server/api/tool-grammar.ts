@@ -41,7 +41,7 @@ export function answerFormat(
 
 /** null: no calls are possible. */
 function readCallRule(body: ChatBody): CallRule | null {
-  const wanted = body.tool_choice as string | Json | null | undefined;
+  const wanted = body.tool_choice;
   const all = (body.tools ?? []).map((tool, index) => ({ tool, index }));
   if (wanted === 'none') return null;
   if (all.length === 0) {

@@ -1,10 +1,11 @@
 /** `rodin bench step`: how long a step of the runner takes, beside what the machine could do in the same run. */
-import { availableParallelism, freemem } from 'node:os';
 import type { BenchConfig } from '../config.js';
 import type { Ceilings, NativeAddon, NativeRunner, RunnerOptions } from '../engine/addon.js';
 import { loadAddon } from '../engine/load-addon.js';
-import { loadRunner, resolveDevice, type LoadProgress } from '../engine/start-engine.js';
+import { chooseDevice } from '../engine/device.js';
+import { loadRunner, type LoadProgress } from '../engine/start-engine.js';
 import { StartupError } from '../errors.js';
+import { usableCores, usableMemory } from '../machine.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import { readSyntheticModel, type SyntheticModel } from '../model/synthetic.js';
 import { decodeBatch, prefillBatch } from './batch.js';
@@ -63,21 +64,23 @@ export async function runBenchStep(
   const options: RunnerOptions = {
     spec,
     tensors,
-    device: resolveDevice(addon, config.device),
+    device: chooseDevice(addon, config.device, spec, config.compute).device,
     compute: config.compute,
     cpuPath: config.cpuPath,
-    numThreads: config.threads ?? availableParallelism(),
+    numThreads: config.threads ?? usableCores(),
     blockSize: BLOCK_SIZE,
     numBlocks: mostSequences * blocksPerSequence,
+    gpuMemoryUtilization: 0,
+    kvCacheDtype: 'auto',
     maxStepTokens: Math.max(mostSequences, config.prompt, config.weights === 'checkpoint' ? FILL_TOKENS : 1),
     maxNumSeqs: mostSequences,
     loadMtp: false,
   };
   const cacheBytesPerToken = addon.cacheBytesPerToken(options);
   const needed = weightBytes + cacheBytesPerToken * BLOCK_SIZE * options.numBlocks;
-  if (config.weights === 'synthetic' && needed > freemem()) {
+  if (config.weights === 'synthetic' && needed > usableMemory()) {
     throw new StartupError(
-      `The weights and the cache take ${gib(needed)}, and ${gib(freemem())} of memory is free; take fewer --layers.`,
+      `The weights and the cache take ${gib(needed)}, and ${gib(usableMemory())} of memory is free; take fewer --layers.`,
     );
   }
   const ceilings = addon.ceilings(options);

@@ -42,6 +42,7 @@ export function checkRequest(request: EngineRequest, numOpen: number, limits: Re
     );
   }
   for (const id of promptIds) checkTokenId(id, limits.vocabSize, 'messages');
+  for (const id of request.resumedIds ?? []) checkTokenId(id, limits.vocabSize, 'messages');
   checkSampling(sampling, limits.vocabSize);
   if (request.thinking !== undefined) checkThinking(request.thinking, request.markers.thinkEnd, limits.vocabSize);
   if (!Number.isSafeInteger(request.priority ?? 0)) {

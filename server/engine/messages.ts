@@ -1,5 +1,6 @@
+import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
-import type { EngineEvent, EngineRequest, EngineStats } from './request.js';
+import type { EngineEvent, EngineRequest, EngineStats, RequestProgress } from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 /** What the API process tells the engine process. Structured clone carries bigint, Infinity and typed arrays. */
@@ -14,6 +15,7 @@ export type ParentRequest = { type: 'submit'; request: EngineRequest } | { type:
 /** What is known of an engine that is ready. */
 export interface EngineInfo {
   device: string;
+  deviceNote?: string;
   weightBytes: number;
   cacheBytes: number;
   limits: RequestLimits;
@@ -23,7 +25,13 @@ export interface EngineInfo {
 export type ChildMessage =
   | { type: 'progress'; loadedBytes: number; totalBytes: number }
   | { type: 'ready'; info: EngineInfo }
-  /** one a step, carrying the events of all sequences; without events it is the heartbeat */
-  | { type: 'step'; events: EngineEvent[]; stats: EngineStats }
+  /** one a step, carrying the events of all sequences; without events it is the heartbeat, which carries progress */
+  | {
+      type: 'step';
+      events: EngineEvent[];
+      stats: EngineStats;
+      cacheEvents?: CacheEvent[];
+      progress?: [requestId: string, progress: RequestProgress][];
+    }
   /** the last message: a sentence to show as it is where isStartup, the reason for a restart otherwise */
   | { type: 'failed'; message: string; isStartup: boolean };

@@ -2,17 +2,20 @@ import { fork, type ChildProcess } from 'node:child_process';
 import { extname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { ApiError, StartupError } from '../errors.js';
+import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { CounterTotals } from './counter-totals.js';
 import { EventStream } from './event-stream.js';
 import type { ChildMessage, ParentMessage, ParentRequest } from './messages.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats } from './request.js';
+import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 export interface EngineClientOptions {
   config: EngineConfig;
   /** a line for the log: deaths and restarts */
   log?: (line: string) => void;
+  /** what changes in the prefix cache, step by step; the config asks for it with hasCacheEvents */
+  onCacheEvents?: (events: readonly CacheEvent[]) => void;
   /** script of the engine process; tests give one with another runner */
   entry?: string;
   /** an engine process that is silent for so long is killed: its event loop hangs */
@@ -50,6 +53,8 @@ export class EngineClient implements EngineHandle {
   #numRestarts = 0;
   #backoffMs = MIN_BACKOFF_MS;
   #restart: NodeJS.Timeout | undefined;
+  /** as of the last heartbeat */
+  #progress = new Map<string, RequestProgress>();
   #startedAt = 0;
   #lastMessageAt = 0;
   #lastStepAt = 0;
@@ -84,6 +89,10 @@ export class EngineClient implements EngineHandle {
 
   abort(requestId: string): void {
     if (this.#streams.has(requestId)) this.#post({ type: 'abort', requestId });
+  }
+
+  progress(requestId: string): RequestProgress | null {
+    return this.#progress.get(requestId) ?? null;
   }
 
   state(): EngineState {
@@ -179,7 +188,9 @@ export class EngineClient implements EngineHandle {
           this.#lastNumSteps = message.stats.numSteps;
           this.#lastStepAt = performance.now();
         }
+        if (message.progress !== undefined) this.#progress = new Map(message.progress);
         for (const event of message.events) this.#push(event);
+        if (message.cacheEvents !== undefined) this.#options.onCacheEvents?.(message.cacheEvents);
     }
   }
 
@@ -193,7 +204,9 @@ export class EngineClient implements EngineHandle {
   #died(reason: string, isStartup: boolean): void {
     const wasReady = this.#state.status === 'ready';
     this.#outbox = [];
+    this.#progress.clear();
     this.#totals.close();
+    this.#options.onCacheEvents?.([{ kind: 'cleared' }]);
     this.#endStreams('engine_failed', `The engine stopped while it was serving this request: ${reason}.`);
     if (!wasReady) this.#numStartFailures++;
     if (isStartup || this.#numStartFailures >= MAX_START_FAILURES) {

@@ -60,6 +60,8 @@ export interface EngineRequest {
   /** what ends reasoning before the model does; nothing where it is left out */
   thinking?: ThinkingLimits;
   grammar?: RequestGrammar;
+  /** first tokens of this completion, given out by an earlier submission that was aborted: it goes on behind them */
+  resumedIds?: number[]; // [num_resumed]
 }
 
 export interface ThinkingLimits {
@@ -95,6 +97,8 @@ export interface EngineEvent {
   /** prompt tokens whose latents came from the prefix cache; known from the first event on */
   cachedTokens: number;
   finishReason?: FinishReason;
+  /** in the first event after its first step began: milliseconds that it waited for that */
+  queueMs?: number;
   /** with finishReason 'stop': the token that ended it (-1 where the caller ended it) */
   stopTokenId?: number;
   /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */
@@ -104,6 +108,10 @@ export interface EngineEvent {
   /** where the engine speculates: drafts verified for this sequence so far, and how many were accepted */
   speculative?: { draftTokens: number; acceptedTokens: number };
 }
+
+/** Of a request that has had no event yet: requests before it in the queue, or prompt tokens computed and in all. */
+export type RequestProgress =
+  { status: 'waiting'; numAhead: number } | { status: 'prefill'; numComputed: number; numTokens: number };
 
 /** Counters and gauges for /metrics and /health; a snapshot. */
 export interface EngineStats {
@@ -134,6 +142,8 @@ export type EngineState =
   | {
       status: 'ready';
       device: string;
+      /** why --device auto took no GPU */
+      deviceNote?: string;
       weightBytes: number;
       cacheBytes: number;
       /** most tokens of prompt and completion: the smallest of positions, --max-model-len and cache */
@@ -151,6 +161,8 @@ export type EngineState =
 export interface EngineHandle {
   submit(request: EngineRequest): AsyncIterable<EngineEvent>;
   abort(requestId: string): void;
+  /** where a request without a first event stands, as last heard; null where nothing is known of it */
+  progress(requestId: string): RequestProgress | null;
   state(): EngineState;
   stats(): EngineStats;
   /** resolves when state becomes ready; rejects when it failed to start */

@@ -1,12 +1,21 @@
 import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
+import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { DraftPlanner } from './draft-planner.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PlanBuilder } from './plan-builder.js';
 import { PrefixCache, type CachedBlock } from './prefix-cache.js';
-import type { EmittedToken, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestGrammar } from './request.js';
+import type {
+  EmittedToken,
+  EngineEvent,
+  EngineRequest,
+  EngineStats,
+  FinishReason,
+  RequestGrammar,
+  RequestProgress,
+} from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
@@ -22,6 +31,10 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** milliseconds of a clock: events then say how long their sequence waited */
+  now?: () => number;
+  /** told of whatever changes in the prefix cache */
+  onCacheEvent?: (event: CacheEvent) => void;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
   grammars?: GrammarFollower;
 }
@@ -60,7 +73,7 @@ export class Scheduler {
     }
     this.#options = options;
     this.#pool = new BlockPool(options.numBlocks);
-    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint, options.onCacheEvent);
     this.#drafts = options.drafts ?? new FixedDrafts(0);
     this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
   }
@@ -78,9 +91,11 @@ export class Scheduler {
     if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
     const rootHash = this.#cache.rootHash(request.cacheSalt);
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
+    if (request.grammar) this.#follow(sequence, request.grammar);
+    else sequence.resume(request.resumedIds ?? []);
+    if (this.#options.now) sequence.addedAt = this.#options.now();
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
-    if (request.grammar) this.#follow(sequence, request.grammar);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
@@ -92,6 +107,21 @@ export class Scheduler {
 
   openIds(): string[] {
     return [...this.#open.keys()];
+  }
+
+  /** Where the sequences stand that have had no event yet. */
+  progress(): [requestId: string, progress: RequestProgress][] {
+    const waiting = this.#waiting.map((sequence, numAhead): [string, RequestProgress] => [
+      sequence.id,
+      { status: 'waiting', numAhead },
+    ]);
+    const prefills = this.#running
+      .filter(({ numCompletion, numPending }) => numCompletion === 0 && numPending > 0)
+      .map(({ id, numComputed, promptLength }): [string, RequestProgress] => [
+        id,
+        { status: 'prefill', numComputed, numTokens: promptLength },
+      ]);
+    return [...waiting, ...prefills];
   }
 
   /**
@@ -151,6 +181,11 @@ export class Scheduler {
     };
   }
 
+  /** Hashes that the prefix cache finds: for checks. */
+  findable(): string[] {
+    return this.#cache.findable();
+  }
+
   /** What the prefix cache holds: for checks. */
   published(): readonly Readonly<CachedBlock>[] {
     return this.#cache.published();
@@ -198,10 +233,18 @@ export class Scheduler {
   /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
   #follow(sequence: Sequence, grammar: RequestGrammar): void {
     const stopIds = grammar.endIds.filter((id) => sequence.request.sampling.stopTokenIds.includes(id));
-    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, {
+    const numLeft = sequence.request.startPhase === 'answer' ? sequence.numLeft : Infinity;
+    let resumedIds = sequence.request.resumedIds ?? [];
+    sequence.grammar = new GrammarCursor(this.#options.grammars!, grammar, stopIds, numLeft, {
       onReady: () => {
-        const isOver = sequence.isGrammarComplete && sequence.status !== 'finished';
-        this.onGrammar(isOver ? this.#finish(sequence, 'stop', { stopTokenId: -1 }) : null);
+        // Where the reasoning is ended depends on what came with the first mask.
+        const ids = resumedIds;
+        resumedIds = [];
+        if (ids.length > 0) sequence.resume(ids);
+        const isOver = (sequence.isGrammarComplete || sequence.isAtLimit) && sequence.status !== 'finished';
+        if (!isOver) return this.onGrammar(null);
+        const rest = sequence.isGrammarComplete ? { stopTokenId: -1 } : {};
+        this.onGrammar(this.#finish(sequence, sequence.isGrammarComplete ? 'stop' : 'length', rest));
       },
       onFailed: (error) => this.onGrammar(this.end(sequence.id, 'error', error)),
     });
@@ -297,7 +340,8 @@ export class Scheduler {
     if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
     this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
-      sequence.cachedTokens = sequence.numShared;
+      if (this.#options.now) sequence.queueMs = this.#options.now() - sequence.addedAt;
+      sequence.cachedTokens = Math.min(sequence.numShared, sequence.promptLength);
       this.#counters.prefixCacheQueries += sequence.promptLength;
       this.#counters.prefixCacheHits += sequence.cachedTokens;
     }
@@ -384,13 +428,16 @@ export class Scheduler {
       reasoningEnded,
       numDraftTokens: draftTokens,
       numAcceptedTokens: acceptedTokens,
+      queueMs,
     } = sequence;
+    sequence.queueMs = null;
     return {
       requestId: id,
       tokens: [],
       cachedTokens: Math.max(0, cachedTokens),
       ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
       ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...(queueMs === null ? {} : { queueMs }),
       ...rest,
     };
   }

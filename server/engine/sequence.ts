@@ -40,6 +40,10 @@ export class Sequence {
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
+  /** when it was added, milliseconds */
+  addedAt = 0;
+  /** how long it waited for its first step, until that is told; null before and after */
+  queueMs: number | null = null;
   /** set once, before the sequence first runs; null where the answer is free */
   grammar: GrammarCursor | null = null;
 
@@ -126,9 +130,22 @@ export class Sequence {
     return this.grammar !== null && this.#phases.phase !== 'reasoning';
   }
 
-  /** Whether the next token cannot be sampled yet. */
+  /** Tokens that may still come. */
+  get numLeft(): number {
+    return this.maxTokens - this.tokens.length;
+  }
+
+  /**
+   * Whether the next token cannot be sampled yet. A sequence with a grammar waits for its first mask in reasoning too:
+   * with it comes how many tokens its answer needs, which ends the reasoning in time.
+   */
   get awaitsMask(): boolean {
-    return this.followsGrammar && !this.grammar!.isReady;
+    return this.grammar !== null && !this.grammar.isReady;
+  }
+
+  /** Whether the limit is reached: what the grammar says then is whether the answer is complete. */
+  get isAtLimit(): boolean {
+    return this.numLeft <= 0;
   }
 
   /** Whether the grammar leaves nothing but the end. */
@@ -166,10 +183,12 @@ export class Sequence {
     const isStop = this.#stopIds.has(tokenId);
     this.tokens.push(tokenId);
     this.#history?.set(tokenId, (this.#history.get(tokenId) ?? 0) + 1);
+    const isHeld = this.followsGrammar;
     if (isStop) this.finishReason = 'stop';
-    else if (this.tokens.length >= this.maxTokens) this.finishReason = 'length';
-    if (this.finishReason === null && this.followsGrammar) this.grammar!.accept([tokenId]);
+    else if (this.isAtLimit && !isHeld) this.finishReason = 'length';
     const phase = this.#phases.label(tokenId, isStop);
+    if (this.finishReason === null && isHeld) this.grammar!.accept([tokenId], this.numLeft);
+    else if (this.finishReason === null && this.followsGrammar) this.grammar!.begin(this.numLeft);
     this.#steering?.observe(tokenId, phase);
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
   }
@@ -178,11 +197,30 @@ export class Sequence {
   appendForced(): EmittedToken[] {
     if (this.#steering === null || this.finishReason !== null || this.#phases.phase !== 'reasoning') return [];
     const forced: EmittedToken[] = [];
-    for (const id of this.#steering.forcedIds(this.maxTokens - this.tokens.length)) {
+    for (const id of this.#steering.forcedIds(this.numLeft, this.#numNeeded)) {
       forced.push({ ...this.append(id, undefined), forced: true });
       if (this.finishReason !== null) break;
     }
     return forced;
+  }
+
+  /** Appends the first tokens of a completion that goes on behind them. Throws RangeError where it cannot have them. */
+  resume(ids: readonly number[]): void {
+    let index = 0;
+    while (index < ids.length) {
+      this.append(ids[index++]!, undefined);
+      const isForced = this.appendForced().every(({ id }) => ids[index++] === id);
+      if (this.finishReason !== null || !isForced) {
+        throw new RangeError(`token ${index} of those to go on behind ends this completion or is another one's`);
+      }
+    }
+  }
+
+  /** Tokens that an answer with a grammar needs to be complete; 0 where the limit has no room for them anyway. */
+  get #numNeeded(): number {
+    const numToEnd = this.grammar?.numToEnd ?? 0;
+    const numEnd = this.request.thinking?.endIds.length ?? 0;
+    return numToEnd + numEnd < this.maxTokens - this.promptLength ? numToEnd : 0;
   }
 
   get reasoningEnded(): ReasoningEnd | null {

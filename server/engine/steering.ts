@@ -49,9 +49,12 @@ export class Steering {
     if (stretch.length > 2 * MAX_NGRAM) this.#stretch = stretch.slice(-MAX_NGRAM);
   }
 
-  /** Ids to append now, where a sequence that is still reasoning has so many tokens left; mostly none. */
-  forcedIds(numLeft: number): readonly number[] {
-    const reason = this.#reason(numLeft);
+  /**
+   * Ids to append now, where a sequence that is still reasoning has so many tokens left; mostly none. `numNeeded` are
+   * kept for an answer that is only complete with so many.
+   */
+  forcedIds(numLeft: number, numNeeded = 0): readonly number[] {
+    const reason = this.#reason(numLeft, numNeeded);
     if (reason === null) return NO_IDS;
     const { endIds } = this.#thinking;
     // Who begins to reason again after that gets no second closing phrase.
@@ -60,10 +63,11 @@ export class Steering {
     return ids;
   }
 
-  #reason(numLeft: number): ReasoningEnd | null {
+  #reason(numLeft: number, numNeeded: number): ReasoningEnd | null {
     const { budget, endIds, minAnswerTokens } = this.#thinking;
     if (this.#numReasoning >= budget) return 'budget';
-    if (minAnswerTokens > 0 && numLeft - endIds.length <= minAnswerTokens) return 'answer_reserve';
+    const kept = Math.max(minAnswerTokens, numNeeded);
+    if (kept > 0 && numLeft - endIds.length <= kept) return 'answer_reserve';
     return this.#isLoop() ? 'loop' : null;
   }
 

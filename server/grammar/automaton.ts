@@ -1,3 +1,4 @@
+import type { Distances } from './distances.js';
 import type { Network } from './network.js';
 
 /** One way to go on: a state with edges, and what is called when its rule ends. */
@@ -11,6 +12,8 @@ interface Stack {
   id: number;
   after: number;
   below: Stack | null;
+  /** tokens from its end to the end of the text */
+  numToEnd: number;
 }
 
 /** All ways to go on after some text, which is why it is deterministic. */
@@ -19,12 +22,14 @@ export interface AutomatonState {
   readonly configs: readonly Config[];
   /** the text is complete as it is */
   readonly accepts: boolean;
+  /** so many tokens surely complete the text; Infinity where no number is sure */
+  readonly numToEnd: number;
   /** by symbol class; undefined: not asked for yet */
   readonly next: (AutomatonState | undefined)[]; // [num_classes]
 }
 
-const BOTTOM: Stack = { id: 0, after: -1, below: null };
-const DEAD: AutomatonState = { id: -1, configs: [], accepts: false, next: [] };
+const BOTTOM: Stack = { id: 0, after: -1, below: null, numToEnd: 0 };
+const DEAD: AutomatonState = { id: -1, configs: [], accepts: false, numToEnd: Infinity, next: [] };
 
 /** Ways to go on at one place; a grammar with more is ambiguous beyond use. */
 const MAX_CONFIGS = 4096;
@@ -38,11 +43,13 @@ const STATE_BITS = 2 ** 21;
 export class Automaton {
   readonly network: Network;
   readonly start: AutomatonState;
+  readonly #distances: Distances;
   readonly #states = new Map<string, AutomatonState>();
   readonly #stacks = new Map<number, Stack>();
 
-  constructor(network: Network) {
+  constructor(network: Network, distances: Distances) {
     this.network = network;
+    this.#distances = distances;
     this.start = this.#intern([{ state: network.start, stack: BOTTOM }]);
   }
 
@@ -102,10 +109,17 @@ export class Automaton {
     let state = this.#states.get(name);
     if (state === undefined) {
       const next = new Array<AutomatonState | undefined>(network.numClasses).fill(undefined); // [num_classes]
-      state = { id: this.#states.size, configs, accepts, next };
+      state = { id: this.#states.size, configs, accepts, numToEnd: accepts ? 0 : this.#numToEnd(configs), next };
       this.#states.set(name, state);
     }
     return state;
+  }
+
+  #numToEnd(configs: readonly Config[]): number {
+    return configs.reduce(
+      (least, { state, stack }) => Math.min(least, this.#distances.of(state) + stack.numToEnd),
+      Infinity,
+    );
   }
 
   #push(below: Stack, after: number): Stack {
@@ -114,7 +128,8 @@ export class Automaton {
     const known = this.#stacks.get(key);
     if (known) return known;
     if (depthOf(below) >= MAX_DEPTH) throw new RangeError('the output is too deeply nested');
-    const stack: Stack = { id: this.#stacks.size + 1, after, below };
+    const numToEnd = this.#distances.of(after) + below.numToEnd;
+    const stack: Stack = { id: this.#stacks.size + 1, after, below, numToEnd };
     this.#stacks.set(key, stack);
     return stack;
   }

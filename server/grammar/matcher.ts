@@ -1,5 +1,6 @@
 import { LRUCache } from 'lru-cache';
 import { Automaton, type AutomatonState } from './automaton.js';
+import { Distances } from './distances.js';
 import type { Grammar } from './grammar.js';
 import { Network } from './network.js';
 import type { TokenTree } from './vocabulary.js';
@@ -13,12 +14,15 @@ export interface NextTokens {
   /** bit id % 32 of word id / 32; stop tokens are not in it */
   words: Int32Array; // [ceil(vocab_size / 32)]
   isEmpty: boolean;
+  /** with so many tokens left, these and what they lead to can all be completed */
+  mostToEnd: number;
 }
 
 /** One grammar over one vocabulary: automaton and masks, shared by all sequences that follow it. */
 export class CompiledGrammar {
   readonly #network: Network;
   readonly #tree: TokenTree;
+  readonly #distances: Distances;
   readonly #masks: LRUCache<AutomatonState, NextTokens>;
   readonly #path: (AutomatonState | null)[]; // [max_depth + 1]
   #automaton: Automaton;
@@ -29,7 +33,8 @@ export class CompiledGrammar {
   constructor(grammar: Grammar, tree: TokenTree) {
     this.#network = new Network(grammar);
     this.#tree = tree;
-    this.#automaton = new Automaton(this.#network);
+    this.#distances = new Distances(this.#network, tree);
+    this.#automaton = new Automaton(this.#network, this.#distances);
     const numBytes = 4 * Math.ceil(tree.vocabSize / 32);
     const most = Math.floor(MAX_MASK_BYTES / numBytes);
     this.#masks = new LRUCache({ max: Math.min(Math.max(most, 16), MAX_MASKS) });
@@ -43,7 +48,7 @@ export class CompiledGrammar {
   /** Drops what has been learnt where that has become too much; matchers then replay their tokens. */
   trim(): void {
     if (!this.#automaton.isFull) return;
-    this.#automaton = new Automaton(this.#network);
+    this.#automaton = new Automaton(this.#network, this.#distances);
     this.#masks.clear();
     this.generation++;
   }
@@ -70,15 +75,18 @@ export class CompiledGrammar {
     return state;
   }
 
-  nextTokens(state: AutomatonState): NextTokens {
-    const known = this.#masks.get(state);
-    if (known) return known;
-    const made = this.#walk(state);
-    this.#masks.set(state, made);
-    return made;
+  /**
+   * Which tokens may come next where `numLeft` are left, this one included: all that the grammar allows, or where the
+   * text could not be completed behind some of them, the others. A text that so few tokens may not complete is not held
+   * to them.
+   */
+  nextTokens(state: AutomatonState, numLeft: number): NextTokens {
+    let all = this.#masks.get(state);
+    if (all === undefined) this.#masks.set(state, (all = this.#walk(state, Infinity)));
+    return numLeft >= all.mostToEnd || numLeft < state.numToEnd ? all : this.#walk(state, numLeft);
   }
 
-  #walk(state: AutomatonState): NextTokens {
+  #walk(state: AutomatonState, numLeft: number): NextTokens {
     const tree = this.#tree;
     const automaton = this.#automaton;
     const network = this.#network;
@@ -86,9 +94,12 @@ export class CompiledGrammar {
     const words = new Int32Array(Math.ceil(tree.vocabSize / 32)); // [ceil(vocab_size / 32)]
     const mostStates = automaton.numStates + MAX_NEW_STATES;
     let isEmpty = true;
-    const allow = (id: number): void => {
+    let mostToEnd = 0;
+    const allow = (id: number, numToEnd: number): void => {
+      if (numToEnd >= numLeft && numLeft !== Infinity) return;
       words[id >> 5]! |= 1 << (id & 31);
       isEmpty = false;
+      mostToEnd = Math.max(mostToEnd, numToEnd + 1);
     };
     path[0] = state;
     for (let node = 0; node < tree.numNodes;) {
@@ -99,21 +110,27 @@ export class CompiledGrammar {
         continue;
       }
       path[depth] = reached;
-      for (let at = tree.tokensStart[node]!; at < tree.tokensStart[node + 1]!; at++) allow(tree.tokenIds[at]!);
+      const end = tree.tokensStart[node + 1]!;
+      for (let at = tree.tokensStart[node]!; at < end; at++) allow(tree.tokenIds[at]!, reached.numToEnd);
       if (automaton.numStates > mostStates) throw new RangeError('the grammar is too ambiguous to be followed');
       node++;
     }
     path.fill(null);
     for (const [tokenId, symbolClass] of network.controls) {
-      if (automaton.step(state, symbolClass) !== null) allow(tokenId);
+      const reached = automaton.step(state, symbolClass);
+      if (reached !== null) allow(tokenId, reached.numToEnd);
     }
-    return { words, isEmpty };
+    return { words, isEmpty, mostToEnd };
   }
 }
 
 export interface MatcherMask {
   /** which tokens may come next, stop tokens included; null: the grammar is complete and nothing can follow */
   words: Int32Array | null; // [ceil(vocab_size / 32)]
+  /** so many tokens surely complete the text; Infinity where no number is sure */
+  numToEnd: number;
+  /** with so many tokens left the mask is the same as with any more */
+  mostToEnd: number;
 }
 
 /** One sequence's way through a grammar. */
@@ -142,17 +159,19 @@ export class Matcher {
     }
   }
 
-  mask(): MatcherMask {
+  /** `numLeft` tokens may come, the next one included. Where none may, it tells whether any could have followed. */
+  mask(numLeft: number): MatcherMask {
     this.#revive();
-    const { words, isEmpty } = this.#compiled.nextTokens(this.#state);
-    if (!this.#state.accepts) {
+    const { accepts, numToEnd } = this.#state;
+    const { words, isEmpty, mostToEnd } = this.#compiled.nextTokens(this.#state, numLeft === 0 ? Infinity : numLeft);
+    if (!accepts) {
       if (isEmpty) throw new RangeError('no token of the vocabulary goes on with the grammar');
-      return { words };
+      return { words, numToEnd, mostToEnd };
     }
-    if (isEmpty) return { words: null };
+    if (isEmpty) return { words: null, numToEnd, mostToEnd };
     const withStops = words.slice();
     for (const id of this.#stopIds) withStops[id >> 5]! |= 1 << (id & 31);
-    return { words: withStops };
+    return { words: withStops, numToEnd, mostToEnd };
   }
 
   #revive(): void {

@@ -35,7 +35,9 @@ export class Network {
   readonly #states: NetworkState[] = []; // [num_states]
   readonly #classOf: Uint16Array; // [256 + num_controls]
   readonly #controls = new Map<number, number>(); // token id -> symbol
-  readonly #counters = new Map<number, Counter>(); // state -> what it counts, until it is filled
+  readonly #bytesOf: number[][]; // [num_classes] empty for a control token
+  readonly #counters = new Map<number, Counter>(); // state -> what it counts
+  readonly #unfilled = new Set<number>(); // counting states whose call is not there yet
   readonly #counterStates = new Map<string, number>();
   readonly #ruleStarts: number[]; // [num_rules]
 
@@ -56,6 +58,8 @@ export class Network {
       this.#classOf[symbol] = classId;
     }
     this.numClasses = classId + 1;
+    this.#bytesOf = Array.from({ length: this.numClasses }, () => []); // [num_classes]
+    for (let byte = 0; byte < FIRST_CONTROL; byte++) this.#bytesOf[this.#classOf[byte]!]!.push(byte);
     for (const state of this.#states) {
       state.edges = state.edges.map(([first, last, to]) => [this.#classOf[first]!, this.#classOf[last]!, to]);
     }
@@ -67,6 +71,20 @@ export class Network {
     return this.#classOf[byte]!;
   }
 
+  get numStates(): number {
+    return this.#states.length;
+  }
+
+  /** bytes of a class; none where it is a control token's */
+  bytesOf(symbolClass: number): readonly number[] {
+    return this.#bytesOf[symbolClass]!;
+  }
+
+  /** what a state counts; undefined where it is no counting one */
+  counter(id: number): Readonly<Counter> | undefined {
+    return this.#counters.size === 0 ? undefined : this.#counters.get(id);
+  }
+
   /** control tokens that the grammar names, with their classes */
   get controls(): [tokenId: number, symbolClass: number][] {
     return Array.from(this.#controls, ([tokenId, symbol]) => [tokenId, this.#classOf[symbol]!]);
@@ -74,10 +92,8 @@ export class Network {
 
   state(id: number): NetworkState {
     const state = this.#states[id]!;
-    const counter = this.#counters.get(id);
-    if (counter) {
-      this.#counters.delete(id);
-      const { item, min, max } = counter;
+    if (this.#unfilled.delete(id)) {
+      const { item, min, max } = this.#counters.get(id)!;
       const after = this.#counterState(item, Math.max(0, min - 1), max === null ? null : max - 1);
       if (max !== 0) state.calls.push([item, after]);
     }
@@ -171,6 +187,7 @@ export class Network {
     const id = this.#newState(min === 0);
     this.#counterStates.set(key, id);
     this.#counters.set(id, { item, min, max });
+    this.#unfilled.add(id);
     return id;
   }
 

@@ -24,7 +24,7 @@ port.on('message', (command: GrammarCommand) => {
     const matcher = command.type === 'open' ? open(command) : matchers.get(handle);
     if (matcher === undefined) throw new Error('the sequence follows no grammar');
     matcher.accept(command.tokens);
-    reply = { type: 'mask', handle, words: matcher.mask().words };
+    reply = { type: 'mask', handle, mask: matcher.mask(command.numLeft) };
   } catch (error) {
     matchers.delete(handle);
     reply = { type: 'failed', handle, message: (error as Error).message };

@@ -1,5 +1,6 @@
 import { Worker } from 'node:worker_threads';
 import type { Grammar } from './grammar.js';
+import type { MatcherMask } from './matcher.js';
 import type { GrammarCommand, GrammarReply, GrammarThreadData } from './protocol.js';
 
 export interface GrammarThreadOptions extends GrammarThreadData {
@@ -13,7 +14,7 @@ export interface GrammarThreadOptions extends GrammarThreadData {
 
 /** Told to whoever opened a sequence: each mask, or once why there is none. */
 export interface GrammarListener {
-  onMask(words: Int32Array | null): void;
+  onMask(mask: MatcherMask): void;
   /** isFirst: the grammar itself is at fault, not what has been generated since */
   onFailed(message: string, isFirst: boolean): void;
 }
@@ -25,6 +26,7 @@ interface Followed {
   stopIds: number[];
   /** all tokens so far: what a new thread is told */
   tokens: number[]; // [num_accepted]
+  numLeft: number;
   hasMask: boolean;
 }
 
@@ -52,21 +54,22 @@ export class GrammarThread {
     this.#options = options;
   }
 
-  /** Begins to follow a grammar; the first mask is told the listener. */
-  open(key: string, grammar: Grammar, stopIds: number[], listener: GrammarListener): number {
+  /** Begins to follow a grammar for `numLeft` tokens at most; the first mask is told the listener. */
+  open(key: string, grammar: Grammar, stopIds: number[], numLeft: number, listener: GrammarListener): number {
     const handle = this.#nextHandle++;
-    this.#followed.set(handle, { listener, key, grammar, stopIds, tokens: [], hasMask: false });
+    this.#followed.set(handle, { listener, key, grammar, stopIds, tokens: [], numLeft, hasMask: false });
     if (this.#worker === null) this.#start();
-    this.#ask({ type: 'open', handle, key, grammar, stopIds, tokens: [] });
+    this.#ask({ type: 'open', handle, key, grammar, stopIds, tokens: [], numLeft });
     return handle;
   }
 
-  /** Goes on by these tokens; the mask behind them is told the listener. */
-  accept(handle: number, tokens: number[]): void {
+  /** Goes on by these tokens, `numLeft` more may follow; the mask behind them is told the listener. */
+  accept(handle: number, tokens: number[], numLeft: number): void {
     const followed = this.#followed.get(handle);
     if (followed === undefined) return;
     followed.tokens.push(...tokens);
-    this.#ask({ type: 'accept', handle, tokens });
+    followed.numLeft = numLeft;
+    this.#ask({ type: 'accept', handle, tokens, numLeft });
   }
 
   /** Forgets a sequence; what is still owed to it is dropped. */
@@ -115,7 +118,7 @@ export class GrammarThread {
     if (followed === undefined) return;
     if (reply.type === 'failed') return this.#fail(reply.handle, reply.message);
     followed.hasMask = true;
-    followed.listener.onMask(reply.words);
+    followed.listener.onMask(reply.mask);
   }
 
   /** One timer, for the question that the thread is at. */
@@ -146,8 +149,8 @@ export class GrammarThread {
     }
     if (this.#followed.size === 0 || this.#worker !== null) return;
     this.#start();
-    for (const [handle, { key, grammar, stopIds, tokens }] of this.#followed) {
-      this.#ask({ type: 'open', handle, key, grammar, stopIds, tokens });
+    for (const [handle, { key, grammar, stopIds, tokens, numLeft }] of this.#followed) {
+      this.#ask({ type: 'open', handle, key, grammar, stopIds, tokens, numLeft });
     }
   }
 

@@ -38,6 +38,7 @@ export class TokenTree {
   readonly tokensStart: Int32Array; // [num_nodes + 1]
   readonly tokenIds: Int32Array; // [tokensStart[num_nodes]]
   readonly maxDepth: number;
+  readonly #rootOf: Int32Array; // [256] node of a first byte; -1 where there is none
 
   constructor(table: TokenTable) {
     this.table = table;
@@ -75,6 +76,24 @@ export class TokenTree {
     this.tokensStart = Int32Array.from(tokensStart); // [num_nodes + 1]
     this.tokenIds = Int32Array.from(tokenIds); // [tokensStart[num_nodes]]
     this.maxDepth = depthOf.reduce((most, depth) => Math.max(most, depth), 0);
+    this.#rootOf = Int32Array.from({ length: 256 }, (_, byte) => this.find(byte, 0, byteOf.length)); // [256]
+  }
+
+  /** Whether a byte is a token by itself. */
+  hasByte(byte: number): boolean {
+    const node = this.root(byte);
+    return node >= 0 && this.tokensStart[node] !== this.tokensStart[node + 1];
+  }
+
+  /** The node of tokens that begin with a byte; -1 where there are none. */
+  root(byte: number): number {
+    return this.#rootOf[byte]!;
+  }
+
+  /** Of sibling nodes, which lie from one node to another, the one with this byte; -1 where there is none. */
+  find(byte: number, from: number, to: number): number {
+    for (let node = from; node < to; node = this.endOf[node]!) if (this.byteOf[node] === byte) return node;
+    return -1;
   }
 
   get numNodes(): number {

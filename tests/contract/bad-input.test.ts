@@ -357,7 +357,9 @@ test('paths, methods, media types and headers', async () => {
   const json = { 'content-type': 'application/json' };
   for (const [request, status, code] of [
     [{ url: '/nowhere' }, 404, 'not_found'],
-    [{ url: '/v1/chat/completions' }, 405, 'method_not_allowed'],
+    [{ url: '/v1/completions' }, 405, 'method_not_allowed'],
+    [{ url: '/v1/chat/completions' }, 400, 'missing_required_parameter'],
+    [{ url: '/v1/chat/completions', headers: { 'last-event-id': 'chatcmpl-1:2' } }, 404, 'not_found'],
     [{ method: 'DELETE', url: '/v1/models/a/b' }, 405, 'method_not_allowed'],
     [{ ...post, headers: { 'content-type': 'text/plain' }, payload: '{}' }, 415, 'unsupported_media_type'],
     [

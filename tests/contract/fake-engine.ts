@@ -5,6 +5,7 @@ import type {
   EngineRequest,
   EngineState,
   EngineStats,
+  RequestProgress,
 } from '../../server/engine/request.js';
 
 /** What a scripted sequence does: events without requestId; a promise is waited for. */
@@ -18,6 +19,7 @@ export class FakeEngine implements EngineHandle {
   submitError: Error | null = null;
   engineState: EngineState = { status: 'ready', device: 'fake', weightBytes: 1, cacheBytes: 1, maxContext: 4096 };
   numOpen = 0;
+  requestProgress: RequestProgress | null = null;
   readonly #ended = new Set<string>();
 
   constructor(script: Script) {
@@ -63,6 +65,10 @@ export class FakeEngine implements EngineHandle {
 
   abort(requestId: string): void {
     this.aborted.push(requestId);
+  }
+
+  progress(): RequestProgress | null {
+    return this.requestProgress;
   }
 
   state(): EngineState {

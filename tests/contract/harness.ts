@@ -5,7 +5,7 @@ import type { FastifyInstance } from 'fastify';
 import { parse } from 'yaml';
 import type { Drain } from '../../server/api/drain.js';
 import type { SseOptions } from '../../server/api/sse.js';
-import { buildApp } from '../../server/app.js';
+import { buildApp, type AppOptions } from '../../server/app.js';
 import { readCommandLine, type ServeConfig } from '../../server/config.js';
 import type { EmittedToken } from '../../server/engine/request.js';
 import { readCheckpoint } from '../../server/model/checkpoint.js';
@@ -39,9 +39,13 @@ export function configOf(...args: string[]): ServeConfig {
 }
 
 export function startHarness(
-  options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } = {},
+  options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } & Pick<
+    AppOptions,
+    'tracer' | 'logger'
+  > = {},
 ): Harness {
-  const prompts = PromptEncoder.read(POCKET);
+  const config = configOf(...(options.args ?? []));
+  const prompts = PromptEncoder.read(POCKET, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
   const tokens = (text: string, phase: EmittedToken['phase']): EmittedToken[] =>
     prompts.tokenizer.encodeText(text).map((id) => ({ id, phase }));
   const thought = (reasoning: string, answer: string): EmittedToken[] => [
@@ -52,8 +56,7 @@ export function startHarness(
   ];
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
-  const { drain, sse } = options;
-  const config = configOf(...(options.args ?? []));
+  const { drain, sse, tracer, logger } = options;
   if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
     engine.engineState.maxContext = config.maxModelLen;
   }
@@ -64,6 +67,8 @@ export function startHarness(
     engine,
     ...(drain ? { drain } : {}),
     ...(sse ? { sse } : {}),
+    ...(tracer ? { tracer } : {}),
+    ...(logger ? { logger } : {}),
   });
   return {
     app,
@@ -93,10 +98,7 @@ export function startHarness(
 
 /** Data of each event; comments are left out. */
 export function eventsOf(sse: string): any[] {
-  const data = sse
-    .split('\n\n')
-    .filter((part) => part.startsWith('data: '))
-    .map((part) => part.slice('data: '.length));
+  const data = sse.split('\n\n').flatMap((part) => /^data: (.*)$/m.exec(part)?.[1] ?? []);
   return data.map((text) => (text === '[DONE]' ? text : JSON.parse(text)));
 }
 

@@ -349,6 +349,90 @@ test('budget_tokens limits the reasoning', async () => {
   await harness.close();
 });
 
+test('effort, formats, strict tools and forced calls reach the engine as those of a chat do', async () => {
+  const harness = startHarness();
+  const { engine } = harness;
+  const schema = { type: 'object', properties: { n: { type: 'integer' } }, required: ['n'] };
+  const tool = { name: 'search', input_schema: schema };
+  const chatTool = (strict?: boolean) => ({
+    type: 'function',
+    function: { name: 'search', parameters: schema, ...(strict ? { strict } : {}) },
+  });
+  const format = { type: 'json_schema', schema };
+  const chatFormat = { type: 'json_schema', json_schema: { name: 'x', schema } };
+  const named = { type: 'function', function: { name: 'search' } };
+  const pairs: [object, object][] = [
+    [{ output_config: { effort: 'low' } }, { reasoning_effort: 'low' }],
+    [{ output_config: { effort: 'xhigh' }, thinking: { type: 'adaptive' } }, { reasoning_effort: 'xhigh' }],
+    [{ output_config: { effort: 'low' }, thinking: { type: 'disabled' } }, { thinking: { type: 'disabled' } }],
+    [
+      { output_config: { effort: 'low' }, thinking: { type: 'enabled', budget_tokens: 60 } },
+      { thinking: { type: 'enabled', budget_tokens: 60 } },
+    ],
+    [{ output_config: { format } }, { response_format: chatFormat }],
+    [{ output_format: format }, { response_format: chatFormat }],
+    [
+      { tools: [tool], tool_choice: { type: 'any' } },
+      { tools: [chatTool()], tool_choice: 'required' },
+    ],
+    [
+      { tools: [tool], tool_choice: { type: 'tool', name: 'search' } },
+      { tools: [chatTool()], tool_choice: named },
+    ],
+    [{ tools: [{ ...tool, strict: true }] }, { tools: [chatTool(true)] }],
+    [{ tools: [tool], tool_choice: { type: 'auto' } }, { tools: [chatTool()] }],
+    [
+      { messages: [...ASK.messages, { role: 'assistant', content: 'It is' }] },
+      { messages: [...ASK.messages, { role: 'assistant', content: 'It is' }] },
+    ],
+  ];
+  for (const [ours, chats] of pairs) {
+    await whole(harness, { ...ASK, ...ours });
+    await harness.chat({ ...ASK, ...chats });
+    const [own, chat] = engine.requests.splice(0);
+    for (const field of ['promptIds', 'startPhase', 'thinking', 'grammar'] as const) {
+      assert.deepEqual(own![field], chat![field], `${field} of ${JSON.stringify(ours)}`);
+    }
+  }
+  await harness.close();
+});
+
+test('models in the form of the Messages API, where its version is named', async () => {
+  const harness = startHarness({ args: ['a', 'b', 'c'].flatMap((name) => ['--served-model-name', name]) });
+  const get = async (path: string, headers: Record<string, string> = { 'anthropic-version': '2023-06-01' }) => {
+    const { statusCode, body } = await harness.app.inject({ url: `/v1/models${path}`, headers });
+    return { status: statusCode, body: JSON.parse(body) };
+  };
+  const pages: [string, string[], boolean][] = [
+    ['', ['a', 'b', 'c'], false],
+    ['?limit=2', ['a', 'b'], true],
+    ['?limit=2&after_id=b', ['c'], false],
+    ['?after_id=c', [], false],
+    ['?before_id=c&limit=1', ['b'], true],
+  ];
+  for (const [query, ids, hasMore] of pages) {
+    const { body } = await get(query);
+    checkOf('ModelPage')(body, query);
+    assert.deepEqual([body.data.map(({ id }: any) => id), body.has_more], [ids, hasMore], query);
+    assert.deepEqual([body.first_id, body.last_id], [ids[0] ?? null, ids.at(-1) ?? null]);
+  }
+  checkOf('ModelInfo')((await get('/b')).body);
+  for (const [path, status] of [
+    ['?limit=0', 400],
+    ['?limit=x', 400],
+    ['?after_id=z', 404],
+    ['?after_id=a&before_id=b', 400],
+    ['/z', 404],
+  ] as const) {
+    // prettier-ignore
+    const refused = await get(path);
+    assert.equal(refused.status, status, path);
+    isError(refused.body, path);
+  }
+  assert.equal((await get('', {})).body.object, 'list');
+  await harness.close();
+});
+
 test('count_tokens counts what the prompt has, also beyond the context', async () => {
   const harness = startHarness();
   const body = { ...ASK, system: 'Be brief.', tools: TOOLS };
@@ -367,6 +451,14 @@ test('count_tokens counts what the prompt has, also beyond the context', async (
   assert.deepEqual([refused.status, refused.body.error.type], [400, 'invalid_request_error']);
   assert.equal(harness.engine.requests.length, 1);
   await harness.close();
+  // What cannot be asked for cannot be counted either: this model's reasoning has no switch and no end to force.
+  const tagged = startHarness({ args: ['--reasoning-format', 'r1-zero'] });
+  for (const rest of [{ thinking: { type: 'disabled' } }, { output_config: { effort: 'low' } }]) {
+    const { status, body: error } = await post(tagged, { ...ASK, ...rest }, { path: '/count_tokens' });
+    assert.equal(status, 400, JSON.stringify(rest));
+    isError(error);
+  }
+  await tagged.close();
 });
 
 const user = { role: 'user', content: 'x' };
@@ -374,6 +466,8 @@ const toolUse = { type: 'tool_use', id: 'a', name: 'f', input: {} };
 const image = { type: 'image', source: { type: 'url', url: 'http://169.254.169.254/' } };
 const ask = (...messages: unknown[]): object => ({ ...ASK, messages });
 const nested = (depth: number): unknown => (depth === 0 ? {} : { a: nested(depth - 1) });
+
+const FORMAT = { type: 'json_schema', schema: { type: 'object' } };
 
 /** [what is sent, status, type, words of the message] */
 const REFUSED: [body: unknown, status: number, type: string, words: RegExp][] = [
@@ -391,11 +485,15 @@ const REFUSED: [body: unknown, status: number, type: string, words: RegExp][] = 
   ],
   [ask({ role: 'user', content: [{ ...image, type: 'document' }] }), 400, 'invalid_request_error', /"document"/],
   [ask({ role: 'user', content: [toolUse] }), 400, 'invalid_request_error', /"tool_use"/],
+  [ask(user, { role: 'assistant', content: [toolUse] }), 400, 'invalid_request_error', /'a' has no tool_result/],
   [
-    ask(user, { role: 'assistant', content: 'The' }),
+    {
+      ...ask(user, { role: 'assistant', content: [{ type: 'thinking', thinking: 'I', signature: '' }] }),
+      thinking: { type: 'disabled' },
+    },
     400,
     'invalid_request_error',
-    /must not end with a turn of the assistant/,
+    /'messages\[1\]\.content' cannot be gone on with/,
   ],
   [
     ask(
@@ -428,12 +526,18 @@ const REFUSED: [body: unknown, status: number, type: string, words: RegExp][] = 
   [{ ...ASK, thinking: { type: 'enabled' } }, 400, 'invalid_request_error', /budget_tokens' is missing/],
   [{ ...ASK, thinking: { type: 'enabled', budget_tokens: 100 } }, 400, 'invalid_request_error', /less than max_tokens/],
   [{ ...ASK, thinking: { type: 'adaptive', budget_tokens: 50 } }, 400, 'invalid_request_error', /only allowed with/],
-  [{ ...ASK, tools: TOOLS, tool_choice: { type: 'any' } }, 400, 'invalid_request_error', /cannot be forced/],
+  [{ ...ASK, tool_choice: { type: 'any' } }, 400, 'invalid_request_error', /there are no 'tools'/],
   [
-    { ...ASK, tools: TOOLS, tool_choice: { type: 'tool', name: 'search' } },
+    { ...ASK, tools: TOOLS, tool_choice: { type: 'tool' } },
     400,
     'invalid_request_error',
-    /cannot be forced/,
+    /tool_choice.name' is missing/,
+  ],
+  [
+    { ...ASK, tools: TOOLS, tool_choice: { type: 'tool', name: 'find' } },
+    400,
+    'invalid_request_error',
+    /"find" is none of them/,
   ],
   [
     { ...ASK, tools: [{ type: 'web_search_20250305', name: 'web_search' }] },
@@ -441,15 +545,32 @@ const REFUSED: [body: unknown, status: number, type: string, words: RegExp][] = 
     'invalid_request_error',
     /'tools\[0\]\.type'/,
   ],
-  [{ ...ASK, tools: [{ ...TOOLS[0], strict: true }] }, 400, 'invalid_request_error', /'tools\[0\]\.strict'/],
+  [
+    { ...ASK, tools: [{ ...TOOLS[0], strict: true, input_schema: { not: {} } }] },
+    400,
+    'invalid_request_error',
+    /'tools\[0\]\.input_schema' cannot be used: at '\/not'/,
+  ],
   [{ ...ASK, tools: [{ name: 'f' }] }, 400, 'invalid_request_error', /'tools\[0\]\.input_schema' is missing/],
   [
     { ...ASK, output_config: { format: { type: 'json_schema' } } },
     400,
     'invalid_request_error',
-    /output_config.format/,
+    /output_config.format.schema' is missing/,
   ],
-  [{ ...ASK, output_config: { effort: 'low' } }, 400, 'invalid_request_error', /output_config.effort/],
+  [
+    { ...ASK, output_config: { format: { type: 'json_schema', schema: { type: 'strnig' } } } },
+    400,
+    'invalid_request_error',
+    /'output_config.format.schema' cannot be used: at '\/type'/,
+  ],
+  [
+    { ...ASK, output_format: FORMAT, output_config: { format: FORMAT } },
+    400,
+    'invalid_request_error',
+    /give one of them/,
+  ],
+  [{ ...ASK, output_config: { effort: 'most' } }, 400, 'invalid_request_error', /output_config.effort' must be one of/],
   [{ ...ASK, context_management: { edits: [{ type: 'x' }] } }, 400, 'invalid_request_error', /context_management/],
   [ask({ role: 'user', content: 'x'.repeat(8 << 20) }), 413, 'request_too_large', /--max-body-size/],
 ];

@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import Anthropic from '@anthropic-ai/sdk';
+import { jsonSchemaOutputFormat } from '@anthropic-ai/sdk/helpers/json-schema';
 import { fixture, Server } from './server.js';
 
 let server: Server;
@@ -128,6 +129,59 @@ test('a tool is called and its result answered, whole and streamed', async () =>
   assert.ok(answer.usage.cache_read_input_tokens! >= prompt - 128, JSON.stringify(answer.usage));
 });
 
+test('calls can be forced, text held to a schema, and a turn begun', async () => {
+  const { content, stop_reason: reason } = await client.messages.create({
+    ...QUESTION,
+    tools: TOOLS,
+    tool_choice: { type: 'tool', name: 'search' },
+    ...{ temperature: 1 },
+  });
+  const calls = content.filter((block) => block.type === 'tool_use');
+  assert.deepEqual([calls.length, calls[0]!.name, reason], [1, 'search', 'tool_use']);
+  assert.equal(typeof (calls[0]!.input as any).query, 'string');
+  const any = await client.messages
+    .stream({ ...QUESTION, tools: TOOLS, tool_choice: { type: 'any' }, thinking: { type: 'disabled' } })
+    .finalMessage();
+  assert.equal(any.content[0]!.type, 'tool_use');
+
+  const schema = {
+    type: 'object' as const,
+    properties: { result: { type: 'integer' as const } },
+    required: ['result' as const],
+    additionalProperties: false as const,
+  };
+  for (const max_tokens of [1000, 60]) {
+    const parsed = await client.messages.parse({
+      ...QUESTION,
+      max_tokens,
+      output_config: { format: jsonSchemaOutputFormat(schema), effort: 'high' },
+    });
+    assert.ok(Number.isInteger(parsed.parsed_output?.result), JSON.stringify(parsed));
+    assert.equal(parsed.stop_reason, 'end_turn');
+  }
+
+  const begun = await client.messages.create({
+    ...QUESTION,
+    messages: [...QUESTION.messages, { role: 'assistant', content: '577 × 63 = 3635' }],
+  });
+  assert.deepEqual([begun.content[0]!.type, textOf(begun, 'text').slice(0, 1)], ['text', '1']);
+
+  const low = await client.messages.create({ ...LONG, max_tokens: 400, output_config: { effort: 'low' } });
+  const full = await client.messages.create({ ...LONG, max_tokens: 400, output_config: { effort: 'max' } });
+  const numThinking = (message: Anthropic.Message) => message.usage.output_tokens_details!.thinking_tokens;
+  assert.ok(numThinking(low) <= 50 && numThinking(full) > 50, `${numThinking(low)}, ${numThinking(full)}`);
+});
+
+test('models are listed and found', async () => {
+  const found: string[] = [];
+  for await (const model of client.models.list()) found.push(model.id);
+  assert.deepEqual(found, ['pocket-r1']);
+  const model = await client.models.retrieve('pocket-r1');
+  assert.deepEqual([model.type, model.display_name], ['model', 'pocket-r1']);
+  assert.ok(model.max_tokens! > 1000 && !Number.isNaN(Date.parse(model.created_at)));
+  await assert.rejects(client.models.retrieve('claude'), Anthropic.NotFoundError);
+});
+
 test('a client that leaves aborts', async () => {
   const count = async (): Promise<number> => {
     const text = await (await fetch(`${server.url}/metrics`, { headers: { 'x-api-key': 'secret' } })).text();
@@ -169,7 +223,7 @@ test('errors are of the classes that the client knows', async () => {
   const budget = { type: 'enabled' as const, budget_tokens: 2000 };
   await refused(messages.create({ ...QUESTION, thinking: budget }), Anthropic.BadRequestError, /budget_tokens/);
   await refused(
-    messages.create({ ...QUESTION, tool_choice: { type: 'any' }, tools: TOOLS }),
+    messages.create({ ...QUESTION, tool_choice: { type: 'any' } }),
     Anthropic.BadRequestError,
     /tool_choice/,
   );

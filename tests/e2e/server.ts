@@ -1,8 +1,13 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { readFileSync } from 'node:fs';
+import type { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
+import { TEST_DEVICE } from '../helpers/device.js';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
+
+/** of every Server */
+export const CACHE_MEMORY_MIB = 256;
 
 export interface Exit {
   code: number | null;
@@ -34,24 +39,49 @@ function start(args: string[]): {
   return { child, exit, output };
 }
 
-/** A real server: its own process, the real engine, the bundled model. */
+/**
+ * A real server: its own process, the real engine, the bundled model. It does not keep the test's process alive, and
+ * dies with it: a test that fails before stop() ends all the same.
+ */
 export class Server {
   readonly url: string;
   readonly pid: number;
-  readonly exit: Promise<Exit>;
   readonly output: { stdout: string; stderr: string };
   readonly #child: ChildProcess;
+  readonly #exit: Promise<Exit>;
 
   private constructor(url: string, { child, exit, output }: ReturnType<typeof start>) {
     this.url = url;
     this.pid = child.pid!;
-    this.exit = exit;
     this.output = output;
     this.#child = child;
+    this.#exit = exit;
+    this.#hold(false);
+    const kill = (): boolean => child.kill('SIGKILL');
+    process.once('exit', kill);
+    void exit.then(() => process.off('exit', kill));
   }
 
-  static async start(...args: string[]): Promise<Server> {
-    const started = start(['serve', '--port', '0', '--cache-memory', '256MiB', ...args]);
+  /** Waits for its end. */
+  get exit(): Promise<Exit> {
+    this.#hold(true);
+    return this.#exit;
+  }
+
+  #hold(isHeld: boolean): void {
+    for (const handle of [this.#child, this.#child.stdout as Socket, this.#child.stderr as Socket]) {
+      if (isHeld) handle.ref();
+      else handle.unref();
+    }
+  }
+
+  static start(...args: string[]): Promise<Server> {
+    return Server.startWith('--device', TEST_DEVICE, '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args);
+  }
+
+  /** No device and no cache of the tests' own. */
+  static async startWith(...args: string[]): Promise<Server> {
+    const started = start(['serve', '--port', '0', ...args]);
     const end = performance.now() + 60_000;
     while (performance.now() < end && started.child.exitCode === null) {
       const url = /Rodin serves .* on (http:\/\/\S+) [\s\S]*Try:/.exec(started.output.stdout)?.[1];
@@ -124,8 +154,8 @@ export async function readEvents(
     const blocks = rest.split('\n\n');
     rest = blocks.pop()!;
     for (const block of blocks) {
-      if (!block.startsWith('data: ')) continue;
-      const data = block.slice('data: '.length);
+      const data = /^data: (.*)$/m.exec(block)?.[1];
+      if (data === undefined) continue;
       if (data === '[DONE]') isDone = true;
       else {
         events.push(JSON.parse(data));

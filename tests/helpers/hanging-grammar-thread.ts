@@ -9,6 +9,7 @@ port.on('message', (command: GrammarCommand) => {
   const { handle, tokens } = command;
   const hangs = command.type === 'open' ? command.key === 'hang' : tokens.includes(13);
   while (hangs);
-  port.postMessage({ type: 'mask', handle, words: Int32Array.of(-1, tokens.length) } satisfies GrammarReply);
+  const mask = { words: Int32Array.of(-1, tokens.length), numToEnd: 1, mostToEnd: 1 };
+  port.postMessage({ type: 'mask', handle, mask } satisfies GrammarReply);
 });
 port.postMessage({ type: 'ready' } satisfies GrammarReply);

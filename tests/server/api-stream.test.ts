@@ -6,7 +6,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { Drain } from '../../server/api/drain.js';
 import { SseWriter } from '../../server/api/sse.js';
 import type { EngineEvent } from '../../server/engine/request.js';
-import type { Script } from '../contract/fake-engine.js';
+import { oneByOne, type Script } from '../contract/fake-engine.js';
 import { eventsOf, QUESTION, startHarness, type Harness } from '../contract/harness.js';
 
 function post(address: string, body: unknown): Promise<{ request: ClientRequest; response: Promise<IncomingMessage> }> {
@@ -185,18 +185,54 @@ test('an error after the stream has begun is an event', async () => {
   await harness.close();
 });
 
+test('before the first token the comments say what a request is waiting for', async () => {
+  const harness = startHarness({ sse: { heartbeatMs: 40, stallMs: 60_000 } });
+  const tokens = harness.thought('Hm.', '4');
+  harness.engine.script = function* () {
+    harness.engine.requestProgress = { status: 'waiting', numAhead: 2 };
+    yield sleep(100);
+    harness.engine.requestProgress = { status: 'prefill', numComputed: 512, numTokens: 4096 };
+    yield sleep(1200);
+    harness.engine.requestProgress = null;
+    yield* oneByOne(tokens)({} as never);
+  };
+  const { text } = await harness.chat({ ...QUESTION, stream: true });
+  assert.match(text, /^(: keep-alive, queued behind 2\n\n)+(: keep-alive, prefill 512\/4096\n\n)+id: .*\ndata: \{/);
+  await harness.close();
+});
+
+test('a whole answer that takes long is kept alive by empty lines; an error then comes with status 200', async () => {
+  const harness = startHarness({ sse: { heartbeatMs: 40, stallMs: 60_000 } });
+  const tokens = harness.thought('Hm.', '4');
+  harness.engine.script = function* () {
+    yield sleep(150);
+    yield* oneByOne(tokens)({} as never);
+  };
+  const answer = await harness.chat(QUESTION);
+  assert.match(answer.text, /^\n{2,}\{/);
+  assert.equal(JSON.parse(answer.text).choices[0].message.content, '4');
+  harness.engine.script = function* () {
+    yield sleep(100);
+    yield { finishReason: 'error', error: { code: 'engine_failed', message: 'It broke.' } };
+  };
+  const failed = await harness.chat(QUESTION);
+  assert.equal(failed.status, 200);
+  assert.equal(JSON.parse(failed.text).error.code, 'engine_failed');
+  await harness.close();
+});
+
 test('the writer says when its reader is behind and when it has caught up', async () => {
-  const sse = new SseWriter({ heartbeatMs: 60_000, stallMs: 60_000 });
+  const sse = new SseWriter({ heartbeatMs: 60_000, stallMs: 60_000 }, () => ': keep-alive\n\n');
   let numReady = 0;
   sse.onReady = () => numReady++;
-  sse.event('x'.repeat(100_000));
+  sse.write({ data: 'x'.repeat(100_000) });
   assert.equal(sse.isReady, false);
   sse.stream.resume();
   await until(() => sse.isReady, 'the reader');
   assert.equal(numReady, 1);
   sse.end();
   await until(() => sse.stream.destroyed, 'the end');
-  sse.event('ignored after the end');
+  sse.write({ data: 'ignored after the end' });
 });
 
 test('draining: what runs finishes, what comes is refused, health says so', async () => {

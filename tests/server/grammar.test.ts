@@ -6,7 +6,7 @@ import { Ajv2020 } from 'ajv/dist/2020.js';
 import formatsPlugin from 'ajv-formats';
 import { parseEbnf } from '../../server/grammar/ebnf.js';
 import { choice, GrammarBuilder, type Grammar } from '../../server/grammar/grammar.js';
-import { CompiledGrammar, Matcher } from '../../server/grammar/matcher.js';
+import { CompiledGrammar, Matcher, type MatcherMask } from '../../server/grammar/matcher.js';
 import { wholeRegex } from '../../server/grammar/regex.js';
 import { SchemaCompiler } from '../../server/grammar/schema-check.js';
 import { SchemaError } from '../../server/grammar/schema-error.js';
@@ -176,7 +176,7 @@ test('masks allow exactly the tokens that a byte-by-byte check allows', () => {
       const matcher = new Matcher(compiled, [STOP]);
       const tokens: number[] = [];
       for (let length = 0; length < 25; length++) {
-        const { words } = matcher.mask();
+        const { words } = matcher.mask(Infinity);
         if (words === null) break;
         const allowed: number[] = [];
         for (let id = 0; id < tree.vocabSize; id++) {
@@ -194,10 +194,54 @@ test('masks allow exactly the tokens that a byte-by-byte check allows', () => {
   }
 });
 
+test('with as many tokens left as are said to be needed, any way through the masks ends in a complete text', () => {
+  const tree = readTree();
+  const isAllowed = (words: Int32Array, id: number): boolean => ((words[id >> 5]! >>> (id & 31)) & 1) === 1;
+  let [numHeld, numFree] = [0, 0];
+  for (let seed = 0; seed < 60; seed++) {
+    const next = randomBelow(seed);
+    const grammar = compiler.compile(randomSchema(next, seed % 6));
+    const compiled = new CompiledGrammar(grammar, tree);
+    const shortest = new Matcher(compiled, [STOP]).mask(Infinity).numToEnd;
+    assert.ok(shortest > 0 && shortest < 400, `${shortest}`);
+    for (const limit of [shortest, shortest + 1, shortest + 9, 2 * shortest]) {
+      const matcher = new Matcher(compiled, [STOP]);
+      const tokens: number[] = [];
+      for (;;) {
+        const { words, numToEnd } = matcher.mask(limit - tokens.length);
+        const free = matcher.mask(Infinity).words;
+        assert.ok(numToEnd <= limit - tokens.length, `${numToEnd} of ${limit - tokens.length}`);
+        if (words === null || tokens.length === limit) break;
+        const all = Array.from({ length: tree.vocabSize }, (_, id) => id).filter((id) => isAllowed(words, id));
+        const id = all[next(all.length)]!;
+        if (id === STOP) break;
+        if (free!.every((word, index) => word === words[index])) numFree++;
+        else numHeld++;
+        tokens.push(id);
+        matcher.accept([id]);
+      }
+      assert.equal(compiled.read(tokens)!.accepts, true, `limit ${limit}`);
+    }
+  }
+  assert.ok(numHeld > 500 && numFree > 500, `${numHeld} masks with fewer tokens, ${numFree} as without a limit`);
+  const text = regexGrammar('(hello|a{40})!');
+  const hello = new Matcher(new CompiledGrammar(text, tree), [STOP]);
+  assert.equal(hello.mask(Infinity).mostToEnd, 41);
+  const first = (numLeft: number) => {
+    const { words } = hello.mask(numLeft);
+    return [0x68, 0x61].map((byte) => isAllowed(words!, tree.table.bytes.findIndex((b) => b?.length === 1 && b[0] === byte))); // prettier-ignore
+  };
+  assert.deepEqual([first(41), first(40), first(6), first(0)], [[true, true], [true, false], [true, false], [true, true]]); // prettier-ignore
+});
+
 test('left recursion and endless ambiguity are refused, deep nesting is', () => {
   const tree = readTree();
   for (const source of ['root ::= root "a" | "b"', 'root ::= a "x"\na ::= b?\nb ::= ("" | "c") a "d" | "e"']) {
-    assert.throws(() => new Matcher(new CompiledGrammar(parseEbnf(source), tree), []).mask(), RangeError, source);
+    assert.throws(
+      () => new Matcher(new CompiledGrammar(parseEbnf(source), tree), []).mask(Infinity),
+      RangeError,
+      source,
+    );
   }
   const nested = new Matcher(new CompiledGrammar(parseEbnf('root ::= "[" root "]" | "x"'), tree), []);
   const open = tree.table.bytes.findIndex((bytes) => bytes?.length === 1 && bytes[0] === 0x5b);
@@ -205,19 +249,19 @@ test('left recursion and endless ambiguity are refused, deep nesting is', () => 
 });
 
 interface Heard {
-  masks: (Int32Array | null)[];
+  masks: MatcherMask[];
   failures: [string, boolean][];
   wake: () => void;
 }
 
 function listen(): Heard & {
-  onMask(words: Int32Array | null): void;
+  onMask(mask: MatcherMask): void;
   onFailed(message: string, isFirst: boolean): void;
 } {
   const heard: Heard = { masks: [], failures: [], wake: () => {} };
   return Object.assign(heard, {
-    onMask: (words: Int32Array | null) => {
-      heard.masks.push(words);
+    onMask: (mask: MatcherMask) => {
+      heard.masks.push(mask);
       heard.wake();
     },
     onFailed: (message: string, isFirst: boolean) => {
@@ -239,28 +283,28 @@ test('a thread that hangs is replaced: the culprit fails in time, the others go 
   const alive = setInterval(() => {}, 1000);
   try {
     const healthy = listen();
-    const handle = thread.open('good', grammar, [], healthy);
+    const handle = thread.open('good', grammar, [], Infinity, healthy);
     await until(healthy, () => healthy.masks.length === 1);
-    thread.accept(handle, [5, 6]);
+    thread.accept(handle, [5, 6], Infinity);
     await until(healthy, () => healthy.masks.length === 2);
 
     for (let round = 0; round < 2; round++) {
       const startedAt = performance.now();
       const poison = listen();
-      thread.open('hang', grammar, [], poison);
+      thread.open('hang', grammar, [], Infinity, poison);
       await until(poison, () => poison.failures.length === 1);
       assert.ok(performance.now() - startedAt < 1000);
       assert.deepEqual(poison.failures, [['the grammar could not be prepared within 300 ms', true]]);
     }
     const before = healthy.masks.length;
-    thread.accept(handle, [7]);
+    thread.accept(handle, [7], Infinity);
     await until(healthy, () => healthy.masks.length > before);
     assert.deepEqual(healthy.failures, []);
 
     const late = listen();
-    const lateHandle = thread.open('late', grammar, [], late);
+    const lateHandle = thread.open('late', grammar, [], Infinity, late);
     await until(late, () => late.masks.length === 1);
-    thread.accept(lateHandle, [13]);
+    thread.accept(lateHandle, [13], Infinity);
     await until(late, () => late.failures.length === 1);
     assert.deepEqual(late.failures, [['the next tokens could not be found within 300 ms', false]]);
   } finally {
