@@ -137,17 +137,18 @@ std::vector<Weight*> matrices_of(LayerWeights& layer) {
 
 // Calls place(), then releases those of the matrices that were copied.
 template <class F>
-void place_and_release(const std::vector<Weight*>& matrices, const Ops& ops, const TensorTable& table,
+void place_and_release(const std::vector<Weight*>& matrices, const Ops& ops, const TensorTable* table,
                        const F& place) {
+  if (table == nullptr) return place();
   std::vector<Weight> on_host;
   for (const Weight* matrix : matrices) on_host.push_back(*matrix);
   place();
   for (size_t i = 0; i < matrices.size(); ++i) {
-    if (matrices[i]->present() && ops.is_copied(*matrices[i])) table.release(on_host[i]);
+    if (matrices[i]->present() && ops.is_copied(*matrices[i])) table->release(on_host[i]);
   }
 }
 
-void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden, const TensorTable& table) {
+void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden, const TensorTable* table) {
   place_and_release(matrices_of(layer), ops, table, [&] {
     layer.input_norm = ops.place_vector(layer.input_norm, hidden);
     if (layer.is_gqa) {
@@ -220,7 +221,7 @@ ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_m
   return weights;
 }
 
-void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec, const TensorTable& table) {
+void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec, const TensorTable* table) {
   const void* host_embed = weights.embed.data;
   const void* host_head = weights.lm_head.data;
   if (host_head == host_embed) {
