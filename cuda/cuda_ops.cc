@@ -133,6 +133,35 @@ DeviceMemory CudaOps::memory() const {
   return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
 }
 
+// A large copy within the device, bytes read and bytes written counted both: what speeds are judged by. The
+// products are not measured: a program that reaches their ceiling is a larger one than the kernels here.
+Ceilings CudaOps::measure_ceilings() {
+  constexpr size_t kBytes = size_t{2} << 30;
+  constexpr int kCopies = 10;
+  void* from = device_alloc(kBytes);
+  void* to = device_alloc(kBytes);
+  cudaEvent_t begin = nullptr, end = nullptr;
+  RODIN_CUDA(cudaEventCreate(&begin));
+  RODIN_CUDA(cudaEventCreate(&end));
+  RODIN_CUDA(cudaMemsetAsync(from, 0x35, kBytes, stream_));
+  float least = 0;  // milliseconds
+  for (int i = 0; i < kCopies; ++i) {
+    RODIN_CUDA(cudaEventRecord(begin, stream_));
+    RODIN_CUDA(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, stream_), " of ", kBytes,
+               " bytes");
+    RODIN_CUDA(cudaEventRecord(end, stream_));
+    RODIN_CUDA(cudaEventSynchronize(end));
+    float elapsed = 0;
+    RODIN_CUDA(cudaEventElapsedTime(&elapsed, begin, end));
+    least = i == 0 ? elapsed : std::min(least, elapsed);
+  }
+  RODIN_CUDA(cudaEventDestroy(begin));
+  RODIN_CUDA(cudaEventDestroy(end));
+  RODIN_CUDA(cudaFree(from));
+  RODIN_CUDA(cudaFree(to));
+  return {2.0 * static_cast<double>(kBytes) / (static_cast<double>(least) * 1e-3), 0};
+}
+
 size_t CudaOps::reserve(const OpsLimits& limits) {
   check(!is_reserved_, "the workspace of ", name(), " was reserved already");
   limits_ = limits;

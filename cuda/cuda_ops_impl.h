@@ -50,6 +50,7 @@ class CudaOps final : public Ops {
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
   DeviceMemory memory() const override;
+  Ceilings measure_ceilings() override;
 
   using Ops::place;
   void place(Weight& weight) override;

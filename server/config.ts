@@ -100,6 +100,7 @@ export interface BenchConfig {
   readonly device: string;
   readonly compute: 'auto' | 'float32';
   readonly cpuPath: string;
+  readonly kvCacheDtype: ServeConfig['kvCacheDtype'];
   readonly threads: number | null;
   readonly json: boolean;
 }
@@ -258,6 +259,7 @@ function benchConfig(values: Record<string, FlagValue>): BenchConfig {
     device: values['device'] as string,
     compute: values['compute'] as BenchConfig['compute'],
     cpuPath: values['cpu-path'] as string,
+    kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
     threads: values['threads'] as number | null,
     json: values['json'] as boolean,
   });

@@ -135,7 +135,7 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'kv-cache-dtype',
-    commands: SERVE,
+    commands: ['serve', 'bench'],
     value: 'DTYPE',
     default: 'auto',
     parse: choice(['auto', 'bf16', 'fp8']),

@@ -41,7 +41,10 @@ void LatentCache::fill_synthetic() {
       state = state * 1664525u + 1013904223u;
       const float value = static_cast<float>(state >> 8) * 0x1p-23f - 1.0f;
       char* at = buffer.data() + i * size;
-      if (dtype == Dtype::kF32) {
+      if (dtype ==
+          Dtype::kF8E4M3) {  // rows of several types: bytes that are small finite numbers in all of them
+        *at = static_cast<char>(0x20 | state >> 27);
+      } else if (dtype == Dtype::kF32) {
         memcpy(at, &value, 4);
       } else {
         const uint16_t half = dtype == Dtype::kF16 ? f16_of_float(value) : bf16_of_float(value);

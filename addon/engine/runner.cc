@@ -17,8 +17,10 @@
 namespace rodin {
 namespace {
 
-// Rows of logits held at once; a step with more is worked off in several parts.
+// Rows of logits held at once; a step with more is worked off in several parts. A GPU reads the head anew for
+// each.
 constexpr int64_t kMaxLogitRows = 64;
+constexpr int64_t kMaxLogitRowsOfGpu = 128;
 
 void fill_index(const StepBatch& batch, HostIndex& index) {
   index.clear();
@@ -38,7 +40,8 @@ OpsLimits ops_limits(const RunnerOptions& options) {
   OpsLimits limits;
   limits.max_step_tokens = options.max_step_tokens;
   limits.max_num_seqs = options.max_num_seqs;
-  limits.max_logit_rows = std::min(kMaxLogitRows, options.max_step_tokens);
+  limits.max_logit_rows =
+      std::min(options.device == "cpu" ? kMaxLogitRows : kMaxLogitRowsOfGpu, options.max_step_tokens);
   limits.num_blocks = options.num_blocks;
   limits.block_size = options.block_size;
   limits.max_context = std::min(options.num_blocks * options.block_size, spec.max_position_embeddings);

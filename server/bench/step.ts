@@ -71,7 +71,7 @@ export async function runBenchStep(
     blockSize: BLOCK_SIZE,
     numBlocks: mostSequences * blocksPerSequence,
     gpuMemoryUtilization: 0,
-    kvCacheDtype: 'auto',
+    kvCacheDtype: config.kvCacheDtype,
     maxStepTokens: Math.max(mostSequences, config.prompt, config.weights === 'checkpoint' ? FILL_TOKENS : 1),
     maxNumSeqs: mostSequences,
     loadMtp: false,
