@@ -21,7 +21,7 @@ struct BackendOptions {
 // Throws std::runtime_error with one sentence for a device, compute mode or path that does not exist here.
 std::unique_ptr<Ops> make_ops(const BackendOptions& options);
 
-// What make_ops(...)->cache_dtype() would be, without making one.
+// A type of the size of what make_ops(...)->cache_dtype() would be, without making one.
 Dtype cache_dtype(const std::string& device, const std::string& compute, const std::string& kv_cache_dtype);
 
 struct DeviceList {

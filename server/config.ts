@@ -87,16 +87,35 @@ export interface DoctorConfig {
   readonly threads: number | null;
 }
 
+export interface BenchConfig {
+  /** checkpoint folder; with synthetic weights a config.json too */
+  readonly model: string;
+  readonly weights: 'checkpoint' | 'synthetic';
+  /** null: all */
+  readonly layers: number | null;
+  readonly batches: readonly number[];
+  readonly context: number;
+  /** 0: no prefill case */
+  readonly prompt: number;
+  readonly device: string;
+  readonly compute: 'auto' | 'float32';
+  readonly cpuPath: string;
+  readonly threads: number | null;
+  readonly json: boolean;
+}
+
 export type Command =
   | { kind: 'print'; text: string }
   | { kind: 'serve'; config: ServeConfig }
   | { kind: 'logits'; config: LogitsConfig }
+  | { kind: 'bench'; config: BenchConfig }
   | { kind: 'doctor'; config: DoctorConfig }
   | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
+  bench: "'rodin bench step' times steps of the runner beside what the machine could do",
   doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
   build: 'builds the native addon on this machine, where the one in the package does not load',
 };
@@ -111,6 +130,10 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
     throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
+  if (command === 'bench' && !rest.some((text) => text === '--help' || text === '-h')) {
+    const what = rest.shift();
+    if (what !== 'step') throw new StartupError(`'rodin bench' measures steps: write 'rodin bench step'.`);
+  } else if (command === 'bench' && rest[0] === 'step') rest.shift();
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
   const { given, isHelp, isVersion } = parseFlags(command, flags, rest);
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
@@ -121,6 +144,8 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
       return { kind: 'serve', config: serveConfig(values, env) };
     case 'logits':
       return { kind: 'logits', config: logitsConfig(values) };
+    case 'bench':
+      return { kind: 'bench', config: benchConfig(values) };
     case 'doctor':
       return { kind: 'doctor', config: doctorConfig(values) };
     case 'build':
@@ -219,6 +244,22 @@ function doctorConfig(values: Record<string, FlagValue>): DoctorConfig {
     model: values['model'] as string,
     device: values['device'] as string,
     threads: values['threads'] as number | null,
+  });
+}
+
+function benchConfig(values: Record<string, FlagValue>): BenchConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    weights: values['weights'] as BenchConfig['weights'],
+    layers: values['layers'] as number | null,
+    batches: Object.freeze((values['batch'] as string[]).map(Number)),
+    context: values['context'] as number,
+    prompt: values['prompt'] as number,
+    device: values['device'] as string,
+    compute: values['compute'] as BenchConfig['compute'],
+    cpuPath: values['cpu-path'] as string,
+    threads: values['threads'] as number | null,
+    json: values['json'] as boolean,
   });
 }
 

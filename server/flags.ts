@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-export type CommandName = 'serve' | 'logits' | 'doctor' | 'build';
+export type CommandName = 'serve' | 'logits' | 'bench' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
 
 export interface Flag {
@@ -21,10 +21,11 @@ export interface Flag {
   isRequired?: boolean;
 }
 
-const BOTH = ['serve', 'logits'] as const;
-const ALL = ['serve', 'logits', 'doctor'] as const;
+const RUN = ['serve', 'logits', 'bench'] as const;
+const ALL = ['serve', 'logits', 'bench', 'doctor'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
+const BENCH = ['bench'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
 /** what a step batch can carry for one sequence */
 const MAX_SPECULATIVE_TOKENS = 4;
@@ -83,7 +84,7 @@ export const FLAGS: readonly Flag[] = [
   { name: 'device', commands: ALL, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
   {
     name: 'compute',
-    commands: BOTH,
+    commands: RUN,
     value: 'MODE',
     default: 'auto',
     parse: choice(['auto', 'float32']),
@@ -307,6 +308,64 @@ export const FLAGS: readonly Flag[] = [
     parse: boolean,
     isSwitch: true,
     help: "write the MTP module's logits too",
+  },
+  {
+    name: 'weights',
+    commands: BENCH,
+    value: 'WHICH',
+    default: 'checkpoint',
+    parse: choice(['checkpoint', 'synthetic']),
+    help: 'checkpoint, or synthetic: random ones, for which --model may be a config.json alone',
+  },
+  {
+    name: 'layers',
+    commands: BENCH,
+    value: 'N',
+    default: null,
+    defaultText: 'all',
+    parse: integer(1, 1024),
+    help: 'decoder layers of synthetic weights: at most one dense layer, then MoE layers',
+  },
+  {
+    name: 'batch',
+    commands: BENCH,
+    value: 'N,N,...',
+    default: ['1', '8', '32'],
+    defaultText: '1,8,32',
+    parse: (text) => text.split(',').map((part) => String(integer(1, 4096)(part.trim()))),
+    help: 'sequences in a decode step, one case each',
+  },
+  {
+    name: 'context',
+    commands: BENCH,
+    value: 'N',
+    default: 1024,
+    parse: integer(0, 1 << 24),
+    help: 'tokens of each sequence before a decode step',
+  },
+  {
+    name: 'prompt',
+    commands: BENCH,
+    value: 'N',
+    default: 512,
+    parse: integer(0, 1 << 20),
+    help: 'tokens of a prefill step; 0 leaves it out',
+  },
+  {
+    name: 'cpu-path',
+    commands: BENCH,
+    value: 'PATH',
+    default: 'auto',
+    parse: nonEmpty,
+    help: 'instruction path on the CPU, such as avx512 or portable; auto takes the best',
+  },
+  {
+    name: 'json',
+    commands: BENCH,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: 'print one JSON object in place of the table',
   },
 ];
 

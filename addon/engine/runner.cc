@@ -81,8 +81,9 @@ int64_t blocks_that_fit(const RunnerOptions& options, const DeviceMemory& memory
   const int64_t used = memory.total - memory.free;
   const int64_t left = usable - used - num_layers * kGrain;
   check(left >= block_bytes, "the GPU is out of memory: ", options.memory_utilization, " of its ",
-        memory.total / kMegabyte, " MiB (--gpu-memory-utilization) are ", usable / kMegabyte, " MiB, of which ",
-        used / kMegabyte, " MiB are taken by weights, workspace and other programs; a latent cache of one block takes ",
+        memory.total / kMegabyte, " MiB (--gpu-memory-utilization) are ", usable / kMegabyte,
+        " MiB, of which ", used / kMegabyte,
+        " MiB are taken by weights, workspace and other programs; a latent cache of one block takes ",
         (block_bytes + num_layers * kGrain) / kMegabyte,
         " MiB more. Raise the share, or lower --max-step-tokens or --max-num-seqs");
   return std::min(options.num_blocks, left / block_bytes);
@@ -151,14 +152,18 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   Ops& ops = *state->ops;
   const int64_t num_layers = num_cache_layers(spec, options_.load_mtp);
   const int64_t row_dim = cache_row_dim(spec, ops.cache_dtype());
+  const bool is_synthetic = std::any_of(state->entries.begin(), state->entries.end(),
+                                        [](const TensorEntry& entry) { return entry.file.empty(); });
   const auto make_cache = [&](int64_t num_blocks) {
     state->cache = std::make_unique<LatentCache>(ops, num_layers, num_blocks, options_.block_size, row_dim);
+    if (is_synthetic) state->cache->fill_synthetic();
   };
   check_room(ops.memory(), total_bytes());
   // A cache of a given size is refused before the weights are read.
   if (options_.memory_utilization == 0) make_cache(options_.num_blocks);
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
   place_weights(state->weights, ops, spec);
+  if (ops.copies_weights()) state->table->drop_pages();
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
                                              ops_limits(options_).max_logit_rows);

@@ -19,7 +19,7 @@ struct RunnerOptions {
   std::vector<TensorEntry> tensors;
   std::string device = "cpu";     // "cpu" | "cuda:0"
   std::string compute = "auto";   // "float32" | "auto"
-  std::string cpu_path = "auto";  // "auto" | "avx512" | "avx2" | "portable"
+  std::string cpu_path = "auto";  // "auto" or one of supported_cpu_paths()
   int64_t num_threads = 1;        // compute threads, the engine thread included
   int64_t block_size = 0;
   int64_t num_blocks = 0;  // of the latent cache; the most of them where memory_utilization is not 0

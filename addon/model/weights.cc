@@ -192,7 +192,11 @@ ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_m
 void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec) {
   const void* host_embed = weights.embed.data;
   const void* host_head = weights.lm_head.data;
-  ops.place(weights.embed);
+  if (host_head == host_embed) {
+    ops.place(weights.embed);
+  } else {
+    ops.place_table(weights.embed);
+  }
   for (LayerWeights& layer : weights.layers) place_layer(layer, ops, spec.hidden_size);
   weights.final_norm = ops.place_vector(weights.final_norm, spec.hidden_size);
   if (host_head == host_embed) {

@@ -223,6 +223,14 @@ CacheOptions to_cache_options(const Napi::Value& value) {
   return options;
 }
 
+BackendOptions to_backend_options(const Napi::Value& value) {
+  const Fields fields(value, "options");
+  const int64_t num_threads = fields.count("numThreads");
+  if (num_threads < 1 || num_threads > 1024) fail_type(fields.env(), fields.path("numThreads"), "1 to 1024");
+  return {fields.text("device"), fields.text("compute"), fields.text("cpuPath"),
+          static_cast<int>(num_threads)};
+}
+
 StepBatch to_step_batch(const Napi::Value& value) {
   const Fields fields(value, "batch");
   StepBatch batch;

@@ -86,6 +86,12 @@ struct DeviceMemory {
   int64_t total = 0;
 };
 
+// What a device can do at most, measured; 0: it does not measure that.
+struct Ceilings {
+  double read_bytes_per_second = 0;  // of memory that no cache holds
+  double flops_per_second = 0;       // of the products that linear is made of; a multiply-add counts as two
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -94,6 +100,8 @@ class Ops {
   virtual std::string name() const = 0;
   virtual Dtype activation_dtype() const = 0;
   virtual Dtype cache_dtype() const = 0;
+  // Takes about a second; for benchmarks.
+  virtual Ceilings measure_ceilings() { return {}; }
 
   // ---- memory -------------------------------------------------------------------------------------------
   // Device memory, 64-byte aligned, contents undefined; throws when there is none. Freed by free().
@@ -107,6 +115,8 @@ class Ops {
   // The host memory outlives the Ops; a CPU keeps pointing at it. Called once each, before reserve().
   // Tied tensors are placed once and the result is copied by the caller.
   virtual void place(Weight& weight) = 0;
+  // A table of embeddings that no product uses.
+  virtual void place_table(Weight& table) { place(table); }
   virtual const float* place_vector(const float* host, int64_t size) = 0;  // [size]
   // The families may be repacked as a whole (`packed`); by default each tensor is placed on its own.
   virtual void place(MlpWeights& mlp) {
@@ -117,6 +127,8 @@ class Ops {
   virtual void place(MoeWeights& moe);
   virtual void place(MlaWeights& mla);
   virtual void place(GqaWeights& gqa);
+  // Whether place() copies most of what it is given, so that the host memory is hardly read any more.
+  virtual bool copies_weights() const { return false; }
   // Allocates the Ops' own workspace and returns its bytes. Called once, after every place().
   virtual size_t reserve(const OpsLimits& limits) = 0;
 
@@ -124,9 +136,9 @@ class Ops {
   // Makes the index arrays available to the device. At most two indices live in one step (decoder layers,
   // MTP module); `which` is 0 or 1 and an index is valid until begin_step(which) is called again.
   virtual StepIndex begin_step(const StepIndex& host, int which) = 0;
-  // Enqueues what `body` enqueues with this index; what body does is the same in every call for indices of one
-  // `which`, and it reads no host memory but the index's sizes. A device may record it and replay the recording
-  // for later indices of the same shape without calling it.
+  // Enqueues what `body` enqueues with this index; what body does is the same in every call for indices of
+  // one `which`, and it reads no host memory but the index's sizes. A device may record it and replay the
+  // recording for later indices of the same shape without calling it.
   virtual void run_recorded([[maybe_unused]] const StepIndex& index, const std::function<void()>& body) {
     body();
   }

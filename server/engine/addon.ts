@@ -13,7 +13,7 @@ export interface RunnerOptions {
   device: string;
   /** 'float32' is the readable oracle, 'auto' the fast path of the device */
   compute: ComputeMode;
-  /** 'auto' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
+  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
   cpuPath: string;
   /** compute threads, the engine thread included */
   numThreads: number;
@@ -52,12 +52,23 @@ export interface NativeRunner {
   close(): Promise<void>;
 }
 
+export interface Ceilings {
+  /** of memory that no cache holds */
+  readBytesPerSecond: number;
+  /** of the products that a linear layer is made of; a multiply-add counts as two */
+  flopsPerSecond: number;
+}
+
 export interface NativeAddon {
   createRunner(options: RunnerOptions): NativeRunner;
   /** bytes one token takes in the latent cache over all layers (MTP included if loaded), before anything is allocated */
   cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'kvCacheDtype' | 'loadMtp'>): number;
   /** devices usable on this machine, best first, and why others are not */
   devices(): { usable: string[]; unusable: { device: string; reason: string }[] };
+  /**
+   * What a device can do at most, measured now: it takes seconds and blocks. 0: the device does not measure that.
+   */
+  ceilings(options: Pick<RunnerOptions, 'device' | 'compute' | 'cpuPath' | 'numThreads'>): Ceilings;
   /** CPU paths this machine can run, best first */
   cpuPaths(): string[];
 }

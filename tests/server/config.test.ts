@@ -53,7 +53,7 @@ test('sizes have units', () => {
 });
 
 test('what cannot be used is refused with a sentence that names it', () => {
-  refuses('bench', /no command 'bench'; the commands are serve, logits, doctor, build/);
+  refuses('prove', /no command 'prove'; the commands are serve, logits, bench, doctor, build/);
   refuses('toString', /no command/);
   refuses('serve --prot 1', /no flag --prot; 'rodin serve --help'/);
   refuses('serve --last 3', /no flag --last/);

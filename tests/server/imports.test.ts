@@ -22,6 +22,7 @@ const SERVER_RULES: Record<string, string[]> = {
   metrics: ['errors', 'type:engine'],
   engine: ['errors', 'model', 'grammar', 'machine'],
   logits: ['errors', 'model', 'engine', 'config', 'machine'],
+  bench: ['errors', 'model', 'engine', 'machine', 'type:config'],
   doctor: ['errors', 'model', 'engine', 'config', 'machine', 'progress'],
   api: ['errors', 'text', 'engine', 'grammar', 'metrics', 'config', 'type:model', 'type:telemetry'],
   app: ['errors', 'api', 'text', 'engine', 'metrics', 'config', 'type:model', 'type:telemetry'],
@@ -31,7 +32,7 @@ const SERVER_RULES: Record<string, string[]> = {
   serve: ['errors', 'server', 'config', 'type:engine', 'log', 'progress'],
   'local-chat': ['errors', 'type:api'],
   index: ['errors', 'server', 'config', 'local-chat'],
-  main: ['errors', 'config', 'flags', 'serve', 'logits', 'doctor', 'progress'],
+  main: ['errors', 'config', 'flags', 'serve', 'logits', 'bench', 'doctor', 'progress'],
 };
 
 const NATIVE_RULES: Record<string, string[]> = {

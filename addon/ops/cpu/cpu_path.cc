@@ -13,6 +13,9 @@ std::vector<std::string> supported_cpu_paths() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) {
+      paths.push_back("avx512bf16");
+    }
     paths.push_back("avx512");
   }
   if (has_avx2) paths.push_back("avx2");
@@ -29,6 +32,7 @@ const Kernels& kernels_of_path(const std::string& path) {
     list += (list.empty() ? "" : ", ") + name;
     if (name != wanted) continue;
 #if defined(__x86_64__)
+    if (name == "avx512bf16") return kernels_avx512bf16();
     if (name == "avx512") return kernels_avx512();
     if (name == "avx2") return kernels_avx2();
 #endif
