@@ -118,7 +118,7 @@ test('flags that cannot be used are refused', async () => {
 test('rodin doctor says what is there, and what is not', async () => {
   const fine = await rodin('doctor');
   assert.equal(fine.code, 0, fine.stdout + fine.stderr);
-  assert.match(fine.stdout, /CPU paths +(avx512, )?(avx2, )?portable; the first is used/);
+  assert.match(fine.stdout, /CPU paths +(\w+, )*portable; the first is used/);
   assert.match(fine.stdout, /Rodin can serve here\./);
   const broken = await rodin('doctor', '--model', '/nowhere', '--device', 'cuda:99');
   assert.equal(broken.code, 1);
