@@ -35,8 +35,8 @@ std::unique_ptr<Ops> make_ops(const BackendOptions& options) {
 
 Dtype cache_dtype(const std::string& device, const std::string& compute, const std::string& kv_cache_dtype) {
   check_names(device, compute);
-  check(kv_cache_dtype == "auto" || kv_cache_dtype == "bf16" || kv_cache_dtype == "fp8",
-        "the cache dtype '", kv_cache_dtype, "' does not exist; use auto, bf16 or fp8");
+  check(kv_cache_dtype == "auto" || kv_cache_dtype == "bf16" || kv_cache_dtype == "fp8", "the cache dtype '",
+        kv_cache_dtype, "' does not exist; use auto, bf16 or fp8");
   if (is_cuda(device)) return kv_cache_dtype == "fp8" ? Dtype::kF8E4M3 : Dtype::kBF16;
   check(kv_cache_dtype == "auto", "the CPU keeps its latent cache in ", compute == "float32" ? "f32" : "f16",
         " alone; leave out --kv-cache-dtype ", kv_cache_dtype, " or use a GPU");

@@ -15,8 +15,8 @@ constexpr int64_t kLatentBudget = int64_t{128} << 20;   // bytes of one latent p
 
 void CudaOps::reserve_attention() {
   const MlaShape& shape = limits_.mla;
-  const int64_t max_context =
-      std::max<int64_t>(limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size, 1);
+  const int64_t max_context = std::max<int64_t>(
+      limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size, 1);
   // Of one token. Up to 8192 positions there are at most 8 splits, behind them more at every 1024.
   const int64_t most_splits = mla_padded_splits(mla_num_splits(static_cast<int32_t>(max_context - 1)));
   check(cache_dtype_ != Dtype::kF8E4M3 || (shape.lora_rank == 512 && shape.rope_dim % 8 == 0),

@@ -76,7 +76,8 @@ std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string&
 namespace rodin::cuda {
 namespace {
 
-// Steps that are worth a recording: they come again and again, and their launches take longer than their work.
+// Steps that are worth a recording: they come again and again, and their launches take longer than their
+// work.
 constexpr int64_t kMaxDecodeRows = 5;  // of a sequence: its token and up to four drafts
 constexpr int64_t kMaxDecodeTokens = 512;
 
@@ -115,6 +116,7 @@ void CudaOps::free(void* data) {
 }
 
 void CudaOps::upload(void* device, const void* host, size_t bytes) {
+  planned_ids_ = nullptr;  // they may be what is overwritten
   RODIN_CUDA(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), " of ", bytes, " bytes");
   RODIN_CUDA(cudaStreamSynchronize(stream_));
 }
@@ -193,8 +195,8 @@ void CudaOps::run_recorded(const StepIndex& index, const std::function<void()>& 
   const Step& step = step_of(index);
   if (!step.is_decode) return body();
   // The arrays lie at places that depend on their sizes; the block tables are the last of them.
-  StepShape shape = {&step - steps_, reinterpret_cast<int64_t>(index.token_ids),
-                     index.num_tokens, index.num_seqs,
+  StepShape shape = {&step - steps_,       reinterpret_cast<int64_t>(index.token_ids),
+                     index.num_tokens,     index.num_seqs,
                      index.first_position, step.plan.row_tiles};
   for (const MlaChunk& chunk : step.plan.chunks) {
     shape.insert(shape.end(),

@@ -42,7 +42,6 @@ class CudaOps final : public Ops {
   ~CudaOps() override;
 
   std::string name() const override;
-  bool copies_weights() const override { return true; }
   Dtype activation_dtype() const override { return Dtype::kBF16; }
   Dtype cache_dtype() const override { return cache_dtype_; }
 
@@ -143,7 +142,7 @@ class CudaOps final : public Ops {
   const float* one_ = nullptr;  // [1] 1.0f: the scale of FP8 matrices without one
 
   DeviceArena workspace_;
-  Step steps_[2];          // [2] decoder layers, MTP module
+  Step steps_[2];  // [2] decoder layers, MTP module
   StepGraphs graphs_;
   StepArrays gathers_[4];  // [4] used in turn
   int next_gather_ = 0;
@@ -151,11 +150,12 @@ class CudaOps final : public Ops {
   // MoE, for up to moe_tokens_ tokens at a time.
   int64_t moe_tokens_ = 0;
   MoePlan moe_plan_;
-  float* router_logits_ = nullptr;  // [max_step_tokens, E]
-  Tensor expert_mid_;               // [moe_tokens * k, Im]
-  Tensor shared_mid_;               // [moe_tokens, Is]
-  Tensor expert_out_;               // [moe_tokens * k, H]
-  Tensor shared_out_;               // [moe_tokens, H]
+  const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
+  float* router_logits_ = nullptr;        // [max_step_tokens, E]
+  Tensor expert_mid_;                     // [moe_tokens * k, Im]
+  Tensor shared_mid_;                     // [moe_tokens, Is]
+  Tensor expert_out_;                     // [moe_tokens * k, H]
+  Tensor shared_out_;                     // [moe_tokens, H]
 
   // Attention, for one chunk of tokens.
   int64_t attention_tokens_ = 0;  // most tokens of a chunk

@@ -206,9 +206,9 @@ constexpr int kMlaKeyBlock = 64;
 constexpr int kMlaMaxLatent = 576;  // lora_rank + rope_dim, rounded up to 64
 constexpr int kMlaMaxLora = 512;
 
-// A row of an FP8 cache (ops.h, CacheLayer) in bytes: e4m3 latents, a float32 scale for each kFp8Group of them,
-// the rotary part in bf16. lora_rank is 512 and rope_dim a multiple of 8, so that all parts are whole 16-byte
-// words.
+// A row of an FP8 cache (ops.h, CacheLayer) in bytes: e4m3 latents, a float32 scale for each kFp8Group of
+// them, the rotary part in bf16. lora_rank is 512 and rope_dim a multiple of 8, so that all parts are whole
+// 16-byte words.
 constexpr int kFp8Group = 128;
 
 // Consecutive (token, head) rows of one sequence that are worked on together: rows row_begin .. + num_rows -
@@ -231,8 +231,8 @@ __host__ __device__ inline int mla_split_shift(int32_t position) {
   return 10;
 }
 inline int32_t mla_num_splits(int32_t position) { return (position >> mla_split_shift(position)) + 1; }
-// Splits that a launch has room for: a power of two from 8 on, so that steps with contexts of any length up to
-// 8192 have one shape.
+// Splits that a launch has room for: a power of two from 8 on, so that steps with contexts of any length up
+// to 8192 have one shape.
 inline int32_t mla_padded_splits(int32_t num_splits) {
   int32_t padded = 8;
   while (padded < num_splits) padded *= 2;
@@ -284,6 +284,8 @@ struct RouteKernelParams {
   int64_t weights_stride = 0;
   int32_t num_tokens = 0;
   RouteParams route;
+  MoePlan plan;  // of one token alone, order null where run_moe_plan makes it
+  bool has_shared = false;
 };
 void run_route(const RouteKernelParams& params, cudaStream_t stream);
 
@@ -364,14 +366,14 @@ struct SampleNoiseChunk {
 };
 
 struct SampleParams {
-  const float* logits = nullptr;   // [R, V]
-  float* adjusted = nullptr;       // [R, V] rows with bias, history or mask
+  const float* logits = nullptr;    // [R, V]
+  float* adjusted = nullptr;        // [R, V] rows with bias, history or mask
   const SampleRow* rows = nullptr;  // [R]
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   const int32_t* history_ids = nullptr;
   const int32_t* history_counts = nullptr;
-  const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
+  const int32_t* masks = nullptr;            // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
   SampleOutcome* results = nullptr;          // [R]

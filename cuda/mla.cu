@@ -14,8 +14,8 @@
 // Nothing of this depends on R, on the tile's other rows or on the chunk: a row gives the same bits in any
 // batch.
 //
-// An FP8 cache: the rows pass through a third buffer as they are and are widened to bf16, scales applied, by the
-// warp that brought them.
+// An FP8 cache: the rows pass through a third buffer as they are and are widened to bf16, scales applied, by
+// the warp that brought them.
 //
 // mla_combine_kernel: a block for each row adds its splits in order. Split sizes: mla_split_shift.
 #include "cuda/mla_tile.cuh"
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
   constexpr int kValueTiles = kMlaMaxLora / 8 / kColumnWarps;  // 8-column tiles of a warp
   extern __shared__ __align__(128) char shared[];
 
+  let_successor_begin();
   const MlaTile tile = p.tiles[blockIdx.x];
   const int split = blockIdx.y;
   const int split_begin = split << tile.split_shift;
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
   s.query = shared_address(shared);
   s.keys = s.query + kRows * padded * 2;
   s.key_bytes = kKeys * padded * 2;
-  s.weights = s.keys + (kFp8 ? s.key_bytes + mla_raw_bytes(static_cast<int>(p.cache_stride)) : 2 * s.key_bytes);
+  s.weights =
+      s.keys + (kFp8 ? s.key_bytes + mla_raw_bytes(static_cast<int>(p.cache_stride)) : 2 * s.key_bytes);
   s.row_max = reinterpret_cast<float*>(shared + (s.weights - s.query) + kRows * kKeys * 2);
   s.tile_sum = s.row_max + kRows * kKeyWarps;
   s.limit = reinterpret_cast<int*>(s.tile_sum + kRows * 8);
@@ -77,6 +79,7 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
     copy_async_commit();
   };
   loader.find_slots(split_begin);
+  wait_for_predecessor();
   bring(split_begin, 0);
   loader.find_slots(split_begin + kKeys);
   if constexpr (!kFp8) bring(split_begin + kKeys, 1);
@@ -272,17 +275,21 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
 constexpr int kCombineThreads = 128;
 
 __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(const __grid_constant__ MlaParams p) {
+  let_successor_begin();
+  wait_for_predecessor();
   const int64_t row = blockIdx.x;  // token * A + head of the chunk
   const int position = p.cache_positions[p.first_token + row / p.num_heads];
   const int num_splits = (position >> mla_split_shift(position)) + 1;
-  const float* ml = p.partial_ml + row * p.max_splits * 2;
+  const float2* ml = reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits;  // maximum and sum
   float max = -INFINITY;
-  for (int i = 0; i < num_splits; ++i) max = fmaxf(max, ml[2 * i]);
+#pragma unroll 8
+  for (int i = 0; i < num_splits; ++i) max = fmaxf(max, ml[i].x);
   float sum = 0;
   float out[kMlaMaxLora / kCombineThreads] = {};
+#pragma unroll 8
   for (int i = 0; i < num_splits; ++i) {
-    const float weight = max == -INFINITY ? 0.0f : exp2f(ml[2 * i] - max);
-    sum += ml[2 * i + 1] * weight;
+    const float weight = max == -INFINITY ? 0.0f : exp2f(ml[i].x - max);
+    sum += ml[i].y * weight;
     const float* partial = p.partial + (row * p.max_splits + i) * p.lora_rank;
 #pragma unroll
     for (int j = 0; j < kMlaMaxLora / kCombineThreads; ++j) {
@@ -303,8 +310,8 @@ void launch(const MlaParams& p, cudaStream_t stream) {
   const int padded = (p.lora_rank + p.rope_dim + 63) / 64 * 64;
   const dim3 grid(static_cast<unsigned>(p.num_tiles), static_cast<unsigned>(p.max_splits));
   const int bytes = mla_shared_bytes(R, padded, kFp8 ? static_cast<int>(p.cache_stride) : 0);
-  mla_kernel<R, kFp8><<<grid, 32 * mla_warps(R), static_cast<size_t>(bytes), stream>>>(p);
-  RODIN_CHECK_LAUNCH("mla_kernel");
+  launch_overlapped(mla_kernel<R, kFp8>, grid, 32 * mla_warps(R), static_cast<size_t>(bytes), stream, p,
+                    "mla_kernel");
 }
 
 template <bool kFp8>
@@ -342,8 +349,8 @@ void run_mla_attention(const MlaParams& params, cudaStream_t stream) {
 void run_mla_combine(const MlaParams& params, cudaStream_t stream) {
   const int64_t rows = static_cast<int64_t>(params.num_tokens) * params.num_heads;
   if (rows == 0) return;
-  mla_combine_kernel<<<static_cast<unsigned>(rows), kCombineThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("mla_combine_kernel");
+  launch_overlapped(mla_combine_kernel, dim3(static_cast<unsigned>(rows)), kCombineThreads, 0, stream, params,
+                    "mla_combine_kernel");
 }
 
 void prepare_mla() {

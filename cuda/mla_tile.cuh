@@ -32,8 +32,9 @@ __host__ __device__ constexpr int mla_raw_bytes(int row_bytes) { return kKeys * 
 constexpr int mla_shared_bytes(int row_tiles, int padded, int raw_row_bytes) {
   const int rows = 16 * row_tiles;
   const int keys = kKeys * padded * 2;
-  return rows * padded * 2 + (raw_row_bytes == 0 ? 2 * keys : keys + mla_raw_bytes(raw_row_bytes)) + rows * kKeys * 2 + rows * (8 / row_tiles) * 4 +
-         rows * 8 * 4 + rows * 4 + (row_tiles == 1 ? 8 * 32 * 4 * 4 : 0);
+  return rows * padded * 2 + (raw_row_bytes == 0 ? 2 * keys : keys + mla_raw_bytes(raw_row_bytes)) +
+         rows * kKeys * 2 + rows * (8 / row_tiles) * 4 + rows * 8 * 4 + rows * 4 +
+         (row_tiles == 1 ? 8 * 32 * 4 * 4 : 0);
 }
 
 // Columns of a row in shared memory: a multiple of 64 elements, zeros behind the latent.
@@ -132,7 +133,8 @@ struct KeyLoader {
       const char* rope = row + kMlaMaxLora + kMlaMaxLora / kFp8Group * 4;
       for (int word = lane; word < words - kWords; word += 32) {
         *reinterpret_cast<uint4*>(to + swizzled(key, kWords + word, words)) =
-            word * 8 < p.rope_dim ? *reinterpret_cast<const uint4*>(rope + word * 16) : make_uint4(0, 0, 0, 0);
+            word * 8 < p.rope_dim ? *reinterpret_cast<const uint4*>(rope + word * 16)
+                                  : make_uint4(0, 0, 0, 0);
       }
     }
   }

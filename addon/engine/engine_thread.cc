@@ -102,6 +102,9 @@ struct EngineThread::State {
           runner.reset();
           break;
       }
+    } catch (const DeviceLost& error) {
+      event.error = error.what();
+      event.is_device_lost = true;
     } catch (const std::bad_alloc&) {
       event.error = "out of memory";
     } catch (const std::exception& error) {

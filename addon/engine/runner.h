@@ -23,8 +23,8 @@ struct RunnerOptions {
   int64_t num_threads = 1;        // compute threads, the engine thread included
   int64_t block_size = 0;
   int64_t num_blocks = 0;  // of the latent cache; the most of them where memory_utilization is not 0
-  // 0, or the share of the GPU's memory that weights, workspace and cache take together: the cache gets what is
-  // left of it.
+  // 0, or the share of the GPU's memory that weights, workspace and cache take together: the cache gets what
+  // is left of it.
   double memory_utilization = 0;
   std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"
   int64_t max_step_tokens = 0;

@@ -42,8 +42,8 @@ Napi::Value create_runner(const Napi::CallbackInfo& info) {
 Napi::Value get_cache_bytes_per_token(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const CacheOptions options = to_cache_options(info[0]);
-    const int64_t bytes =
-        cache_bytes_per_token(options.spec, options.compute, options.device, options.kv_cache_dtype, options.load_mtp);
+    const int64_t bytes = cache_bytes_per_token(options.spec, options.compute, options.device,
+                                                options.kv_cache_dtype, options.load_mtp);
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   });
 }

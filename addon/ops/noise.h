@@ -99,8 +99,8 @@ RODIN_HOST_DEVICE float gumbel(uint32_t bits) { return -log_normal(exponential(b
 
 }  // namespace noise
 
-// exp(x) for x <= 0; 0 below -87. Masses of top_p and sums of log-probabilities are made of it, so that the CPU
-// and the GPU keep the same tokens.
+// exp(x) for x <= 0; 0 below -87. Masses of top_p and sums of log-probabilities are made of it, so that the
+// CPU and the GPU keep the same tokens.
 RODIN_HOST_DEVICE float exp_non_positive(float x) {
   using noise::add;
   using noise::mul;

@@ -1,4 +1,4 @@
-/** The native addon as TypeScript sees it: types only. The implementation is addon/node. */
+/** The native addon as TypeScript sees it. The implementation is addon/node. */
 import type { ModelSpec, TensorEntry } from '../model/spec.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 
@@ -13,7 +13,7 @@ export interface RunnerOptions {
   device: string;
   /** 'float32' is the readable oracle, 'auto' the fast path of the device */
   compute: ComputeMode;
-  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
   cpuPath: string;
   /** compute threads, the engine thread included */
   numThreads: number;
@@ -46,7 +46,10 @@ export interface NativeRunner {
   load(): Promise<RunnerInfo>;
   /** bytes of weights made ready so far; readable at any time */
   progress(): { loadedBytes: number; totalBytes: number };
-  /** Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. */
+  /**
+   * Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. Where it rejects with
+   * the code DEVICE_LOST, no later call can succeed.
+   */
   step(batch: StepBatch): Promise<StepResult>;
   /** Ends the engine thread and unmaps everything. Idempotent. */
   close(): Promise<void>;
@@ -71,6 +74,10 @@ export interface NativeAddon {
   ceilings(options: Pick<RunnerOptions, 'device' | 'compute' | 'cpuPath' | 'numThreads'>): Ceilings;
   /** CPU paths this machine can run, best first */
   cpuPaths(): string[];
+}
+
+export function isDeviceLost(error: unknown): boolean {
+  return (error as { code?: unknown }).code === 'DEVICE_LOST';
 }
 
 /** What the scheduler's loop needs of a runner; tests give a fake one. */

@@ -1,5 +1,5 @@
 import { ApiError } from '../errors.js';
-import type { RunnerInfo, StepRunner } from './addon.js';
+import { isDeviceLost, type RunnerInfo, type StepRunner } from './addon.js';
 import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import { EventStream } from './event-stream.js';
@@ -168,6 +168,7 @@ export class Engine implements EngineHandle {
     try {
       outcomes = await this.#runStep(plan);
     } catch (error) {
+      if (isDeviceLost(error)) throw error;
       outcomes = [];
       for (const part of plan.sequences) {
         const failed: SequenceOutcome = { kind: 'failed', message: (error as Error).message };
@@ -196,6 +197,7 @@ export class Engine implements EngineHandle {
     try {
       return (await this.#runStep(plan))[0]!;
     } catch (error) {
+      if (isDeviceLost(error)) throw error;
       return { kind: 'failed', message: (error as Error).message };
     }
   }

@@ -79,7 +79,7 @@ for (const name of CHECKPOINTS) {
     });
   }
 
-  const limit = MEAN_KL[name] ?? (IS_GPU ? 5.5e-2 : 1.3e-3);
+  const limit = MEAN_KL[name] ?? (IS_GPU && name === 'odd-fp8' ? 7.6e-3 : 1.3e-3);
   for (const cpuPath of cpuPaths()) {
     test(`${name}: mean KL on ${TEST_DEVICE}, path ${cpuPath}`, async (context) => {
       const lines = await logitsOf(prompts, { model, cpuPath });
