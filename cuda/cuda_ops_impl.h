@@ -42,7 +42,6 @@ class CudaOps final : public Ops {
   ~CudaOps() override;
 
   std::string name() const override;
-  bool copies_weights() const override { return true; }
   Dtype activation_dtype() const override { return Dtype::kBF16; }
   Dtype cache_dtype() const override { return cache_dtype_; }
 

@@ -19,7 +19,7 @@ export interface PromptLogits {
 }
 
 export interface LogitsOptions extends LogitsConfig {
-  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable'; auto where absent */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable'; auto where absent */
   cpuPath?: string;
   /** most tokens in one step */
   maxStepTokens?: number;

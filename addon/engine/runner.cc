@@ -165,8 +165,7 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   // A cache of a given size is refused before the weights are read.
   if (options_.memory_utilization == 0) make_cache(options_.num_blocks);
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
-  place_weights(state->weights, ops, spec);
-  if (ops.copies_weights()) state->table->drop_pages();
+  place_weights(state->weights, ops, spec, state->table.get());
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
                                              ops_limits(options_).max_logit_rows);

@@ -34,10 +34,6 @@ MappedFile::MappedFile(const std::string& path) {
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
-void MappedFile::drop_pages() {
-  madvise(const_cast<char*>(data_), static_cast<size_t>(size_), MADV_DONTNEED);
-}
-
 MappedFile::~MappedFile() {
   if (data_) munmap(const_cast<char*>(data_), static_cast<size_t>(size_));
 }

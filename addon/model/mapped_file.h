@@ -17,9 +17,6 @@ class MappedFile {
   const char* data() const { return data_; }
   int64_t size() const { return size_; }
 
-  // Gives up the pages that are resident; whoever reads one again finds it as it was.
-  void drop_pages();
-
  private:
   const char* data_ = nullptr;  // [size_]
   int64_t size_ = 0;

@@ -1,5 +1,8 @@
 #include "model/tensor_table.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <mutex>
@@ -141,8 +144,13 @@ const float* TensorTable::copy_to_float(const TensorEntry& entry) {
   return copy.data();
 }
 
-void TensorTable::drop_pages() {
-  for (auto& [name, file] : files_) file.drop_pages();
+void TensorTable::release(const Weight& weight) const {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(weight.data);
+  const auto bytes = static_cast<uintptr_t>(weight.rows * weight.cols * dtype_bytes(weight.dtype));
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
 }
 
 void TensorTable::make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads) {

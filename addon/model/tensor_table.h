@@ -38,8 +38,9 @@ class TensorTable {
   // and refuses FP8 weights that hold NaN; `loaded_bytes` rises by each tensor's bytes.
   void make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads);
 
-  // After the device has copied the weights: the files' pages need not stay in memory.
-  void drop_pages();
+  // Gives the memory of a tensor that is never read again back to the system, but for the pages that it
+  // shares.
+  void release(const Weight& weight) const;
 
  private:
   const TensorEntry& find(const std::string& name) const;

@@ -127,8 +127,8 @@ class Ops {
   virtual void place(MoeWeights& moe);
   virtual void place(MlaWeights& mla);
   virtual void place(GqaWeights& gqa);
-  // Whether place() copies most of what it is given, so that the host memory is hardly read any more.
-  virtual bool copies_weights() const { return false; }
+  // Whether a placed weight is a copy, so that its host memory is never read again.
+  virtual bool is_copied(const Weight&) const { return false; }
   // Allocates the Ops' own workspace and returns its bytes. Called once, after every place().
   virtual size_t reserve(const OpsLimits& limits) = 0;
 

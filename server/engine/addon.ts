@@ -13,7 +13,7 @@ export interface RunnerOptions {
   device: string;
   /** 'float32' is the readable oracle, 'auto' the fast path of the device */
   compute: ComputeMode;
-  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
   cpuPath: string;
   /** compute threads, the engine thread included */
   numThreads: number;

@@ -18,7 +18,7 @@ export interface EngineConfig {
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
-  /** 'auto' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable' */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable' */
   cpuPath: string;
   numThreads: number;
   blockSize: number;

@@ -2,6 +2,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
 import { ApiError, StartupError } from '../errors.js';
+import { DSML_TEMPLATE } from './dsml-template.js';
 
 /** A message as templates know it: content joined to one string, snake_case as in every published template. */
 export interface TemplateMessage {
@@ -16,7 +17,8 @@ export interface TemplateMessage {
 export interface TemplateToolCall {
   id: string;
   type: 'function';
-  function: { name: string; arguments: string };
+  /** JSON text; an object where the template wants that */
+  function: { name: string; arguments: string | Record<string, unknown> };
 }
 
 export interface TemplateInput {
@@ -64,12 +66,15 @@ export class ChatTemplate {
   readonly hasThinkingSwitch: boolean;
   /** whether the template looks at `tools` */
   readonly rendersTools: boolean;
+  /** whether it walks the arguments of calls, which are JSON text elsewhere */
+  readonly wantsObjects: boolean;
 
   constructor(source: string, specialTokens: Record<string, string>) {
     this.#template = new Template(source);
     this.source = source;
     this.specialTokens = specialTokens;
     this.rendersTools = /\btools\b/.test(source);
+    this.wantsObjects = source === DSML_TEMPLATE;
     this.hasThinkingSwitch = /\b(enable_)?thinking\b/.test(source);
     const split = /\.split\(\s*(['"])<\/think>\1\s*(,\s*1\s*)?\)/.exec(source);
     this.#cutsReasoning = split ? (split[2] ? 'first' : 'last') : null;
@@ -80,10 +85,11 @@ export class ChatTemplate {
     return new ChatTemplate(R1_ZERO, specialTokensOf(config));
   }
 
-  /** chat_template.jinja wins over tokenizer_config.json, as in Transformers. */
-  static read(folder: string, config: Record<string, unknown>): ChatTemplate {
+  /** chat_template.jinja wins over tokenizer_config.json, as in Transformers; V3.2 has neither, and a form of its own. */
+  static read(folder: string, config: Record<string, unknown>, isDsml = false): ChatTemplate {
     const path = join(folder, 'chat_template.jinja');
-    const source = existsSync(path) ? readFileSync(path, 'utf8') : sourceOf(config.chat_template);
+    const written = existsSync(path) ? readFileSync(path, 'utf8') : sourceOf(config.chat_template);
+    const source = written ?? (isDsml ? DSML_TEMPLATE : null);
     if (source === null) {
       throw new StartupError(
         `${folder} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); ` +

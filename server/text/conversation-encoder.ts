@@ -1,4 +1,5 @@
-import type { ChatTemplate, TemplateInput, TemplateMessage } from './chat-template.js';
+import { ApiError } from '../errors.js';
+import type { ChatTemplate, TemplateInput, TemplateMessage, TemplateToolCall } from './chat-template.js';
 import type { Tokenizer } from './tokenizer.js';
 import { toolFormatOf, withToolsPrompt, type ToolFormat } from './tool-format.js';
 
@@ -38,8 +39,24 @@ export class ConversationEncoder {
     const { role, content } = message;
     const own = role === 'assistant' && content !== null ? this.#template.withoutReasoning(content) : content;
     const broken = mapStrings({ ...message, content: own }, breakIn) as TemplateMessage;
-    return { ...broken, role };
+    const calls = this.#template.wantsObjects ? broken.tool_calls?.map(withObject) : broken.tool_calls;
+    return { ...broken, role, ...(calls ? { tool_calls: calls } : {}) };
   }
+}
+
+/** Throws ApiError where the arguments are no JSON object. */
+function withObject(call: TemplateToolCall): TemplateToolCall {
+  const { name, arguments: text } = call.function;
+  try {
+    const value: unknown = typeof text === 'string' ? JSON.parse(text.trim() === '' ? '{}' : text) : text;
+    if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
+      return { ...call, function: { name, arguments: value as Record<string, unknown> } };
+    }
+  } catch {
+    // refused below
+  }
+  const message = `The arguments of the call '${call.id}' must be a JSON object: this model is shown them one by one.`;
+  throw new ApiError('invalid_value', message, 'messages');
 }
 
 /** A string that is nowhere in the conversation. */

@@ -5,7 +5,7 @@ import { EncodeThread } from './encode-thread.js';
 import { OutputParser, type StopScope, type TokenParser } from './output-parser.js';
 import { TagParser } from './tag-parser.js';
 import { Tokenizer } from './tokenizer.js';
-import { toolFormatOf, type ToolFormat } from './tool-format.js';
+import { hasDsml, toolFormatOf, type ToolFormat } from './tool-format.js';
 import type { ToolMarkers } from './tool-call-parser.js';
 
 export interface EncodedPrompt {
@@ -66,7 +66,8 @@ export class PromptEncoder {
   static read(folder: string, form: OutputForm = 'marked'): PromptEncoder {
     const tokenizer = Tokenizer.read(folder);
     const { config } = tokenizer.files;
-    const template = form === 'r1-zero' ? ChatTemplate.r1Zero(config) : ChatTemplate.read(folder, config);
+    const template =
+      form === 'r1-zero' ? ChatTemplate.r1Zero(config) : ChatTemplate.read(folder, config, hasDsml(tokenizer));
     return new PromptEncoder(tokenizer, template, form);
   }
 

@@ -41,6 +41,11 @@ export function toolFormatOf(tokenizer: Tokenizer, templateSource: string): Tool
   return marked(tokenizer, MARKED.kimi, 'kimi-k2') ?? marked(tokenizer, MARKED.deepseek, hasFence ? 'v3' : 'v3.1');
 }
 
+/** Whether the vocabulary is that of V3.2. */
+export function hasDsml(tokenizer: Tokenizer): boolean {
+  return tokenizer.addedId(DSML) >= 0;
+}
+
 function marked(tokenizer: Tokenizer, contents: readonly string[], name: ToolFormat['name']): ToolFormat | null {
   const ids = contents.map((content) => tokenizer.addedId(content));
   if (ids.includes(-1)) return null;

@@ -124,8 +124,8 @@ if (missing.length > 0) {
 }
 const folder = values.storage ?? mkdtempSync(join(tmpdir(), 'rodin-container-'));
 mkdirSync(folder, { recursive: true });
+const storage = new Storage(folder);
 try {
-  const storage = new Storage(folder);
   if (values['stand-ins']) {
     if (values.only !== 'cpu' && !existsSync(join(CUDA_FOLDER, 'bin/nvcc'))) {
       throw new Error(`there is no ${CUDA_FOLDER}/bin/nvcc to stand in; test the other target with --only cpu`);
@@ -136,5 +136,6 @@ try {
   if (values.only !== 'cpu') checkCuda(storage);
   say('done');
 } finally {
+  storage.removeContainers();
   if (values.storage === undefined) rmSync(folder, { recursive: true, force: true });
 }

@@ -1,9 +1,12 @@
-/** Images in a storage of their own, through buildah, which needs no engine: root, and a copy of every layer. */
+/** Images in a storage of their own, through buildah, which needs no engine. */
 import { spawnSync } from 'node:child_process';
 import { copyFileSync, existsSync, mkdirSync, readFileSync, realpathSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
-const ENV = { ...process.env, STORAGE_DRIVER: 'vfs', BUILDAH_ISOLATION: 'chroot' };
+const ENV = { ...process.env, BUILDAH_ISOLATION: 'chroot' };
+
+/** overlay shares layers; where file systems do not stack, STORAGE_DRIVER=vfs copies them. */
+const DRIVER = process.env.STORAGE_DRIVER ?? 'overlay';
 
 /** What a container is started with, as the image says it. */
 export interface ImageConfig {
@@ -42,7 +45,8 @@ export class Storage {
 
   constructor(folder: string) {
     this.folder = folder;
-    this.#flags = ['--root', join(folder, 'storage'), '--runroot', join(folder, 'run')];
+    const [root, runRoot] = [join(folder, 'storage'), join(folder, 'run')];
+    this.#flags = ['--root', root, '--runroot', runRoot, '--storage-driver', DRIVER];
   }
 
   /** Sentences about what is missing on this machine; none: all is there. */
@@ -78,6 +82,11 @@ export class Storage {
   mount(tag: string): string {
     const container = read('buildah', ...this.#flags, 'from', '--pull-never', tag);
     return read('buildah', ...this.#flags, 'mount', container);
+  }
+
+  /** Takes away all containers and their mounts; images stay. */
+  removeContainers(): void {
+    run('buildah', ...this.#flags, 'rm', '--all');
   }
 
   /** Bytes that somebody pulls: the compressed layers. */

@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { parse } from 'yaml';
 import { Contract } from '../../server/api/contract.js';
 import { BRANCH_TAGS } from '../../server/api/validation-error.js';
-import { FIELDS, fieldsText } from './fields.js';
+import { FIELDS, fieldsText, README, withFields } from './fields.js';
 import { DOCUMENT, startHarness } from './harness.js';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
@@ -76,6 +76,8 @@ test('the document says the version of the package', () => {
   assert.ok(existsSync(join(root, 'openapi/openapi.yaml')));
 });
 
-test('the table of fields is that of the contract', () => {
+test('the tables of fields are those of the contract', () => {
   assert.equal(readFileSync(FIELDS, 'utf8'), fieldsText());
+  const readme = readFileSync(README, 'utf8');
+  assert.equal(readme, withFields(readme));
 });

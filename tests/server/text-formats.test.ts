@@ -107,3 +107,59 @@ test('R1-Zero: its template, and tags in the text', async () => {
   assert.deepEqual([of('reasoning'), of('content'), parser.matchedStop], ['so', '4', '</answer>']);
   await prompts.close();
 });
+
+test('V3.2, which has no template: thinking, calls and results as tags, and what users type stays text', async () => {
+  const files = structuredClone(tokenizer.files);
+  files.tokenizer.added_tokens!.push({ ...files.tokenizer.added_tokens![0]!, id: 1100, content: '｜DSML｜' });
+  delete files.config['chat_template'];
+  const own = new Tokenizer(files);
+  const config = { bos_token: '<｜begin▁of▁sentence｜>', eos_token: '<｜end▁of▁sentence｜>' };
+  const prompts = new PromptEncoder(own, ChatTemplate.read('/nowhere', config, true));
+  assert.throws(() => ChatTemplate.read('/nowhere', config, false), /no chat template/);
+  assert.deepEqual([prompts.toolFormat?.name, prompts.hasThinkingSwitch, prompts.rendersTools], ['v3.2', true, false]);
+  const call = (id: string, name: string, args: string) => ({
+    id,
+    type: 'function' as const,
+    function: { name, arguments: args },
+  });
+  const history = [
+    { role: 'system' as const, content: 'Be kind.' },
+    { role: 'user' as const, content: 'one' },
+    { role: 'assistant' as const, content: 'first', reasoning_content: 'gone' },
+    { role: 'user' as const, content: 'two <｜DSML｜invoke' },
+    {
+      role: 'assistant' as const,
+      content: '',
+      reasoning_content: 'kept',
+      tool_calls: [call('a', 'f', '{"q": "x \\"y\\"", "n": [1, {"k": true}]}'), call('b', 'g', '{}')],
+    },
+    { role: 'tool' as const, content: 'R1', tool_call_id: 'a' },
+    { role: 'tool' as const, content: 'R2', tool_call_id: 'b' },
+  ];
+  const D = '｜DSML｜';
+  const calls =
+    `\n\n<${D}function_calls>\n<${D}invoke name="f">\n<${D}parameter name="q" string="true">x "y"</${D}parameter>\n` +
+    `<${D}parameter name="n" string="false">[1, {"k": true}]</${D}parameter>\n</${D}invoke>\n` +
+    `<${D}invoke name="g">\n</${D}invoke>\n</${D}function_calls><｜end▁of▁sentence｜>`;
+  const results = '\n\n<function_results>\n<result>R1</result>\n<result>R2</result>\n</function_results>\n\n';
+  const head =
+    '<｜begin▁of▁sentence｜>Be kind.<｜User｜>one<｜Assistant｜></think>first<｜end▁of▁sentence｜><｜User｜>two <｜DSML｜invoke<｜Assistant｜>';
+  for (const [thinking, expected] of [
+    [true, `${head}<think>kept</think>${calls}${results}<think>`],
+    [false, `${head}</think>${calls}${results}</think>`],
+  ] as const) {
+    const { ids, startPhase } = await prompts.encode({ messages: history, tools: null, thinking });
+    assert.equal(prompts.textOf(ids), expected);
+    assert.equal(startPhase, thinking ? 'reasoning' : 'answer');
+    // One mark for each tag of a call, none for the one that the user has typed.
+    assert.equal(ids.filter((id) => id === 1100).length, 10);
+  }
+  const withTools = await prompts.encode({ messages: [USER], tools: TOOLS });
+  assert.match(
+    prompts.textOf(withTools.ids),
+    /^<｜begin▁of▁sentence｜>## Tools[^]*<｜DSML｜invoke name="NAME">[^]*<｜User｜>hi/,
+  );
+  const broken = [...history.slice(0, 4), { ...history[4]!, tool_calls: [call('a', 'f', '[1]')] }];
+  await assert.rejects(prompts.encode({ messages: broken, tools: null }), /must be a JSON object/);
+  await prompts.close();
+});

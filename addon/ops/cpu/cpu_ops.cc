@@ -69,7 +69,8 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     make(inputs_bf16_, tokens * bf16_stride_);
     for (Worker& worker : workers_) {
       make(worker.rows_bf16, chunk_tokens_ * round_up(std::max(mla.lora_rank, mla.nope_dim), kBf16Align));
-      make(worker.x_bf16, chunk_tokens_);
+      make(worker.x_bf16, std::max(chunk_tokens_, tokens));
+      if (kernels_.needs_rows_in_line && slots > 0) make(worker.gathered, tokens * bf16_stride_);
       make(worker.queries_bf16, kQueryTile * round_up(mla.latent_dim(), kBf16Align));
     }
     if (slots > 0) {
@@ -205,6 +206,21 @@ void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& 
   });
 }
 
+// The rounded inputs of an expert's pairs, equally far apart: as they are, or copied.
+const uint16_t* const* CpuOps::gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
+                                                Worker& worker) const {
+  const uint16_t* const* rows = x_bf16_ + first_pair;
+  bool is_in_line = true;
+  for (int64_t i = 1; i < num_pairs; ++i) is_in_line = is_in_line && rows[i] == rows[0] + i * bf16_stride_;
+  if (is_in_line) return rows;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    uint16_t* to = worker.gathered + i * bf16_stride_;
+    std::copy_n(rows[i], round_up(cols, kBf16Align), to);
+    worker.x_bf16[i] = to;
+  }
+  return worker.x_bf16;
+}
+
 // Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
 // out_rows_, and where is_rounded to the rows of hidden_bf16_ too.
 void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
@@ -213,6 +229,8 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
   LinearArgs args;
   args.x = x_rows_ + first_pair;
   if (x_bf16_) args.x_bf16 = x_bf16_ + first_pair;
+  if (is_rounded && kernels_.needs_rows_in_line)
+    args.x_bf16 = gather_rows_bf16(first_pair, num_pairs, mlp.gate.cols, worker);
   args.m = num_pairs;
   args.panel = worker.panel;
   for (int64_t row = row0; row < row0 + rows; row += kRowGroup) {

@@ -31,7 +31,7 @@ class CpuOps final : public HostOps {
   void place(MoeWeights& moe) override;
   void place(MlaWeights& mla) override;
   void place_table(Weight&) override {}
-  bool copies_weights() const override { return kernels_.to_bf16 != nullptr; }
+  bool is_copied(const Weight& weight) const override { return weight.packed != nullptr; }
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
@@ -70,6 +70,7 @@ class CpuOps final : public HostOps {
     float* part = nullptr;              // [kQueryTile, lora_rank] one tile of attention
     uint16_t* rows_bf16 = nullptr;      // [chunk_tokens, max(lora_rank, nope_dim) rounded up] of attention
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
+    uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
     uint16_t* queries_bf16 = nullptr;   // [kQueryTile, latent_dim rounded up] of attention
     float* pairs = nullptr;             // [max pairs, 16] one strip of outputs of every (token, expert) pair
     const float** x = nullptr;          // [max rows]
@@ -114,6 +115,8 @@ class CpuOps final : public HostOps {
                    float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
+  const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
+                                          Worker& worker) const;
   void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,
                    bool is_rounded, Worker& worker);
 

@@ -88,6 +88,7 @@ void CpuOps::place(MlaWeights& mla) {
     pack_rows(kv_b, head * head_rows + shape.nope_dim, shape.v_dim, const_cast<void*>(value.packed));
   });
   mla.packed = &packed;
+  mla.kv_b.packed = &packed;  // no product takes it as a whole
 }
 
 }  // namespace rodin

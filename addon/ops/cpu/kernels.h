@@ -19,7 +19,7 @@ constexpr int64_t kQueryTile = 4;
 // Weight rows that `linear` widens at once when there are many tokens.
 constexpr int64_t kPanelRows = 16;
 // Elements that a row of a panel takes are rounded up to this.
-constexpr int64_t kPanelAlign = 16;
+constexpr int64_t kPanelAlign = 32;
 
 // out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
 struct LinearArgs {
@@ -29,7 +29,7 @@ struct LinearArgs {
   const float* const* x = nullptr;  // [m] rows of [cols]
   // The same rows rounded to bf16, zeros after the last column; read in place of x where the weight is
   // packed, and row0 is then a multiple of 16. Null: the products are float32.
-  const uint16_t* const* x_bf16 = nullptr;  // [m] rows of [cols rounded up to 4]
+  const uint16_t* const* x_bf16 = nullptr;  // [m] rows of [cols rounded up to 32]
   float* const* out = nullptr;              // [m]
   int64_t out_row0 = 0;
   int64_t m = 0;
@@ -116,11 +116,14 @@ struct Kernels {
   // Only paths that take packed weights (packed_weight.h) have this: rounds n inputs to bf16, with zeros
   // after them up to a multiple of 4. Null elsewhere.
   void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  // Whether the rows of x_bf16 must be equally far apart.
+  bool needs_rows_in_line;
 };
 
 const Kernels& kernels_portable();
 const Kernels& kernels_avx2();        // x86-64 only
 const Kernels& kernels_avx512();      // x86-64 only
 const Kernels& kernels_avx512bf16();  // x86-64 only
+const Kernels& kernels_amxbf16();     // x86-64 only
 
 }  // namespace rodin

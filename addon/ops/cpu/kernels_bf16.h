@@ -79,9 +79,30 @@ inline __m512bh pair_of(const uint16_t* x) {
 template <class Read, int P, int M>
 inline void dot_panels(const Read& read, const char* const* panels, const uint16_t* const* x, int64_t begin,
                        int64_t end, V (&part)[P][M]) {
+  constexpr bool kIsPipelined = M == 2;
+  Wide next[P];  // [P] of a pipelined loop
+  if constexpr (kIsPipelined) {
+    for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + begin / kPackInputs * Read::kBytes);
+  }
   for (int64_t k = begin; k < end; k += kPackInputs) {
+    const int64_t at = k / kPackInputs * Read::kBytes;
+    if constexpr (M == 1) {  // one panel after another: the inputs stay in registers
+      const __m512bh first = pair_of(x[0] + k), second = pair_of(x[0] + k + 2);
+      for (int p = 0; p < P; ++p) {
+        const Wide wide = read.read(panels[p] + at);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.first, first);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.second, second);
+      }
+      continue;
+    }
     Wide wide[P];
-    for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + k / kPackInputs * Read::kBytes);
+    if constexpr (kIsPipelined) {  // the next weights are widened while these are multiplied
+      const int64_t ahead = k + kPackInputs < end ? at + Read::kBytes : at;
+      for (int p = 0; p < P; ++p) wide[p] = next[p];
+      for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + ahead);
+    } else {
+      for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + at);
+    }
     for (int t = 0; t < M; ++t) {
       const __m512bh pair = pair_of(x[t] + k);
       for (int p = 0; p < P; ++p) part[p][t] = _mm512_dpbf16_ps(part[p][t], wide[p].first, pair);
@@ -204,22 +225,23 @@ inline void linear_packed_of(const LinearArgs& args) {
   linear_rows<Read, kIsScaled, 1, kMaxTokens>(args, rows, row, per_pass);
 }
 
-void linear_bf16(const LinearArgs& args) {
+[[maybe_unused]] void linear_bf16(const LinearArgs& args) {
   if (!args.x_bf16 || !args.weight->packed) return linear(args);
   if (args.weight->dtype == Dtype::kF8E4M3) return linear_packed_of<E4m3Panel, true>(args);
   linear_packed_of<Bf16Panel, false>(args);
 }
 
 void to_bf16(const float* x, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+  const int64_t padded = ceil_div(n, 32) * 32;
+  for (int64_t i = 0; i < padded; i += 16) {
+    const int64_t left = n - i;
+    const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
-    _mm256_mask_storeu_epi16(out + i, mask, bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bits);
   }
-  for (int64_t i = n; i % kPackInputs != 0; ++i) out[i] = 0;
 }
 
-void probe_bf16(int64_t n, float* out) {
+[[maybe_unused]] void probe_bf16(int64_t n, float* out) {
   V sums[kProbeProducts];
   for (int i = 0; i < kProbeProducts; ++i) sums[i] = set1(static_cast<float>(i));
   const __m512bh by = _mm512_cvtne2ps_pbh(set1(0.5f), set1(0.25f));

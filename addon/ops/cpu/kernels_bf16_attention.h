@@ -94,7 +94,6 @@ inline void attend_rows_bf16(const AttendArgs& args) {
     const int64_t row = min_of(r, args.num_rows - 1);  // a row past the end repeats the last one
     uint16_t* rounded = args.scratch + r * stride;
     to_bf16(args.q[row], args.latent_dim, rounded);
-    for (int64_t k = args.latent_dim; k < stride; ++k) rounded[k] = 0;
     q[r] = rounded;
     out[r] = args.out[row];
   }
