@@ -25,18 +25,22 @@ void check_names(const std::string& device, const std::string& compute) {
 }  // namespace
 
 std::unique_ptr<Ops> make_ops(const BackendOptions& options) {
-  check_names(options.device, options.compute);
+  [[maybe_unused]] const Dtype dtype = cache_dtype(options.device, options.compute, options.kv_cache_dtype);
 #ifdef WITH_CUDA
-  if (is_cuda(options.device)) return make_cuda_ops(options.device, options.compute);
+  if (is_cuda(options.device)) return make_cuda_ops(options.device, options.compute, dtype);
 #endif
   if (options.compute == "float32") return std::make_unique<ReferenceOps>(options.num_threads);
   return std::make_unique<CpuOps>(options.cpu_path, options.num_threads);
 }
 
-Dtype cache_dtype(const std::string& device, const std::string& compute) {
+Dtype cache_dtype(const std::string& device, const std::string& compute, const std::string& kv_cache_dtype) {
   check_names(device, compute);
-  if (compute == "float32") return Dtype::kF32;
-  return is_cuda(device) ? Dtype::kBF16 : Dtype::kF16;
+  check(kv_cache_dtype == "auto" || kv_cache_dtype == "bf16" || kv_cache_dtype == "fp8", "the cache dtype '",
+        kv_cache_dtype, "' does not exist; use auto, bf16 or fp8");
+  if (is_cuda(device)) return kv_cache_dtype == "fp8" ? Dtype::kF8E4M3 : Dtype::kBF16;
+  check(kv_cache_dtype == "auto", "the CPU keeps its latent cache in ", compute == "float32" ? "f32" : "f16",
+        " alone; leave out --kv-cache-dtype ", kv_cache_dtype, " or use a GPU");
+  return compute == "float32" ? Dtype::kF32 : Dtype::kF16;
 }
 
 DeviceList list_devices() {

@@ -15,13 +15,14 @@ struct BackendOptions {
   std::string compute;   // "float32" | "auto"
   std::string cpu_path;  // "auto" | "avx512" | "avx2" | "portable"; of no meaning to other devices
   int num_threads = 1;   // the calling thread included
+  std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"; the latter two on GPUs alone
 };
 
 // Throws std::runtime_error with one sentence for a device, compute mode or path that does not exist here.
 std::unique_ptr<Ops> make_ops(const BackendOptions& options);
 
-// What make_ops(...)->cache_dtype() would be, without making one.
-Dtype cache_dtype(const std::string& device, const std::string& compute);
+// A type of the size of what make_ops(...)->cache_dtype() would be, without making one.
+Dtype cache_dtype(const std::string& device, const std::string& compute, const std::string& kv_cache_dtype);
 
 struct DeviceList {
   std::vector<std::string> usable;                            // best first

@@ -134,6 +134,33 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {  // [kThre
   return sum;
 }
 
+// ---- launches -------------------------------------------------------------------------------------------
+
+// A kernel of a step may begin while the one before it ends. It calls let_successor_begin() first of all, and
+// wait_for_predecessor() before it reads or writes anything that another kernel of the step touches; the
+// step's arrays and the weights may be read before. Every kernel waits in at least one of its blocks, so that
+// the end of one means the end of all before it.
+__device__ __forceinline__ void let_successor_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+template <class Params>
+void launch_overlapped(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
+                       cudaStream_t stream, const Params& params, const char* name) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  RODIN_CUDA(cudaLaunchKernelEx(&config, kernel, params), " of ", name);
+}
+
 inline void check_launch(const char* kernel, const char* file, int line) {
   check_cuda(cudaGetLastError(), kernel, file, line);
 }

@@ -15,12 +15,13 @@ constexpr int64_t kLatentBudget = int64_t{128} << 20;   // bytes of one latent p
 
 void CudaOps::reserve_attention() {
   const MlaShape& shape = limits_.mla;
-  const int64_t max_context = std::max<int64_t>(limits_.num_blocks * limits_.block_size, 1);
-  int64_t most_splits = 1;  // of one token: at the ends of the ranges of mla_split_shift
-  for (const int64_t position : {max_context - 1, int64_t{1023}, int64_t{2047}, int64_t{4095}}) {
-    most_splits = std::max<int64_t>(
-        most_splits, mla_num_splits(static_cast<int32_t>(std::min(position, max_context - 1))));
-  }
+  const int64_t max_context = std::max<int64_t>(
+      limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size, 1);
+  // Of one token. Up to 8192 positions there are at most 8 splits, behind them more at every 1024.
+  const int64_t most_splits = mla_padded_splits(mla_num_splits(static_cast<int32_t>(max_context - 1)));
+  check(cache_dtype_ != Dtype::kF8E4M3 || (shape.lora_rank == 512 && shape.rope_dim % 8 == 0),
+        "an FP8 cache takes kv_lora_rank 512 and a multiple of 8 for qk_rope_head_dim, not ", shape.lora_rank,
+        " and ", shape.rope_dim, "; use --kv-cache-dtype bf16");
   latent_stride_ = (shape.lora_rank + 7) / 8 * 8;
   const int64_t row_bytes = shape.lora_rank * 4 + 8;
   const int64_t token_rows = shape.num_heads * most_splits;
@@ -53,15 +54,15 @@ void CudaOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights
                   .nope_dim = static_cast<int32_t>(shape.nope_dim),
                   .rope_dim = static_cast<int32_t>(shape.rope_dim),
                   .lora_rank = static_cast<int32_t>(shape.lora_rank),
-                  .is_interleaved = shape.rope_interleave},
+                  .is_interleaved = shape.rope_interleave,
+                  .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3},
                  stream_);
 }
 
 void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                             const CacheLayer& cache, const Tensor& out) {
   const MlaShape& shape = mla.shape;
-  const Step& step = steps_[index.q_start == steps_[0].q_start ? 0 : 1];
-  check(index.q_start == step.q_start, "mla_attention() was given an index that begin_step() did not make");
+  const Step& step = step_of(index);
   const PlacedMla& placed = *static_cast<const PlacedMla*>(mla.packed);
   const auto num_heads = static_cast<int32_t>(shape.num_heads);
   const int64_t latent_row = shape.num_heads * latent_stride_;
@@ -86,6 +87,7 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
                               .q_stride = q.stride,
                               .cache = cache.latents.data,
                               .cache_stride = cache.latents.stride,
+                              .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3,
                               .q_start = index.q_start,
                               .cache_positions = index.cache_positions,
                               .block_table_start = index.block_table_start,

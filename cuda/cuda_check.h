@@ -1,5 +1,5 @@
 // Every CUDA call goes through RODIN_CUDA: a failure becomes one std::runtime_error that names call and
-// place.
+// place, a DeviceLost where no later call can succeed.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,9 +32,12 @@ template <class... Parts>
 void check_cuda(cudaError_t error, const char* call, const char* file, int line, const Parts&... parts) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears an error that is not sticky
-  fail("CUDA: ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ") from ", call, " at ", file, ":",
-       line, parts...,
-       is_sticky(error) ? "; the GPU context is lost and the engine process has to be started anew" : "");
+  std::ostringstream message;
+  message << "CUDA: " << cudaGetErrorName(error) << " (" << cudaGetErrorString(error) << ") from " << call
+          << " at " << file << ":" << line;
+  ((message << parts), ...);
+  if (is_sticky(error)) throw DeviceLost(message.str() + "; the GPU context is lost");
+  fail(message.str());
 }
 
 }  // namespace rodin::cuda

@@ -91,6 +91,9 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
   if (x.rows == 0) return;
   const int64_t num_experts = moe.route.num_experts;
   linear(x, moe.router, {router_logits_, Dtype::kF32, x.rows, num_experts, num_experts});
+  // One token's experts need no sorting: the router makes its plan.
+  const bool is_planned = x.rows == 1;
+  planned_ids_ = is_planned ? expert_ids.row<int32_t>(0) : nullptr;
   run_route({.logits = router_logits_,
              .correction_bias = moe.correction_bias,
              .expert_ids = expert_ids.row<int32_t>(0),
@@ -98,7 +101,9 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
              .expert_weights = expert_weights.row<float>(0),
              .weights_stride = expert_weights.stride,
              .num_tokens = static_cast<int32_t>(x.rows),
-             .route = moe.route},
+             .route = moe.route,
+             .plan = is_planned ? moe_plan_ : MoePlan{},
+             .has_shared = moe.has_shared() && static_cast<const PlacedMoe*>(moe.packed)->is_shared_grouped},
             stream_);
 }
 
@@ -129,7 +134,8 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
                               .has_shared = is_shared_grouped,
                               .tile_tokens = linear_tile_tokens(tokens_each),
                               .plan = moe_plan_};
-  run_moe_plan(plan, stream_);
+  if (x.rows != 1 || planned_ids_ != plan.expert_ids) run_moe_plan(plan, stream_);
+  planned_ids_ = nullptr;
 
   LinearParams params = linear_params(x, expert_mid_, view_of(moe.experts[0].gate));
   params.is_gated = true;

@@ -51,7 +51,7 @@ void list_cuda_devices(std::vector<std::string>& usable,
   }
 }
 
-std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute) {
+std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype) {
   const std::string prefix = "cuda:";
   int device_id = -1;
   const char* end = device.data() + device.size();
@@ -68,14 +68,22 @@ std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string&
   check(device_id < count, "the device ", device, " does not exist; this machine has ", count, " GPU(s)");
   const std::string reason = reason_against(device_id);
   check(reason.empty(), "the device ", device, " cannot be used: ", reason);
-  return std::make_unique<cuda::CudaOps>(device_id);
+  return std::make_unique<cuda::CudaOps>(device_id, cache_dtype);
 }
 
 }  // namespace rodin
 
 namespace rodin::cuda {
+namespace {
 
-CudaOps::CudaOps(int device_id) : device_id_(device_id) {
+// Steps that are worth a recording: they come again and again, and their launches take longer than their
+// work.
+constexpr int64_t kMaxDecodeRows = 5;  // of a sequence: its token and up to four drafts
+constexpr int64_t kMaxDecodeTokens = 512;
+
+}  // namespace
+
+CudaOps::CudaOps(int device_id, Dtype cache_dtype) : device_id_(device_id), cache_dtype_(cache_dtype) {
   RODIN_CUDA(cudaSetDevice(device_id));
   RODIN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   prepare_linear();
@@ -108,6 +116,7 @@ void CudaOps::free(void* data) {
 }
 
 void CudaOps::upload(void* device, const void* host, size_t bytes) {
+  planned_ids_ = nullptr;  // they may be what is overwritten
   RODIN_CUDA(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), " of ", bytes, " bytes");
   RODIN_CUDA(cudaStreamSynchronize(stream_));
 }
@@ -115,6 +124,42 @@ void CudaOps::upload(void* device, const void* host, size_t bytes) {
 void CudaOps::download(void* host, const void* device, size_t bytes) {
   RODIN_CUDA(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), " of ", bytes, " bytes");
   RODIN_CUDA(cudaStreamSynchronize(stream_));
+}
+
+DeviceMemory CudaOps::memory() const {
+  size_t free = 0, total = 0;
+  RODIN_CUDA(cudaSetDevice(device_id_));
+  RODIN_CUDA(cudaMemGetInfo(&free, &total));
+  return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
+}
+
+// A large copy within the device, bytes read and bytes written counted both: what speeds are judged by. The
+// products are not measured: a program that reaches their ceiling is a larger one than the kernels here.
+Ceilings CudaOps::measure_ceilings() {
+  constexpr size_t kBytes = size_t{2} << 30;
+  constexpr int kCopies = 10;
+  void* from = device_alloc(kBytes);
+  void* to = device_alloc(kBytes);
+  cudaEvent_t begin = nullptr, end = nullptr;
+  RODIN_CUDA(cudaEventCreate(&begin));
+  RODIN_CUDA(cudaEventCreate(&end));
+  RODIN_CUDA(cudaMemsetAsync(from, 0x35, kBytes, stream_));
+  float least = 0;  // milliseconds
+  for (int i = 0; i < kCopies; ++i) {
+    RODIN_CUDA(cudaEventRecord(begin, stream_));
+    RODIN_CUDA(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, stream_), " of ", kBytes,
+               " bytes");
+    RODIN_CUDA(cudaEventRecord(end, stream_));
+    RODIN_CUDA(cudaEventSynchronize(end));
+    float elapsed = 0;
+    RODIN_CUDA(cudaEventElapsedTime(&elapsed, begin, end));
+    least = i == 0 ? elapsed : std::min(least, elapsed);
+  }
+  RODIN_CUDA(cudaEventDestroy(begin));
+  RODIN_CUDA(cudaEventDestroy(end));
+  RODIN_CUDA(cudaFree(from));
+  RODIN_CUDA(cudaFree(to));
+  return {2.0 * static_cast<double>(kBytes) / (static_cast<double>(least) * 1e-3), 0};
 }
 
 size_t CudaOps::reserve(const OpsLimits& limits) {
@@ -161,11 +206,32 @@ StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   index.seq_of_token = step.arrays.add(host.seq_of_token, tokens);
   index.q_start = step.arrays.add(host.q_start, seqs + 1);
   index.block_table_start = step.arrays.add(host.block_table_start, seqs + 1);
-  index.block_table = step.arrays.add(host.block_table, table_size);
   step.tiles = step.arrays.add(step.plan.tiles.data(), num_tiles);
+  index.block_table = step.arrays.add(host.block_table, table_size);
   step.arrays.flush(stream_);
   step.q_start = index.q_start;
+  step.is_decode = host.max_q_len <= kMaxDecodeRows && tokens <= kMaxDecodeTokens;
   return index;
+}
+
+const CudaOps::Step& CudaOps::step_of(const StepIndex& index) const {
+  const Step& step = steps_[index.q_start == steps_[0].q_start ? 0 : 1];
+  check(index.q_start == step.q_start, "an op was given an index that begin_step() did not make");
+  return step;
+}
+
+void CudaOps::run_recorded(const StepIndex& index, const std::function<void()>& body) {
+  const Step& step = step_of(index);
+  if (!step.is_decode) return body();
+  // The arrays lie at places that depend on their sizes; the block tables are the last of them.
+  StepShape shape = {&step - steps_,       reinterpret_cast<int64_t>(index.token_ids),
+                     index.num_tokens,     index.num_seqs,
+                     index.first_position, step.plan.row_tiles};
+  for (const MlaChunk& chunk : step.plan.chunks) {
+    shape.insert(shape.end(),
+                 {chunk.first_token, chunk.num_tokens, chunk.first_tile, chunk.num_tiles, chunk.max_splits});
+  }
+  graphs_.run(shape, stream_, body);
 }
 
 void CudaOps::rope_table(const StepIndex& index, const RopeParams& params, const Tensor& table) {

@@ -14,6 +14,7 @@
 #include "cuda/device_memory.h"
 #include "cuda/kernels.h"
 #include "cuda/mla_plan.h"
+#include "cuda/step_graph.h"
 #include "cuda/uploader.h"
 #include "ops/ops.h"
 #include "ops/sample_args.h"
@@ -37,17 +38,19 @@ struct PlacedMla {
 
 class CudaOps final : public Ops {
  public:
-  explicit CudaOps(int device_id);
+  CudaOps(int device_id, Dtype cache_dtype);
   ~CudaOps() override;
 
   std::string name() const override;
   Dtype activation_dtype() const override { return Dtype::kBF16; }
-  Dtype cache_dtype() const override { return Dtype::kBF16; }
+  Dtype cache_dtype() const override { return cache_dtype_; }
 
   void* alloc(size_t bytes) override;
   void free(void* data) override;
   void upload(void* device, const void* host, size_t bytes) override;
   void download(void* host, const void* device, size_t bytes) override;
+  DeviceMemory memory() const override;
+  Ceilings measure_ceilings() override;
 
   using Ops::place;
   void place(Weight& weight) override;
@@ -57,6 +60,7 @@ class CudaOps final : public Ops {
   size_t reserve(const OpsLimits& limits) override;
 
   StepIndex begin_step(const StepIndex& host, int which) override;
+  void run_recorded(const StepIndex& index, const std::function<void()>& body) override;
   void rope_table(const StepIndex& index, const RopeParams& params, const Tensor& table) override;
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
   void rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) override;
@@ -83,6 +87,7 @@ class CudaOps final : public Ops {
     MlaPlan plan;
     const MlaTile* tiles = nullptr;    // device
     const int32_t* q_start = nullptr;  // device; tells whose StepIndex one is
+    bool is_decode = false;            // every sequence has a token and at most its drafts
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
@@ -96,6 +101,8 @@ class CudaOps final : public Ops {
     bool is_widened;  // the kernel reads a bf16 copy of kv_b
   };
 
+  // The one that begin_step() made this index for.
+  const Step& step_of(const StepIndex& index) const;
   Uploader& uploader();
   // Copies a host matrix into the arena with padded rows.
   void* upload_rows(const void* host, int64_t row_bytes, int64_t padded_bytes, int64_t rows);
@@ -120,6 +127,7 @@ class CudaOps final : public Ops {
   }
 
   const int device_id_;
+  const Dtype cache_dtype_;
   cudaStream_t stream_ = nullptr;
   OpsLimits limits_;
   bool is_reserved_ = false;
@@ -135,18 +143,20 @@ class CudaOps final : public Ops {
   const float* one_ = nullptr;  // [1] 1.0f: the scale of FP8 matrices without one
 
   DeviceArena workspace_;
-  Step steps_[2];          // [2] decoder layers, MTP module
+  Step steps_[2];  // [2] decoder layers, MTP module
+  StepGraphs graphs_;
   StepArrays gathers_[4];  // [4] used in turn
   int next_gather_ = 0;
 
   // MoE, for up to moe_tokens_ tokens at a time.
   int64_t moe_tokens_ = 0;
   MoePlan moe_plan_;
-  float* router_logits_ = nullptr;  // [max_step_tokens, E]
-  Tensor expert_mid_;               // [moe_tokens * k, Im]
-  Tensor shared_mid_;               // [moe_tokens, Is]
-  Tensor expert_out_;               // [moe_tokens * k, H]
-  Tensor shared_out_;               // [moe_tokens, H]
+  const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
+  float* router_logits_ = nullptr;        // [max_step_tokens, E]
+  Tensor expert_mid_;                     // [moe_tokens * k, Im]
+  Tensor shared_mid_;                     // [moe_tokens, Is]
+  Tensor expert_out_;                     // [moe_tokens * k, H]
+  Tensor shared_out_;                     // [moe_tokens, H]
 
   // Attention, for one chunk of tokens.
   int64_t attention_tokens_ = 0;  // most tokens of a chunk

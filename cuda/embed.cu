@@ -7,11 +7,13 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ EmbedParams p) {
+  let_successor_begin();
   const WeightView& w = p.table;
   const int64_t token_id = p.token_ids[blockIdx.x];
   const void* row = static_cast<const char*>(w.data) + token_id * w.row_bytes;
   const float* scales = w.scale ? w.scale + token_id / w.block_rows * w.scale_cols : nullptr;
   float* out = p.out + blockIdx.x * p.out_stride;
+  wait_for_predecessor();
   for (int i = threadIdx.x; i < w.cols; i += kThreads) {
     const float value = element_as_float(row, w.dtype, i);
     out[i] = scales ? value * scales[i / kBlockK / w.blocks_per_scale] : value;
@@ -21,6 +23,8 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
 // Unit: what one thread copies at a time; row_bytes and every row's address are multiples of it.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ GatherParams p) {
+  let_successor_begin();
+  wait_for_predecessor();
   const Unit* from =
       reinterpret_cast<const Unit*>(static_cast<const char*>(p.from) + p.rows[blockIdx.x] * p.from_row_bytes);
   Unit* to = reinterpret_cast<Unit*>(static_cast<char*>(p.to) + blockIdx.x * p.to_row_bytes);
@@ -32,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
 
 void run_embed(const EmbedParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
-  embed_kernel<<<static_cast<unsigned>(params.num_tokens), kThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("embed_kernel");
+  launch_overlapped(embed_kernel, dim3(static_cast<unsigned>(params.num_tokens)), kThreads, 0, stream, params,
+                    "embed_kernel");
 }
 
 void run_gather_rows(const GatherParams& params, cudaStream_t stream) {
@@ -41,12 +45,8 @@ void run_gather_rows(const GatherParams& params, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(params.num_rows);
   const int64_t alignment = reinterpret_cast<int64_t>(params.from) | reinterpret_cast<int64_t>(params.to) |
                             params.from_row_bytes | params.to_row_bytes | params.row_bytes;
-  if (alignment % 16 == 0) {
-    gather_rows_kernel<uint4><<<grid, kThreads, 0, stream>>>(params);
-  } else {
-    gather_rows_kernel<uint16_t><<<grid, kThreads, 0, stream>>>(params);
-  }
-  RODIN_CHECK_LAUNCH("gather_rows_kernel");
+  const auto kernel = alignment % 16 == 0 ? gather_rows_kernel<uint4> : gather_rows_kernel<uint16_t>;
+  launch_overlapped(kernel, dim3(grid), kThreads, 0, stream, params, "gather_rows_kernel");
 }
 
 }  // namespace rodin::cuda

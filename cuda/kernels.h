@@ -188,7 +188,7 @@ struct RopeStoreParams {
   const float* rope_table = nullptr;  // [T, rope_stride]
   int64_t rope_stride = 0;
   const int32_t* slots = nullptr;  // [T]
-  void* cache = nullptr;           // bf16 [num_slots, cache_stride]
+  void* cache = nullptr;           // [num_slots, cache_stride] bf16, or bytes of FP8 rows
   int64_t cache_stride = 0;
   int32_t num_tokens = 0;
   int32_t num_heads = 0;
@@ -196,6 +196,7 @@ struct RopeStoreParams {
   int32_t rope_dim = 0;
   int32_t lora_rank = 0;
   bool is_interleaved = true;
+  bool is_cache_fp8 = false;
 };
 void run_rope_store(const RopeStoreParams& params, cudaStream_t stream);
 
@@ -204,6 +205,11 @@ void run_rope_store(const RopeStoreParams& params, cudaStream_t stream);
 constexpr int kMlaKeyBlock = 64;
 constexpr int kMlaMaxLatent = 576;  // lora_rank + rope_dim, rounded up to 64
 constexpr int kMlaMaxLora = 512;
+
+// A row of an FP8 cache (ops.h, CacheLayer) in bytes: e4m3 latents, a float32 scale for each kFp8Group of
+// them, the rotary part in bf16. lora_rank is 512 and rope_dim a multiple of 8, so that all parts are whole
+// 16-byte words.
+constexpr int kFp8Group = 128;
 
 // Consecutive (token, head) rows of one sequence that are worked on together: rows row_begin .. + num_rows -
 // 1 of the flattened [q_len, A]. All of them have the same split size.
@@ -225,14 +231,22 @@ __host__ __device__ inline int mla_split_shift(int32_t position) {
   return 10;
 }
 inline int32_t mla_num_splits(int32_t position) { return (position >> mla_split_shift(position)) + 1; }
+// Splits that a launch has room for: a power of two from 8 on, so that steps with contexts of any length up
+// to 8192 have one shape.
+inline int32_t mla_padded_splits(int32_t num_splits) {
+  int32_t padded = 8;
+  while (padded < num_splits) padded *= 2;
+  return padded;
+}
 
 struct MlaParams {
   const void* q_latent = nullptr;  // bf16 [chunk tokens, A, q_latent_stride] q_nope W_UK
   int64_t q_latent_stride = 0;
   const void* q = nullptr;  // bf16 [T, A * qk_dim]; only the rope parts are read
   int64_t q_stride = 0;
-  const void* cache = nullptr;  // bf16 [num_slots, cache_stride]
+  const void* cache = nullptr;  // [num_slots, cache_stride] bf16, or bytes of FP8 rows
   int64_t cache_stride = 0;
+  bool is_cache_fp8 = false;
   const int32_t* q_start = nullptr;            // [S + 1]
   const int32_t* cache_positions = nullptr;    // [T]
   const int32_t* block_table_start = nullptr;  // [S + 1]
@@ -270,6 +284,8 @@ struct RouteKernelParams {
   int64_t weights_stride = 0;
   int32_t num_tokens = 0;
   RouteParams route;
+  MoePlan plan;  // of one token alone, order null where run_moe_plan makes it
+  bool has_shared = false;
 };
 void run_route(const RouteKernelParams& params, cudaStream_t stream);
 
@@ -350,14 +366,14 @@ struct SampleNoiseChunk {
 };
 
 struct SampleParams {
-  const float* logits = nullptr;   // [R, V]
-  float* adjusted = nullptr;       // [R, V] rows with bias, history or mask
+  const float* logits = nullptr;    // [R, V]
+  float* adjusted = nullptr;        // [R, V] rows with bias, history or mask
   const SampleRow* rows = nullptr;  // [R]
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   const int32_t* history_ids = nullptr;
   const int32_t* history_counts = nullptr;
-  const int32_t* masks = nullptr;  // bit id % 32 of word id / 32 of a row's words, 1 is allowed
+  const int32_t* masks = nullptr;            // bit id % 32 of word id / 32 of a row's words, 1 is allowed
   SampleChunk* chunks = nullptr;             // [R, num_chunks]
   SampleNoiseChunk* noise_chunks = nullptr;  // [R, num_chunks]
   SampleOutcome* results = nullptr;          // [R]

@@ -9,12 +9,14 @@ namespace rodin::cuda {
 
 constexpr int64_t kEnoughWarps = 132 * 16;  // of linear_narrow, to keep enough loads in flight
 
+constexpr int64_t kEnoughWideBlocks = 198;  // one and a half for each multiprocessor
+
 template <class W>
 class LinearLauncher {
  public:
   static void run(const LinearParams& p, cudaStream_t stream) {
     const int tile = linear_tile_tokens(p.num_tokens);
-    if (tile == kWideTokens) {
+    if (tile == kWideTokens && is_wide_enough(p)) {
       p.is_gated ? wide<true>(p, stream) : wide<false>(p, stream);
     } else if (tile == 8) {
       p.is_gated ? narrow<1, 2, true>(p, stream) : narrow<1, 1, false>(p, stream);
@@ -39,6 +41,13 @@ class LinearLauncher {
   }
 
  private:
+  // linear_wide gains by taking many tokens at once what it loses where its blocks do not fill the GPU. The
+  // tiles of a MoePlan were cut for it.
+  static bool is_wide_enough(const LinearParams& p) {
+    const dim3 blocks = grid(p, p.is_gated ? 64 : 128, kWideTokens);
+    return p.table[0] != nullptr || int64_t{blocks.x} * blocks.y * blocks.z >= kEnoughWideBlocks;
+  }
+
   template <class Kernel>
   static void raise_limit(Kernel* kernel, int bytes) {
     RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ",
@@ -88,7 +97,6 @@ class LinearLauncher {
       } else {
         launch_narrow<NT, MT, 1, kGated>(p, stream);
       }
-      RODIN_CHECK_LAUNCH("linear_narrow");
     }
   }
 
@@ -96,16 +104,15 @@ class LinearLauncher {
   static void launch_narrow(const LinearParams& p, cudaStream_t stream) {
     if constexpr (KW == 16 ? W::kParts == 1 && !kGated && NT < 4 : KW == 1 || KW == 8 || W::kParts == 1) {
       constexpr int kRows = (kGated ? 16 : 16 * MT) * narrow_warps(KW) / KW;
-      linear_narrow<W, NT, MT, KW, kGated>
-          <<<grid(p, kRows, 8 * NT), 32 * narrow_warps(KW), narrow_shared_bytes<NT, MT, KW>(), stream>>>(p);
+      launch_overlapped(linear_narrow<W, NT, MT, KW, kGated>, grid(p, kRows, 8 * NT), 32 * narrow_warps(KW),
+                        narrow_shared_bytes<NT, MT, KW>(), stream, p, "linear_narrow");
     }
   }
 
   template <bool kGated>
   static void wide(const LinearParams& p, cudaStream_t stream) {
-    linear_wide<W, kGated>
-        <<<grid(p, kGated ? 64 : 128, kWideTokens), kWideThreads, WideStages<W>::kBytes, stream>>>(p);
-    RODIN_CHECK_LAUNCH("linear_wide");
+    launch_overlapped(linear_wide<W, kGated>, grid(p, kGated ? 64 : 128, kWideTokens), kWideThreads,
+                      WideStages<W>::kBytes, stream, p, "linear_wide");
   }
 };
 

@@ -45,6 +45,9 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
   constexpr int kGroupRows = kGated ? 16 : 16 * MT;
   extern __shared__ float sums[];  // [2, kNarrowWarps, MT, NT, kSumTile]
 
+  let_successor_begin();
+  const bool is_grouped = p.table[0] != nullptr;
+  if (is_grouped) wait_for_predecessor();  // the plan; elsewhere the first weights are on their way before
   LinearWork work;
   if (!find_work(p, 8 * NT, work)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -83,6 +86,14 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
         for (int kh = 0; kh < 2; ++kh)
           load_fragment<W>(next[mt][half][kh], rows[mt][half], block * kBlockK + 64 * kh + 16 * t, cols);
   };
+  // The inputs of few tokens come ahead too where there are registers left.
+  constexpr bool kPrefetchInputs = kPrefetch && NT == 1 && (MT == 2) == (KW > 1);
+  uint32_t next_x[2][NT][8];  // [K half, NT, 8]
+  const auto load_x = [&](int block, int kh, uint32_t(&x)[2][NT][8]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+      load_inputs(x[kh][nt], x_rows[nt], block * kBlockK + 64 * kh + 16 * t, cols, p.is_x_aligned);
+  };
   const auto multiply = [&](int block, float(&acc)[MT][NT][4]) {
     if constexpr (!kPrefetch) load(block);
     typename W::Fragment now[MT][2][2];
@@ -99,17 +110,21 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc[mt][nt][c] = 0;
     uint32_t x[2][NT][8];  // [K half, NT, 8]; with 32 tokens there is room for one half at a time
-    const auto load_half = [&](int kh) {
+    if constexpr (kPrefetchInputs) {
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-        load_inputs(x[kh][nt], x_rows[nt], block * kBlockK + 64 * kh + 16 * t, cols, p.is_x_aligned);
-    };
-    load_half(0);
-    if constexpr (NT < 4) load_half(1);
+      for (int kh = 0; kh < 2; ++kh)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[kh][0][i] = next_x[kh][0][i];
+      load_x(block + KW, 0, next_x);
+      load_x(block + KW, 1, next_x);
+    } else {
+      load_x(block, 0, x);
+      if constexpr (NT < 4) load_x(block, 1, x);
+    }
     if constexpr (kPrefetch) load(block + KW);
 #pragma unroll
     for (int kh = 0; kh < 2; ++kh) {
-      if (NT == 4 && kh == 1) load_half(1);
+      if (NT == 4 && kh == 1) load_x(block, 1, x);
 #pragma unroll
       for (int step = 0; step < 4; ++step)
 #pragma unroll
@@ -126,6 +141,11 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
   };
 
   if constexpr (kPrefetch) load(kw);
+  if (!is_grouped) wait_for_predecessor();
+  if constexpr (kPrefetchInputs) {
+    load_x(kw, 0, next_x);
+    load_x(kw, 1, next_x);
+  }
   if constexpr (KW == 1) {
     const float* scales[MT][2] = {};  // [MT, row half]
     if constexpr (W::kHasScale) {

@@ -109,8 +109,9 @@ __device__ __forceinline__ void load_inputs(uint32_t (&x)[8], const bf16* row, i
     return;
   }
   if (k + 16 <= cols && is_aligned) {
-    const uint4 a = __ldg(reinterpret_cast<const uint4*>(row + k));
-    const uint4 b = __ldg(reinterpret_cast<const uint4*>(row + k) + 1);
+    // Not through the read-only path: the kernel before this one may have written them while this one ran.
+    const uint4 a = *reinterpret_cast<const uint4*>(row + k);
+    const uint4 b = *(reinterpret_cast<const uint4*>(row + k) + 1);
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
     x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
     return;
@@ -161,8 +162,9 @@ __device__ __forceinline__ bool find_work(const LinearParams& p, int tile_tokens
   work.order = nullptr;
   work.x_divisor = 1;
   if (p.table[0] != nullptr) {
-    if (static_cast<int>(blockIdx.y) >= *p.plan.num_tiles) return false;
+    // Read before it is known that it is one, so that the two loads overlap.
     const MoeTile tile = p.plan.tiles[blockIdx.y];
+    if (static_cast<int>(blockIdx.y) >= *p.plan.num_tiles) return false;
     io = tile.expert == p.num_experts;
     work.weight = p.table[0] + tile.expert;
     work.up = p.table[1] + tile.expert;

@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(kWideThreads) linear_wide(const __grid_constan
   bf16* input_stages = reinterpret_cast<bf16*>(shared + Stages::kCount * Stages::kWeightBytes);
   // input_stages: [kCount, kWideTokens, kWidePitch]
 
+  let_successor_begin();
+  wait_for_predecessor();
   LinearWork work;
   if (!find_work(p, kWideTokens, work)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

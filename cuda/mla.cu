@@ -14,13 +14,16 @@
 // Nothing of this depends on R, on the tile's other rows or on the chunk: a row gives the same bits in any
 // batch.
 //
+// An FP8 cache: the rows pass through a third buffer as they are and are widened to bf16, scales applied, by
+// the warp that brought them.
+//
 // mla_combine_kernel: a block for each row adds its splits in order. Split sizes: mla_split_shift.
 #include "cuda/mla_tile.cuh"
 
 namespace rodin::cuda {
 namespace {
 
-template <int R>
+template <int R, bool kFp8>
 __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_constant__ MlaParams p) {
   constexpr int kWarps = mla_warps(R);
   constexpr int kRows = 16 * R;
@@ -30,6 +33,7 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
   constexpr int kValueTiles = kMlaMaxLora / 8 / kColumnWarps;  // 8-column tiles of a warp
   extern __shared__ __align__(128) char shared[];
 
+  let_successor_begin();
   const MlaTile tile = p.tiles[blockIdx.x];
   const int split = blockIdx.y;
   const int split_begin = split << tile.split_shift;
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
   s.query = shared_address(shared);
   s.keys = s.query + kRows * padded * 2;
   s.key_bytes = kKeys * padded * 2;
-  s.weights = s.keys + 2 * s.key_bytes;
+  s.weights =
+      s.keys + (kFp8 ? s.key_bytes + mla_raw_bytes(static_cast<int>(p.cache_stride)) : 2 * s.key_bytes);
   s.row_max = reinterpret_cast<float*>(shared + (s.weights - s.query) + kRows * kKeys * 2);
   s.tile_sum = s.row_max + kRows * kKeyWarps;
   s.limit = reinterpret_cast<int*>(s.tile_sum + kRows * 8);
@@ -61,14 +66,23 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
                               words,
                               latent % 8 == 0 && p.cache_stride % 8 == 0,
                               -1};
+  char* keys_at = shared + kRows * padded * 2;
+  char* raw = keys_at + s.key_bytes;  // FP8
   const auto bring = [&](int first, int buffer) {
-    if (first < split_end) loader.bring(s.keys + buffer * s.key_bytes);
+    if (first < split_end) {
+      if constexpr (kFp8) {
+        loader.bring_raw(raw);
+      } else {
+        loader.bring(s.keys + buffer * s.key_bytes);
+      }
+    }
     copy_async_commit();
   };
   loader.find_slots(split_begin);
+  wait_for_predecessor();
   bring(split_begin, 0);
   loader.find_slots(split_begin + kKeys);
-  bring(split_begin + kKeys, 1);
+  if constexpr (!kFp8) bring(split_begin + kKeys, 1);
 
   const int first_token = p.q_start[tile.seq];
   load_queries<kRows, kWarps>(p, tile, first_token, shared, words, s.limit);
@@ -100,10 +114,19 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
       key_row + ((matrix / 2 * 4 + (is_odd_warp ? 2 : 0) + matrix % 2) ^ matrix_row) * 16;
   const uint32_t value_row = (matrix_row + matrix % 2 * 8) * row_bytes;
 
-  for (int first = split_begin, buffer = 0; first < split_end; first += kKeys, buffer ^= 1) {
+  for (int first = split_begin, buffer = 0; first < split_end; first += kKeys, buffer ^= kFp8 ? 0 : 1) {
     const uint32_t keys = s.keys + buffer * s.key_bytes;
-    copy_async_wait<1>();
-    __syncthreads();  // this block has arrived; the next one is on its way
+    if constexpr (kFp8) {
+      copy_async_wait<0>();  // a warp widens the rows that it brought itself
+      __syncwarp();
+      loader.widen_raw(raw, keys_at);
+      __syncwarp();
+      bring(first + kKeys, 0);
+      __syncthreads();  // all of this block is there
+    } else {
+      copy_async_wait<1>();
+      __syncthreads();  // this block has arrived; the next one is on its way
+    }
     loader.find_slots(first + 2 * kKeys);
 
     // Scores of 16 rows and R tiles of 8 keys; even and odd steps apart.
@@ -226,7 +249,7 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
       }
     }
     __syncthreads();  // everybody is done with this buffer
-    bring(first + 2 * kKeys, buffer);
+    if constexpr (!kFp8) bring(first + 2 * kKeys, buffer);
   }
 
 #pragma unroll
@@ -252,17 +275,21 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
 constexpr int kCombineThreads = 128;
 
 __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(const __grid_constant__ MlaParams p) {
+  let_successor_begin();
+  wait_for_predecessor();
   const int64_t row = blockIdx.x;  // token * A + head of the chunk
   const int position = p.cache_positions[p.first_token + row / p.num_heads];
   const int num_splits = (position >> mla_split_shift(position)) + 1;
-  const float* ml = p.partial_ml + row * p.max_splits * 2;
+  const float2* ml = reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits;  // maximum and sum
   float max = -INFINITY;
-  for (int i = 0; i < num_splits; ++i) max = fmaxf(max, ml[2 * i]);
+#pragma unroll 8
+  for (int i = 0; i < num_splits; ++i) max = fmaxf(max, ml[i].x);
   float sum = 0;
   float out[kMlaMaxLora / kCombineThreads] = {};
+#pragma unroll 8
   for (int i = 0; i < num_splits; ++i) {
-    const float weight = max == -INFINITY ? 0.0f : exp2f(ml[2 * i] - max);
-    sum += ml[2 * i + 1] * weight;
+    const float weight = max == -INFINITY ? 0.0f : exp2f(ml[i].x - max);
+    sum += ml[i].y * weight;
     const float* partial = p.partial + (row * p.max_splits + i) * p.lora_rank;
 #pragma unroll
     for (int j = 0; j < kMlaMaxLora / kCombineThreads; ++j) {
@@ -278,45 +305,60 @@ __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(const __gr
   }
 }
 
-template <int R>
+template <int R, bool kFp8>
 void launch(const MlaParams& p, cudaStream_t stream) {
   const int padded = (p.lora_rank + p.rope_dim + 63) / 64 * 64;
   const dim3 grid(static_cast<unsigned>(p.num_tiles), static_cast<unsigned>(p.max_splits));
-  mla_kernel<R><<<grid, 32 * mla_warps(R), static_cast<size_t>(mla_shared_bytes(R, padded)), stream>>>(p);
-  RODIN_CHECK_LAUNCH("mla_kernel");
+  const int bytes = mla_shared_bytes(R, padded, kFp8 ? static_cast<int>(p.cache_stride) : 0);
+  launch_overlapped(mla_kernel<R, kFp8>, grid, 32 * mla_warps(R), static_cast<size_t>(bytes), stream, p,
+                    "mla_kernel");
 }
 
+template <bool kFp8>
+void launch_tiles(const MlaParams& p, cudaStream_t stream) {
+  if (p.row_tiles == 1) {
+    launch<1, kFp8>(p, stream);
+  } else if (p.row_tiles == 2) {
+    launch<2, kFp8>(p, stream);
+  } else {
+    launch<4, kFp8>(p, stream);
+  }
+}
+
+constexpr int kMostRawBytes = kMlaMaxLora + kMlaMaxLora / kFp8Group * 4 + (kMlaMaxLatent - kMlaMaxLora) * 2;
+
 template <int R>
-void raise_limit() {
-  RODIN_CUDA(cudaFuncSetAttribute(mla_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  mla_shared_bytes(R, kMlaMaxLatent)));
+void raise_limits() {
+  RODIN_CUDA(cudaFuncSetAttribute(mla_kernel<R, false>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  mla_shared_bytes(R, kMlaMaxLatent, 0)));
+  RODIN_CUDA(cudaFuncSetAttribute(mla_kernel<R, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  mla_shared_bytes(R, kMlaMaxLatent, kMostRawBytes)));
 }
 
 }  // namespace
 
 void run_mla_attention(const MlaParams& params, cudaStream_t stream) {
   if (params.num_tiles == 0) return;
-  if (params.row_tiles == 1) {
-    launch<1>(params, stream);
-  } else if (params.row_tiles == 2) {
-    launch<2>(params, stream);
+  if (params.is_cache_fp8) {
+    launch_tiles<true>(params, stream);
   } else {
-    launch<4>(params, stream);
+    launch_tiles<false>(params, stream);
   }
 }
 
 void run_mla_combine(const MlaParams& params, cudaStream_t stream) {
   const int64_t rows = static_cast<int64_t>(params.num_tokens) * params.num_heads;
   if (rows == 0) return;
-  mla_combine_kernel<<<static_cast<unsigned>(rows), kCombineThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("mla_combine_kernel");
+  launch_overlapped(mla_combine_kernel, dim3(static_cast<unsigned>(rows)), kCombineThreads, 0, stream, params,
+                    "mla_combine_kernel");
 }
 
 void prepare_mla() {
-  static_assert(mla_shared_bytes(4, kMlaMaxLatent) <= 232448);
-  raise_limit<1>();
-  raise_limit<2>();
-  raise_limit<4>();
+  static_assert(mla_shared_bytes(4, kMlaMaxLatent, 0) <= 232448);
+  static_assert(mla_shared_bytes(4, kMlaMaxLatent, kMostRawBytes) <= 232448);
+  raise_limits<1>();
+  raise_limits<2>();
+  raise_limits<4>();
 }
 
 }  // namespace rodin::cuda

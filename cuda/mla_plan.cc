@@ -39,7 +39,7 @@ void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens,
     int64_t begin = host.q_start[seq];  // of the tokens not in a tile yet
     for (int64_t token = begin; token < host.q_start[seq + 1]; ++token) {
       const int32_t position = host.cache_positions[token];
-      const int32_t num_splits = mla_num_splits(position);
+      const int32_t num_splits = mla_padded_splits(mla_num_splits(position));
       const int64_t splits = std::max(chunk.max_splits, num_splits);
       if (chunk.num_tokens > 0 && (chunk.num_tokens + 1 > max_tokens ||
                                    (chunk.num_tokens + 1) * num_heads * splits > max_partial_rows)) {

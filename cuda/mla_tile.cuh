@@ -18,17 +18,23 @@ __host__ __device__ constexpr int mla_warps(int row_tiles) { return row_tiles ==
 
 struct MlaShared {
   uint32_t query, keys, weights;  // shared addresses
-  uint32_t key_bytes;             // of one of the two key buffers
+  uint32_t key_bytes;             // of a key buffer: there are two, or with FP8 one and the raw rows
   float* row_max;                 // [16 R, 8 / R] of the warps' key tiles
   float* tile_sum;                // [16 R, 8] of the 8-key tiles
   int* limit;                     // [16 R] last position that a row attends to, -1: no such row
   float* odd_scores;              // [8, 32, 4] R = 1: the odd chains, by key tile, lane and element
 };
 
-constexpr int mla_shared_bytes(int row_tiles, int padded) {
+// Of kKeys rows of an FP8 cache.
+__host__ __device__ constexpr int mla_raw_bytes(int row_bytes) { return kKeys * row_bytes; }
+
+// raw_row_bytes: of an FP8 cache, 0 for one in bf16.
+constexpr int mla_shared_bytes(int row_tiles, int padded, int raw_row_bytes) {
   const int rows = 16 * row_tiles;
-  return rows * padded * 2 + 2 * kKeys * padded * 2 + rows * kKeys * 2 + rows * (8 / row_tiles) * 4 +
-         rows * 8 * 4 + rows * 4 + (row_tiles == 1 ? 8 * 32 * 4 * 4 : 0);
+  const int keys = kKeys * padded * 2;
+  return rows * padded * 2 + (raw_row_bytes == 0 ? 2 * keys : keys + mla_raw_bytes(raw_row_bytes)) +
+         rows * kKeys * 2 + rows * (8 / row_tiles) * 4 + rows * 8 * 4 + rows * 4 +
+         (row_tiles == 1 ? 8 * 32 * 4 * 4 : 0);
 }
 
 // Columns of a row in shared memory: a multiple of 64 elements, zeros behind the latent.
@@ -82,6 +88,53 @@ struct KeyLoader {
         } else {
           store_word(key_at + 512 * j, row, word, key_slot >= 0);
         }
+      }
+    }
+  }
+
+  // FP8: the rows as they are, kKeys of them one behind the other; zeros where there is none.
+  __device__ void bring_raw(char* to) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row_bytes = static_cast<int>(p.cache_stride);
+#pragma unroll
+    for (int i = 0; i < kKeysEach; ++i) {
+      const int key_slot = __shfl_sync(kAllLanes, slot, i);
+      const char* row = static_cast<const char*>(p.cache) + (key_slot < 0 ? 0 : key_slot) * p.cache_stride;
+      const uint32_t key_at = shared_address(to + (warp + kWarps * i) * row_bytes);
+      for (int at = lane * 16; at < row_bytes; at += 512) copy_async_16(key_at + at, row + at, key_slot >= 0);
+    }
+  }
+
+  // The same warp's rows, widened to bf16 in their places among the keys.
+  __device__ void widen_raw(const char* from, char* to) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row_bytes = static_cast<int>(p.cache_stride);
+    constexpr int kWords = kMlaMaxLora / 8;  // of the latents in bf16
+#pragma unroll 2
+    for (int i = 0; i < kKeysEach; ++i) {
+      const int key = warp + kWarps * i;
+      const char* row = from + key * row_bytes;
+      const uint4 packed = *reinterpret_cast<const uint4*>(row + lane * 16);  // 16 latents, all of one group
+      const float scale = reinterpret_cast<const float*>(row + kMlaMaxLora)[lane * 16 / kFp8Group];
+      const uint32_t raw[4] = {packed.x, packed.y, packed.z, packed.w};
+      uint32_t wide[8];  // [8] pairs
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t low, high;
+        widen_e4m3_word(raw[j], low, high);
+        wide[2 * j] = pack_bf16(low_float(low) * scale, high_float(low) * scale);
+        wide[2 * j + 1] = pack_bf16(low_float(high) * scale, high_float(high) * scale);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        *reinterpret_cast<uint4*>(to + swizzled(key, 2 * lane + j, words)) =
+            make_uint4(wide[4 * j], wide[4 * j + 1], wide[4 * j + 2], wide[4 * j + 3]);
+      }
+      const char* rope = row + kMlaMaxLora + kMlaMaxLora / kFp8Group * 4;
+      for (int word = lane; word < words - kWords; word += 32) {
+        *reinterpret_cast<uint4*>(to + swizzled(key, kWords + word, words)) =
+            word * 8 < p.rope_dim ? *reinterpret_cast<const uint4*>(rope + word * 16)
+                                  : make_uint4(0, 0, 0, 0);
       }
     }
   }

@@ -15,6 +15,8 @@ namespace {
 constexpr int kPlanThreads = 1024;
 
 __global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_constant__ MoePlanParams p) {
+  let_successor_begin();
+  wait_for_predecessor();
   extern __shared__ int32_t shared[];  // [3 E] count, place in `order`, first tile
   int32_t* count = shared;
   int32_t* place = shared + p.num_experts;
@@ -71,6 +73,8 @@ constexpr int kCombineThreads = 128;
 
 __global__ void __launch_bounds__(kCombineThreads)
     moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
+  let_successor_begin();
+  wait_for_predecessor();
   const int64_t token = blockIdx.y;
   const int col = (blockIdx.x * kCombineThreads + threadIdx.x) * 2;
   if (col >= p.cols) return;
@@ -105,16 +109,14 @@ int32_t moe_max_tiles(const MoePlanParams& p) {
 
 void run_moe_plan(const MoePlanParams& params, cudaStream_t stream) {
   const size_t bytes = static_cast<size_t>(params.num_experts) * 3 * sizeof(int32_t);
-  moe_plan_kernel<<<1, kPlanThreads, bytes, stream>>>(params);
-  RODIN_CHECK_LAUNCH("moe_plan_kernel");
+  launch_overlapped(moe_plan_kernel, dim3(1), kPlanThreads, bytes, stream, params, "moe_plan_kernel");
 }
 
 void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
   const dim3 grid(static_cast<unsigned>(ceil_div(params.cols, 2 * kCombineThreads)),
                   static_cast<unsigned>(params.num_tokens));
-  moe_combine_kernel<<<grid, kCombineThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("moe_combine_kernel");
+  launch_overlapped(moe_combine_kernel, grid, kCombineThreads, 0, stream, params, "moe_combine_kernel");
 }
 
 }  // namespace rodin::cuda

@@ -1,7 +1,9 @@
-// Sampling, the parts that every row needs, over chunks of the vocabulary so that one row keeps many blocks busy:
+// Sampling, the parts that every row needs, over chunks of the vocabulary so that one row keeps many blocks
+// busy:
 //   adjust_copy, adjust   z = logits + bias, penalties, mask; only rows that have any, into their own copy
-//   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are finite
-//   noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp (rows with
+//   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are
+//   finite noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp
+//   (rows with
 //                         log-probabilities)
 // sample_finish.cu joins the chunks. Grid: (chunks, rows); adjust: (rows). Bound by bytes: the logits once or
 // twice.

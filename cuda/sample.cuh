@@ -7,22 +7,6 @@
 
 namespace rodin::cuda {
 
-// exp(x) for x <= 0 in float32, each operation rounded on its own: the twin of exp_non_positive of the CPU.
-__device__ __forceinline__ float exp_non_positive(float x) {
-  using noise::add;
-  using noise::mul;
-  if (!(x > -87.0f)) return 0;
-  const float n = add(add(mul(x, 0x1.715476p+0f), 0x1.8p+23f), -0x1.8p+23f);
-  const float r = add(add(x, mul(n, -0x1.62e400p-1f)), mul(n, -0x1.7f7d1cp-20f));
-  float p = 0.0013950474f;
-  p = add(mul(p, r), 0.008368882f);
-  p = add(mul(p, r), 0.041666206f);
-  p = add(mul(p, r), 0.1666652f);
-  p = add(mul(p, r), 0.5f);
-  const float e = add(add(mul(mul(r, r), p), r), 1.0f);
-  return mul(e, noise::float_from_bits((static_cast<int32_t>(n) + 127) << 23));
-}
-
 // Larger is likelier; an empty one loses against everything.
 struct Candidate {
   float score = -INFINITY;

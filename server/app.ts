@@ -4,6 +4,7 @@ import { Contract } from './api/contract.js';
 import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
+import { requestIdFor } from './api/request-id.js';
 import { ResumableStreams } from './api/resumable.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
@@ -12,6 +13,7 @@ import type { EngineHandle } from './engine/request.js';
 import { ApiError, StartupError } from './errors.js';
 import { Metrics } from './metrics.js';
 import type { Checkpoint } from './model/spec.js';
+import type { CompletionTracer } from './telemetry/completion-trace.js';
 import type { PromptEncoder } from './text/prompt-encoder.js';
 
 export interface AppOptions {
@@ -21,6 +23,8 @@ export interface AppOptions {
   engine: EngineHandle;
   /** begun by whoever shuts the server down */
   drain?: Drain;
+  /** who wants traces of completions */
+  tracer?: CompletionTracer;
   /** how patient streams are; tests are not */
   sse?: SseOptions;
   /** none: nothing is logged */
@@ -38,7 +42,16 @@ const HEARTBEAT_MS = 10_000;
 const STALL_MS = 60_000;
 
 /** The HTTP server over an engine and a checkpoint's text side. Never listens; close() closes neither of them. */
-export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logger }: AppOptions): FastifyInstance {
+export function buildApp({
+  config,
+  checkpoint,
+  prompts,
+  engine,
+  drain,
+  tracer,
+  sse,
+  logger,
+}: AppOptions): FastifyInstance {
   const { spec, defaults, name, fingerprint } = checkpoint;
   if (config.maxModelLen !== null && config.maxModelLen > spec.maxPositionEmbeddings) {
     throw new StartupError(
@@ -48,6 +61,7 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
   const app = fastify({
     logger: logger ?? false,
     logController: new LogController({ disableRequestLogging: true }),
+    genReqId: requestIdFor,
     bodyLimit: config.maxBodyBytes,
     requestTimeout: REQUEST_TIMEOUT_MS,
     keepAliveTimeout: KEEP_ALIVE_TIMEOUT_MS,
@@ -87,6 +101,7 @@ export function buildApp({ config, checkpoint, prompts, engine, drain, sse, logg
     startedAt: Math.floor(Date.now() / 1000),
     contract: Contract.read(),
     metrics: new Metrics(engine, modelNames[0]!),
+    tracer: tracer ?? null,
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),

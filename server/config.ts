@@ -24,6 +24,9 @@ export interface ServeConfig {
   readonly maxStepTokens: number;
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
+  /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
+  readonly gpuMemoryUtilization: number | null;
+  readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
   readonly blockSize: number;
   /** drafts of the MTP layer a step */
   readonly speculativeTokens: number | 'auto';
@@ -35,6 +38,12 @@ export interface ServeConfig {
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** where traces go; null: there are none */
+  readonly otlpTracesEndpoint: string | null;
+  /** ZeroMQ address to publish cache events on; null: none are published */
+  readonly kvEvents: string | null;
+  /** null: kv@HOSTNAME@MODEL */
+  readonly kvEventsTopic: string | null;
   readonly logLevel: LogLevel;
   readonly logFormat: 'auto' | 'text' | 'json';
   /** seconds */
@@ -43,6 +52,22 @@ export interface ServeConfig {
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
+}
+
+/** What `serve` can be told, by programs: the flags' names in camelCase, texts or numbers as on the command line. */
+export type ServeOptions = {
+  -readonly [Key in keyof Omit<ServeConfig, 'warnings' | RenamedKey>]?: Option<ServeConfig[Key]>;
+} & { [Key in RenamedKey as Renamed[Key]]?: Option<ServeConfig[Key]> };
+
+type Option<Value> = Value | string | undefined;
+type RenamedKey = keyof Renamed;
+
+/** Fields whose flag has another name: camelCase of that. */
+interface Renamed {
+  servedModelNames: 'servedModelName';
+  apiKeys: 'apiKey';
+  corsOrigins: 'corsOrigin';
+  maxBodyBytes: 'maxBodySize';
 }
 
 export interface LogitsConfig {
@@ -56,12 +81,44 @@ export interface LogitsConfig {
   readonly draft: boolean;
 }
 
+export interface DoctorConfig {
+  readonly model: string;
+  readonly device: string;
+  readonly threads: number | null;
+}
+
+export interface BenchConfig {
+  /** checkpoint folder; with synthetic weights a config.json too */
+  readonly model: string;
+  readonly weights: 'checkpoint' | 'synthetic';
+  /** null: all */
+  readonly layers: number | null;
+  readonly batches: readonly number[];
+  readonly context: number;
+  /** 0: no prefill case */
+  readonly prompt: number;
+  readonly device: string;
+  readonly compute: 'auto' | 'float32';
+  readonly cpuPath: string;
+  readonly kvCacheDtype: ServeConfig['kvCacheDtype'];
+  readonly threads: number | null;
+  readonly json: boolean;
+}
+
 export type Command =
-  { kind: 'print'; text: string } | { kind: 'serve'; config: ServeConfig } | { kind: 'logits'; config: LogitsConfig };
+  | { kind: 'print'; text: string }
+  | { kind: 'serve'; config: ServeConfig }
+  | { kind: 'logits'; config: LogitsConfig }
+  | { kind: 'bench'; config: BenchConfig }
+  | { kind: 'doctor'; config: DoctorConfig }
+  | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
+  bench: "'rodin bench step' times steps of the runner beside what the machine could do",
+  doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
+  build: 'builds the native addon on this machine, where the one in the package does not load',
 };
 
 /** Throws StartupError for anything it does not know or cannot use. */
@@ -71,16 +128,50 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
   if (first === undefined || first === '--help' || first === '-h' || first === 'help')
     return { kind: 'print', text: overview() };
   if (!Object.hasOwn(COMMANDS, first)) {
-    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(' and ')}.`);
+    throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
+  if (command === 'bench' && !rest.some((text) => text === '--help' || text === '-h')) {
+    const what = rest.shift();
+    if (what !== 'step') throw new StartupError(`'rodin bench' measures steps: write 'rodin bench step'.`);
+  } else if (command === 'bench' && rest[0] === 'step') rest.shift();
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
   const { given, isHelp, isVersion } = parseFlags(command, flags, rest);
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
   if (isVersion) return { kind: 'print', text: `rodin ${packageVersion()}` };
   const values = Object.fromEntries(flags.map((flag) => [flag.name, valueOf(command, flag, given[flag.name], env)]));
-  if (command === 'serve') return { kind: 'serve', config: serveConfig(values, env) };
-  return { kind: 'logits', config: logitsConfig(values) };
+  switch (command) {
+    case 'serve':
+      return { kind: 'serve', config: serveConfig(values, env) };
+    case 'logits':
+      return { kind: 'logits', config: logitsConfig(values) };
+    case 'bench':
+      return { kind: 'bench', config: benchConfig(values) };
+    case 'doctor':
+      return { kind: 'doctor', config: doctorConfig(values) };
+    case 'build':
+      return { kind: 'build' };
+  }
+}
+
+/** Options of a program, checked as flags are; no variable is read. Throws StartupError. */
+export function serveConfigOf(options: ServeOptions): ServeConfig {
+  const flags = FLAGS.filter((flag) => flag.commands.includes('serve'));
+  const byOption = new Map(flags.map((flag) => [camelCase(flag.name), flag]));
+  const values = Object.fromEntries(flags.map((flag) => [flag.name, flag.default]));
+  for (const [option, value] of Object.entries(options)) {
+    if (value === undefined || value === null) continue;
+    const flag = byOption.get(option);
+    if (flag === undefined) {
+      throw new StartupError(`There is no option '${option}'; there are ${[...byOption.keys()].join(', ')}.`);
+    }
+    values[flag.name] = parse(flag, Array.isArray(value) ? value.map(String) : [String(value)], option);
+  }
+  return serveConfig(values, {});
+}
+
+function camelCase(name: string): string {
+  return name.replace(/-(\w)/g, (_, letter: string) => letter.toUpperCase());
 }
 
 export function packageVersion(): string {
@@ -103,6 +194,8 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     maxNumSeqs: values['max-num-seqs'] as number,
     maxStepTokens: values['max-step-tokens'] as number,
     cacheMemory: values['cache-memory'] as number | null,
+    gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
+    kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
@@ -112,6 +205,9 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
+    kvEvents: values['kv-events'] as string | null,
+    kvEventsTopic: values['kv-events-topic'] as string | null,
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     streamResume: values['stream-resume'] as number,
@@ -141,6 +237,31 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     threads: values['threads'] as number | null,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
+  });
+}
+
+function doctorConfig(values: Record<string, FlagValue>): DoctorConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    device: values['device'] as string,
+    threads: values['threads'] as number | null,
+  });
+}
+
+function benchConfig(values: Record<string, FlagValue>): BenchConfig {
+  return Object.freeze({
+    model: values['model'] as string,
+    weights: values['weights'] as BenchConfig['weights'],
+    layers: values['layers'] as number | null,
+    batches: Object.freeze((values['batch'] as string[]).map(Number)),
+    context: values['context'] as number,
+    prompt: values['prompt'] as number,
+    device: values['device'] as string,
+    compute: values['compute'] as BenchConfig['compute'],
+    cpuPath: values['cpu-path'] as string,
+    kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    threads: values['threads'] as number | null,
+    json: values['json'] as boolean,
   });
 }
 
@@ -188,6 +309,10 @@ function valueOf(command: CommandName, flag: Flag, given: string[] | undefined, 
       throw new StartupError(`--${flag.name} ${flag.value} is needed; 'rodin ${command} --help' says what it is.`);
     return flag.default;
   }
+  return parse(flag, texts, origin);
+}
+
+function parse(flag: Flag, texts: string[], origin: string): FlagValue {
   if (texts.length > 1 && !flag.isList)
     throw new StartupError(`${origin} is given ${texts.length} times; give it once.`);
   const parsed = texts.map((text) => {
@@ -212,5 +337,7 @@ function helpOf(command: CommandName, flags: readonly Flag[]): string {
     const note = flag.isRequired ? 'needed' : flag.isSwitch ? 'off' : (flag.defaultText ?? value);
     return `${name}${flag.help}\n${' '.repeat(30)}[${note}; ${variableOf(flag)}]`;
   });
-  return `rodin ${command}: ${COMMANDS[command]}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
+  const about = `rodin ${command}: ${COMMANDS[command]}`;
+  if (lines.length === 0) return `${about}\n\nIt has no flags.`;
+  return `${about}\n\n${lines.join('\n')}\n\nEach flag can also be given as the variable named beside it; lists are separated by commas there.`;
 }

@@ -2,7 +2,7 @@
 import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-export type CommandName = 'serve' | 'logits';
+export type CommandName = 'serve' | 'logits' | 'bench' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
 
 export interface Flag {
@@ -21,9 +21,11 @@ export interface Flag {
   isRequired?: boolean;
 }
 
-const BOTH = ['serve', 'logits'] as const;
+const RUN = ['serve', 'logits', 'bench'] as const;
+const ALL = ['serve', 'logits', 'bench', 'doctor'] as const;
 const SERVE = ['serve'] as const;
 const LOGITS = ['logits'] as const;
+const BENCH = ['bench'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
 /** what a step batch can carry for one sequence */
 const MAX_SPECULATIVE_TOKENS = 4;
@@ -33,7 +35,7 @@ const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'
 export const FLAGS: readonly Flag[] = [
   {
     name: 'model',
-    commands: BOTH,
+    commands: ALL,
     value: 'DIR',
     default: BUNDLED_MODEL,
     defaultText: 'the bundled models/pocket-r1',
@@ -79,10 +81,10 @@ export const FLAGS: readonly Flag[] = [
     isList: true,
     help: "web origin that may call the API from a browser, or '*'; may be repeated",
   },
-  { name: 'device', commands: BOTH, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
+  { name: 'device', commands: ALL, value: 'DEVICE', default: 'auto', parse: device, help: 'auto, cpu or cuda:N' },
   {
     name: 'compute',
-    commands: BOTH,
+    commands: RUN,
     value: 'MODE',
     default: 'auto',
     parse: choice(['auto', 'float32']),
@@ -90,7 +92,7 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'threads',
-    commands: BOTH,
+    commands: ALL,
     value: 'N',
     default: null,
     defaultText: 'one per core',
@@ -118,9 +120,26 @@ export const FLAGS: readonly Flag[] = [
     commands: SERVE,
     value: 'BYTES',
     default: null,
-    defaultText: 'what is of use, at most half of the free memory',
+    defaultText: 'CPU: what is of use, at most half of the free memory; GPU: see --gpu-memory-utilization',
     parse: bytes,
     help: 'memory for the latent cache, e.g. 512MiB or 8GiB',
+  },
+  {
+    name: 'gpu-memory-utilization',
+    commands: SERVE,
+    value: 'SHARE',
+    default: null,
+    defaultText: '0.92',
+    parse: share,
+    help: "share of the GPU's memory for weights, workspace and latent cache, which gets what the others leave",
+  },
+  {
+    name: 'kv-cache-dtype',
+    commands: ['serve', 'bench'],
+    value: 'DTYPE',
+    default: 'auto',
+    parse: choice(['auto', 'bf16', 'fp8']),
+    help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
     name: 'block-size',
@@ -230,6 +249,33 @@ export const FLAGS: readonly Flag[] = [
     help: 'text, json, or auto: text on a terminal, json elsewhere',
   },
   {
+    name: 'otlp-traces-endpoint',
+    commands: SERVE,
+    value: 'URL',
+    default: null,
+    defaultText: 'off',
+    parse: httpUrl,
+    help: 'OpenTelemetry collector that gets a trace of each request, e.g. http://localhost:4318/v1/traces',
+  },
+  {
+    name: 'kv-events',
+    commands: SERVE,
+    value: 'ADDRESS',
+    default: null,
+    defaultText: 'off',
+    parse: zmqAddress,
+    help: 'address such as tcp://*:5557 on which routers read, by ZeroMQ, what the prefix cache holds',
+  },
+  {
+    name: 'kv-events-topic',
+    commands: SERVE,
+    value: 'TOPIC',
+    default: null,
+    defaultText: 'kv@HOSTNAME@MODEL',
+    parse: nonEmpty,
+    help: 'topic of those messages, by which routers tell servers and models apart',
+  },
+  {
     name: 'prompts',
     commands: LOGITS,
     value: 'FILE',
@@ -263,6 +309,64 @@ export const FLAGS: readonly Flag[] = [
     isSwitch: true,
     help: "write the MTP module's logits too",
   },
+  {
+    name: 'weights',
+    commands: BENCH,
+    value: 'WHICH',
+    default: 'checkpoint',
+    parse: choice(['checkpoint', 'synthetic']),
+    help: 'checkpoint, or synthetic: random ones, for which --model may be a config.json alone',
+  },
+  {
+    name: 'layers',
+    commands: BENCH,
+    value: 'N',
+    default: null,
+    defaultText: 'all',
+    parse: integer(1, 1024),
+    help: 'decoder layers of synthetic weights: at most one dense layer, then MoE layers',
+  },
+  {
+    name: 'batch',
+    commands: BENCH,
+    value: 'N,N,...',
+    default: ['1', '8', '32'],
+    defaultText: '1,8,32',
+    parse: (text) => text.split(',').map((part) => String(integer(1, 4096)(part.trim()))),
+    help: 'sequences in a decode step, one case each',
+  },
+  {
+    name: 'context',
+    commands: BENCH,
+    value: 'N',
+    default: 1024,
+    parse: integer(0, 1 << 24),
+    help: 'tokens of each sequence before a decode step',
+  },
+  {
+    name: 'prompt',
+    commands: BENCH,
+    value: 'N',
+    default: 512,
+    parse: integer(0, 1 << 20),
+    help: 'tokens of a prefill step; 0 leaves it out',
+  },
+  {
+    name: 'cpu-path',
+    commands: BENCH,
+    value: 'PATH',
+    default: 'auto',
+    parse: nonEmpty,
+    help: 'instruction path on the CPU, such as avx512 or portable; auto takes the best',
+  },
+  {
+    name: 'json',
+    commands: BENCH,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: 'print one JSON object in place of the table',
+  },
 ];
 
 export function variableOf(flag: Flag): string {
@@ -284,6 +388,19 @@ function origin(text: string): string {
   return text;
 }
 
+function zmqAddress(text: string): string {
+  const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
+  if (!(port <= 65535))
+    throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
+  return text;
+}
+
+function httpUrl(text: string): string {
+  const protocol = URL.canParse(text) ? new URL(text).protocol : '';
+  if (protocol !== 'http:' && protocol !== 'https:') throw new Error('must be an http or https address with its path');
+  return text;
+}
+
 function device(text: string): string {
   if (!/^(auto|cpu|cuda:\d{1,3})$/.test(text)) throw new Error('must be auto, cpu or cuda:N');
   return text;
@@ -302,6 +419,12 @@ function integer(min: number, max: number, orElse = ''): (text: string) => numbe
     if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
     return value;
   };
+}
+
+function share(text: string): number {
+  const value = /^\d*\.?\d+$/.test(text) ? Number(text) : NaN;
+  if (!(value > 0 && value <= 1)) throw new Error('must be a number above 0 and at most 1');
+  return value;
 }
 
 function boolean(text: string): boolean {

@@ -1,14 +1,15 @@
 /** `rodin logits`: the logits of given prompts, straight from the runner. The tool that proves parity. */
 import { once } from 'node:events';
 import { createReadStream, createWriteStream } from 'node:fs';
-import { availableParallelism } from 'node:os';
 import { createInterface } from 'node:readline';
 import type { LogitsConfig } from './config.js';
 import type { NativeAddon, RunnerOptions, StepRunner } from './engine/addon.js';
 import { loadAddon } from './engine/load-addon.js';
-import { loadRunner, resolveDevice, type LoadProgress } from './engine/start-engine.js';
+import { chooseDevice } from './engine/device.js';
+import { loadRunner, type LoadProgress } from './engine/start-engine.js';
 import type { StepBatch } from './engine/step-batch.js';
 import { StartupError } from './errors.js';
+import { usableCores } from './machine.js';
 import { readCheckpoint } from './model/checkpoint.js';
 
 /** Logits of one prompt; rows are those of its last positions. */
@@ -18,7 +19,7 @@ export interface PromptLogits {
 }
 
 export interface LogitsOptions extends LogitsConfig {
-  /** 'auto' | 'avx512' | 'avx2' | 'portable'; auto where absent */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable'; auto where absent */
   cpuPath?: string;
   /** most tokens in one step */
   maxStepTokens?: number;
@@ -41,12 +42,14 @@ export async function runLogits(options: LogitsOptions, addon: NativeAddon = loa
   const runnerOptions: RunnerOptions = {
     spec,
     tensors,
-    device: resolveDevice(addon, options.device),
+    device: chooseDevice(addon, options.device, spec, options.compute).device,
     compute: options.compute,
     cpuPath: options.cpuPath ?? 'auto',
-    numThreads: options.threads ?? availableParallelism(),
+    numThreads: options.threads ?? usableCores(),
     blockSize: BLOCK_SIZE,
     numBlocks: Math.ceil(longest / BLOCK_SIZE),
+    gpuMemoryUtilization: 0,
+    kvCacheDtype: 'auto',
     maxStepTokens,
     maxNumSeqs: 1,
     loadMtp: options.draft,

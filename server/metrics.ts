@@ -15,6 +15,10 @@ export interface CompletionRecord {
   toFirstToken: number | null;
   toFirstAnswer: number | null;
   reasoning: number | null;
+  /** until its first step, from there to its first token, from there to its last */
+  queue: number | null;
+  prefill: number | null;
+  decode: number | null;
 }
 
 const SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800];
@@ -31,6 +35,9 @@ export class Metrics {
   readonly #reasoningTime;
   readonly #interTokenLatency;
   readonly #e2eLatency;
+  readonly #queueTime;
+  readonly #prefillTime;
+  readonly #decodeTime;
   readonly #promptTokens;
   readonly #generationTokens;
   readonly #reasoningTokens;
@@ -78,6 +85,9 @@ export class Metrics {
     this.#reasoningTime = seconds('rodin:reasoning_duration_seconds', 'From first to last reasoning token.');
     this.#interTokenLatency = seconds('vllm:inter_token_latency_seconds', 'Time between tokens.');
     this.#e2eLatency = seconds('vllm:e2e_request_latency_seconds', 'From request to last token.');
+    this.#queueTime = seconds('vllm:request_queue_time_seconds', 'From submission to first step.');
+    this.#prefillTime = seconds('vllm:request_prefill_time_seconds', 'From first step to first token.');
+    this.#decodeTime = seconds('vllm:request_decode_time_seconds', 'From first to last token.');
     this.#promptTokens = tokens('vllm:request_prompt_tokens', 'Prompt tokens of a request.');
     this.#generationTokens = tokens('vllm:request_generation_tokens', 'Completion tokens of a request.');
     this.#reasoningTokens = tokens('rodin:request_reasoning_tokens', 'Reasoning tokens of a request.');
@@ -96,6 +106,9 @@ export class Metrics {
     this.#e2eLatency.observe(total);
     if (toFirstToken !== null) this.#timeToFirstToken.observe(toFirstToken);
     if (toFirstAnswer !== null) this.#timeToFirstAnswer.observe(toFirstAnswer);
+    if (record.queue !== null) this.#queueTime.observe(record.queue);
+    if (record.prefill !== null) this.#prefillTime.observe(record.prefill);
+    if (record.decode !== null) this.#decodeTime.observe(record.decode);
     if (reasoning !== null) this.#reasoningTime.observe(reasoning);
   }
 

@@ -2,30 +2,39 @@
 // Makes a checkout runnable with Node alone: installs the packages, builds the addon and compiles the
 // server, each only where it is missing or stale. Runs before `npm start` and `npm test`, and as `prepare`.
 //
-//   node server/setup.mjs [--no-install] [--tests]
+//   node server/setup.mjs [--no-install] [--tests | --addon | --prebuild]
 //
 // --no-install  leave node_modules as it is (npm itself is calling)
 // --tests       also build the native test program
+// --addon       build the addon and nothing else: what `rodin build` does in an installed package
+// --prebuild    put the addon where a package carries it: prebuilds/<platform>-<arch>/rodin.node
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
 import { availableParallelism } from 'node:os';
-import { delimiter, join, relative } from 'node:path';
+import { delimiter, dirname, join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const args = new Set(process.argv.slice(2));
-for (const arg of args) if (!['--no-install', '--tests'].includes(arg)) fail(`unknown option ${arg}`);
+for (const arg of args) {
+  if (!['--no-install', '--tests', '--addon', '--prebuild'].includes(arg)) fail(`unknown option ${arg}`);
+}
 process.chdir(root);
+
+const COMPILER = 'node_modules/typescript/bin/tsc';
+const DIST_STAMP = join('dist', '.rodin-stamp');
 
 const MIN_NODE_MAJOR = 20;
 if (Number(process.versions.node.split('.')[0]) < MIN_NODE_MAJOR) {
   fail(`Rodin needs Node ${MIN_NODE_MAJOR} or later; this is ${process.version}. Install a newer Node and try again.`);
 }
 
-if (!args.has('--no-install')) installPackages();
+if (!args.has('--no-install') && !args.has('--addon')) installPackages();
 buildAddon();
-compileServer();
+if (!args.has('--addon')) compileServer();
+if (args.has('--prebuild')) copyPrebuild();
 
 function installPackages() {
   const stamp = join('node_modules', '.rodin-stamp');
@@ -34,14 +43,19 @@ function installPackages() {
   if (existsSync('node_modules') && packagesMatchLock()) return writeFileSync(stamp, wanted);
   say('installing packages (npm ci)');
   const npm = process.env.npm_execpath;
-  const flags = ['ci', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'];
+  // The compiler is a development package, which NODE_ENV=production would leave out.
+  const flags = ['ci', '--include=dev', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'];
   if (npm?.endsWith('.js')) run(process.execPath, [npm, ...flags]);
   else run('npm', flags);
   writeFileSync(stamp, wanted);
 }
 
-/** True where `npm ci` or `npm install` has already put every locked package of this platform in place. */
+/**
+ * True where `npm ci` or `npm install` has already put every locked package of this platform in place. Development
+ * packages may be missing, but for the compiler where there is something to compile.
+ */
 function packagesMatchLock() {
+  if (!existsSync(COMPILER) && !isCurrent(DIST_STAMP, digest(serverSources()))) return false;
   const lock = JSON.parse(readFileSync('package-lock.json', 'utf8')).packages;
   return Object.entries(lock).every(([path, entry]) => {
     if (path === '' || entry.optional || entry.dev) return true;
@@ -84,8 +98,21 @@ function buildAddon() {
 /** Configures and builds; null, or what failed. */
 function runCmake(target, cuda) {
   const configure = ['-S', 'addon', '-B', 'build', '-G', 'Unix Makefiles', '-DCMAKE_BUILD_TYPE=Release'];
+  // In a package the headers may lie beside it, not below it; the tests are not there at all.
+  configure.push(`-DNODE_API_INCLUDE=${join(folderOf('node-api-headers'), 'include')}`);
+  configure.push(`-DNODE_ADDON_API_INCLUDE=${folderOf('node-addon-api')}`);
+  configure.push(`-DRODIN_TESTS=${existsSync('tests/native') ? 'ON' : 'OFF'}`);
   const build = ['--build', 'build', '--target', target, '--parallel', String(availableParallelism())];
   return attempt('cmake', [...configure, `-DRODIN_CUDA=${cuda}`]) ?? attempt('cmake', build);
+}
+
+/** Folder of an installed package. */
+function folderOf(name) {
+  try {
+    return dirname(createRequire(join(root, 'package.json')).resolve(`${name}/package.json`));
+  } catch {
+    return fail(`the package ${name} is not installed; run \`npm install\` first.`);
+  }
 }
 
 function usesCuda() {
@@ -101,19 +128,37 @@ function dropForeignCache() {
   if (generator !== 'Unix Makefiles' || home !== join(root, 'addon')) rmSync('build', { recursive: true });
 }
 
+function serverSources() {
+  return [...files('server', /\.ts$/), 'openapi/openapi.yaml', 'tsconfig.json', 'package-lock.json'];
+}
+
 function compileServer() {
-  const stamp = join('dist', '.rodin-stamp');
-  const sources = [...files('server', /\.ts$/), 'openapi/openapi.yaml', 'tsconfig.json', 'package-lock.json'];
-  const wanted = digest(sources);
-  if (isCurrent(stamp, wanted)) return;
+  const wanted = digest(serverSources());
+  if (isCurrent(DIST_STAMP, wanted)) return;
+  if (!existsSync(COMPILER)) {
+    if (!args.has('--no-install')) fail(`${COMPILER} is missing: run \`npm ci --include=dev\`.`);
+    return say('the server is not compiled, because typescript is a development package; `npm start` installs it');
+  }
   say('compiling the server (tsc)');
   const generator = 'node_modules/openapi-typescript/bin/cli.js'; // absent after an install without development packages
   if (existsSync(generator)) {
     run(process.execPath, [generator, 'openapi/openapi.yaml', '-o', 'server/api/openapi.d.ts', '--check']);
   }
   rmSync('dist', { recursive: true, force: true });
-  run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.json']);
-  writeFileSync(stamp, wanted);
+  run(process.execPath, [COMPILER, '-p', 'tsconfig.json']);
+  // tsc leaves declarations where they are, and those of what it compiled import this one.
+  copyFileSync('server/api/openapi.d.ts', 'dist/api/openapi.d.ts');
+  writeFileSync(DIST_STAMP, wanted);
+}
+
+/** The addon as packages carry it: without symbols, which nobody can use there. */
+function copyPrebuild() {
+  const folder = join('prebuilds', `${process.platform}-${process.arch}`);
+  say(`copying the addon to ${folder}`);
+  mkdirSync(folder, { recursive: true });
+  const path = join(folder, 'rodin.node');
+  copyFileSync('build/rodin.node', path);
+  run('strip', ['--strip-all', path]);
 }
 
 /** Files under `folder` whose name matches, sorted, so that the digest does not depend on the file system. */

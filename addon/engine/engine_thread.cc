@@ -84,6 +84,7 @@ struct EngineThread::State {
         case EngineEvent::Kind::kLoaded:
           check(!is_loaded, "the model has been loaded already");
           event.info = runner->load(loaded_bytes);
+          options.num_blocks = event.info.num_blocks;
           is_loaded = true;
           pin_to_current_cpu(options.num_threads);
           break;
@@ -101,6 +102,9 @@ struct EngineThread::State {
           runner.reset();
           break;
       }
+    } catch (const DeviceLost& error) {
+      event.error = error.what();
+      event.is_device_lost = true;
     } catch (const std::bad_alloc&) {
       event.error = "out of memory";
     } catch (const std::exception& error) {
@@ -128,7 +132,7 @@ struct EngineThread::State {
     changed.notify_all();
   }
 
-  const RunnerOptions options;
+  RunnerOptions options;         // engine thread only: load() says how many blocks there are
   std::optional<Runner> runner;  // engine thread only, once it runs
   bool is_loaded = false;        // engine thread only
   const OnEvent on_event;

@@ -16,9 +16,10 @@ namespace rodin {
 struct EngineEvent {
   enum class Kind { kLoaded, kStepped, kClosed };
   Kind kind = Kind::kClosed;
-  std::string error;  // empty on success
-  RunnerInfo info;    // of kLoaded
-  StepResult result;  // of kStepped
+  std::string error;            // empty on success
+  bool is_device_lost = false;  // with error: no later call can succeed
+  RunnerInfo info;              // of kLoaded
+  StepResult result;            // of kStepped
 };
 
 class EngineThread {

@@ -1,8 +1,11 @@
 #include "engine/latent_cache.h"
 
+#include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "ops/check.h"
+#include "ops/cpu/convert.h"
 
 namespace rodin {
 
@@ -23,6 +26,36 @@ LatentCache::LatentCache(Ops& ops, int64_t num_layers, int64_t num_blocks, int64
   } catch (...) {
     release();
     throw;
+  }
+}
+
+void LatentCache::fill_synthetic() {
+  // One buffer is written over and over: what matters is that every page is one of its own.
+  constexpr int64_t kBufferBytes = int64_t{1} << 20;
+  std::vector<char> buffer(static_cast<size_t>(kBufferBytes));
+  for (CacheLayer& layer : layers_) {
+    const Dtype dtype = layer.latents.dtype;
+    const int64_t size = dtype_bytes(dtype);
+    uint32_t state = 1;
+    for (int64_t i = 0; i < kBufferBytes / size; ++i) {
+      state = state * 1664525u + 1013904223u;
+      const float value = static_cast<float>(state >> 8) * 0x1p-23f - 1.0f;
+      char* at = buffer.data() + i * size;
+      if (dtype ==
+          Dtype::kF8E4M3) {  // rows of several types: bytes that are small finite numbers in all of them
+        *at = static_cast<char>(0x20 | state >> 27);
+      } else if (dtype == Dtype::kF32) {
+        memcpy(at, &value, 4);
+      } else {
+        const uint16_t half = dtype == Dtype::kF16 ? f16_of_float(value) : bf16_of_float(value);
+        memcpy(at, &half, 2);
+      }
+    }
+    const int64_t bytes = layer.latents.rows * layer.latents.stride * size;
+    for (int64_t at = 0; at < bytes; at += kBufferBytes) {
+      ops_.upload(static_cast<char*>(layer.latents.data) + at, buffer.data(),
+                  static_cast<size_t>(std::min(kBufferBytes, bytes - at)));
+    }
   }
 }
 

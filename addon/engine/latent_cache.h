@@ -16,6 +16,9 @@ class LatentCache {
   LatentCache(const LatentCache&) = delete;
   LatentCache& operator=(const LatentCache&) = delete;
 
+  // Writes random numbers of the size that latents have, so that attention reads memory that exists.
+  void fill_synthetic();
+
   const std::vector<CacheLayer>& layers() const { return layers_; }
   int64_t bytes() const { return bytes_; }
 

@@ -17,8 +17,10 @@
 namespace rodin {
 namespace {
 
-// Rows of logits held at once; a step with more is worked off in several parts.
+// Rows of logits held at once; a step with more is worked off in several parts. A GPU reads the head anew for
+// each.
 constexpr int64_t kMaxLogitRows = 64;
+constexpr int64_t kMaxLogitRowsOfGpu = 128;
 
 void fill_index(const StepBatch& batch, HostIndex& index) {
   index.clear();
@@ -38,9 +40,11 @@ OpsLimits ops_limits(const RunnerOptions& options) {
   OpsLimits limits;
   limits.max_step_tokens = options.max_step_tokens;
   limits.max_num_seqs = options.max_num_seqs;
-  limits.max_logit_rows = std::min(kMaxLogitRows, options.max_step_tokens);
+  limits.max_logit_rows =
+      std::min(options.device == "cpu" ? kMaxLogitRows : kMaxLogitRowsOfGpu, options.max_step_tokens);
   limits.num_blocks = options.num_blocks;
   limits.block_size = options.block_size;
+  limits.max_context = std::min(options.num_blocks * options.block_size, spec.max_position_embeddings);
   limits.hidden_size = spec.hidden_size;
   limits.vocab_size = spec.vocab_size;
   limits.mla = mla_shape(spec);
@@ -61,6 +65,31 @@ OpsLimits ops_limits(const RunnerOptions& options) {
 
 int64_t num_cache_layers(const ModelSpec& spec, bool load_mtp) {
   return spec.num_hidden_layers + (load_mtp ? 1 : 0);
+}
+
+constexpr int64_t kMegabyte = int64_t{1} << 20;
+
+// Says no before anything is read, where the weights alone do not fit.
+void check_room(const DeviceMemory& memory, int64_t weight_bytes) {
+  check(memory.total == 0 || weight_bytes <= memory.free, "the weights take ", weight_bytes / kMegabyte,
+        " MiB, and of the GPU's ", memory.total / kMegabyte, " MiB only ", memory.free / kMegabyte,
+        " are free; use a GPU with more memory, or end what else runs on it");
+}
+
+// Blocks that fit into what weights and workspace have left of the share of memory that may be used.
+int64_t blocks_that_fit(const RunnerOptions& options, const DeviceMemory& memory, int64_t block_bytes,
+                        int64_t num_layers) {
+  constexpr int64_t kGrain = 2 * kMegabyte;  // every layer's memory is rounded up to it
+  const auto usable = static_cast<int64_t>(static_cast<double>(memory.total) * options.memory_utilization);
+  const int64_t used = memory.total - memory.free;
+  const int64_t left = usable - used - num_layers * kGrain;
+  check(left >= block_bytes, "the GPU is out of memory: ", options.memory_utilization, " of its ",
+        memory.total / kMegabyte, " MiB (--gpu-memory-utilization) are ", usable / kMegabyte,
+        " MiB, of which ", used / kMegabyte,
+        " MiB are taken by weights, workspace and other programs; a latent cache of one block takes ",
+        (block_bytes + num_layers * kGrain) / kMegabyte,
+        " MiB more. Raise the share, or lower --max-step-tokens or --max-num-seqs");
+  return std::min(options.num_blocks, left / block_bytes);
 }
 
 void append(const StepResult& part, StepResult& result) {
@@ -115,7 +144,7 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   check_spec(spec);
   auto state = std::make_unique<State>();
   const BackendOptions backend = {options_.device, options_.compute, options_.cpu_path,
-                                  static_cast<int>(options_.num_threads)};
+                                  static_cast<int>(options_.num_threads), options_.kv_cache_dtype};
   state->ops = make_ops(backend);
   check(!spec.is_gqa() || state->ops->has_gqa(), "a checkpoint of type ", spec.model_type,
         " (grouped-query attention) is not supported on ", options_.device, "; use the device cpu");
@@ -124,19 +153,33 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
       std::make_unique<TensorTable>(state->entries, spec.weight_block_rows, spec.weight_block_cols);
   state->weights = find_weights(spec, *state->table, options_.load_mtp);
   Ops& ops = *state->ops;
-  state->cache = std::make_unique<LatentCache>(ops, num_cache_layers(spec, options_.load_mtp),
-                                               options_.num_blocks, options_.block_size, cache_row_dim(spec));
+  const int64_t num_layers = num_cache_layers(spec, options_.load_mtp);
+  const int64_t row_dim = cache_row_dim(spec, ops.cache_dtype());
+  const bool is_synthetic = std::any_of(state->entries.begin(), state->entries.end(),
+                                        [](const TensorEntry& entry) { return entry.file.empty(); });
+  const auto make_cache = [&](int64_t num_blocks) {
+    state->cache = std::make_unique<LatentCache>(ops, num_layers, num_blocks, options_.block_size, row_dim);
+    if (is_synthetic) state->cache->fill_synthetic();
+  };
+  check_room(ops.memory(), total_bytes());
+  // A cache of a given size is refused before the weights are read.
+  if (options_.memory_utilization == 0) make_cache(options_.num_blocks);
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
-  place_weights(state->weights, ops, spec);
+  place_weights(state->weights, ops, spec, state->table.get());
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
                                              ops_limits(options_).max_logit_rows);
+  if (!state->cache) {
+    const int64_t block_bytes = num_layers * row_dim * dtype_bytes(ops.cache_dtype()) * options_.block_size;
+    make_cache(blocks_that_fit(options_, ops.memory(), block_bytes, num_layers));
+  }
   if (options_.load_mtp) {
     state->drafter = std::make_unique<Drafter>(*state->forward, ops, state->cache->layers().back(),
                                                options_.block_size, spec.vocab_size);
   }
   RunnerInfo info;
   info.device = ops.name();
+  info.num_blocks = state->cache->layers()[0].latents.rows / options_.block_size;
   info.weight_bytes = total_bytes();
   info.cache_bytes = state->cache->bytes();
   info.workspace_bytes = static_cast<int64_t>(ops_bytes + state->forward->workspace_bytes());
@@ -225,9 +268,10 @@ void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>
 }
 
 int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
-                              bool load_mtp) {
+                              const std::string& kv_cache_dtype, bool load_mtp) {
   check_spec(spec);
-  return num_cache_layers(spec, load_mtp) * cache_row_dim(spec) * dtype_bytes(cache_dtype(device, compute));
+  const Dtype dtype = cache_dtype(device, compute, kv_cache_dtype);
+  return num_cache_layers(spec, load_mtp) * cache_row_dim(spec, dtype) * dtype_bytes(dtype);
 }
 
 }  // namespace rodin

@@ -19,10 +19,14 @@ struct RunnerOptions {
   std::vector<TensorEntry> tensors;
   std::string device = "cpu";     // "cpu" | "cuda:0"
   std::string compute = "auto";   // "float32" | "auto"
-  std::string cpu_path = "auto";  // "auto" | "avx512" | "avx2" | "portable"
+  std::string cpu_path = "auto";  // "auto" or one of supported_cpu_paths()
   int64_t num_threads = 1;        // compute threads, the engine thread included
   int64_t block_size = 0;
-  int64_t num_blocks = 0;
+  int64_t num_blocks = 0;  // of the latent cache; the most of them where memory_utilization is not 0
+  // 0, or the share of the GPU's memory that weights, workspace and cache take together: the cache gets what
+  // is left of it.
+  double memory_utilization = 0;
+  std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"
   int64_t max_step_tokens = 0;
   int64_t max_num_seqs = 0;
   bool load_mtp = false;
@@ -30,6 +34,7 @@ struct RunnerOptions {
 
 struct RunnerInfo {
   std::string device;  // e.g. "cpu (avx512)"
+  int64_t num_blocks = 0;
   int64_t weight_bytes = 0;
   int64_t cache_bytes = 0;
   int64_t workspace_bytes = 0;
@@ -62,6 +67,6 @@ class Runner {
 
 // Bytes one token takes in the latent cache over all layers, the MTP module's included if it is loaded.
 int64_t cache_bytes_per_token(const ModelSpec& spec, const std::string& compute, const std::string& device,
-                              bool load_mtp);
+                              const std::string& kv_cache_dtype, bool load_mtp);
 
 }  // namespace rodin

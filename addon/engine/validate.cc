@@ -152,6 +152,10 @@ void validate_options(const RunnerOptions& options) {
   check_range("blockSize", options.block_size, 1, 1 << 16);
   check_range("numBlocks", options.num_blocks, 1, kMaxInt32);
   check_range("numBlocks * blockSize", options.num_blocks * options.block_size, 1, kMaxInt32);
+  check(options.memory_utilization >= 0 && options.memory_utilization <= 1, "gpuMemoryUtilization is ",
+        options.memory_utilization, ", outside 0 .. 1");
+  check(options.memory_utilization == 0 || options.device != "cpu", "gpuMemoryUtilization is ",
+        options.memory_utilization, "; on the CPU it must be 0");
   check_range("maxStepTokens", options.max_step_tokens, 1, 1 << 20);
   check_range("maxNumSeqs", options.max_num_seqs, 1, 1 << 20);
   check(options.compute == "float32" || options.compute == "auto", "compute is '", options.compute,

@@ -40,7 +40,7 @@ Forward::Forward(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, i
   buffers_.angles = workspace_.tensor(tokens, spec.rope_dim(), Dtype::kF32);
   buffers_.q_a = workspace_.tensor(tokens, spec.q_lora_rank, dtype);
   buffers_.q = workspace_.tensor(tokens, mla.num_heads * mla.qk_dim() + gqa_dim, dtype);
-  buffers_.kv = workspace_.tensor(tokens, cache_row_dim(spec), dtype);
+  buffers_.kv = workspace_.tensor(tokens, cache_row_dim(spec, dtype), dtype);
   buffers_.attention = workspace_.tensor(tokens, mla.num_heads * mla.v_dim + gqa_dim, dtype);
   buffers_.mlp = workspace_.tensor(has_dense ? tokens : 0, spec.intermediate_size, dtype);
   buffers_.expert_ids = workspace_.tensor(tokens, spec.num_experts_per_token, Dtype::kI32);
@@ -60,6 +60,12 @@ Forward::~Forward() = default;
 
 Tensor Forward::run(const StepIndex& index, const std::vector<CacheLayer>& cache) {
   const ForwardBuffers at = buffers_.first_rows(index.num_tokens);
+  ops_.run_recorded(index, [&] { run_layers(index, cache, at); });
+  return at.hidden;
+}
+
+void Forward::run_layers(const StepIndex& index, const std::vector<CacheLayer>& cache,
+                         const ForwardBuffers& at) {
   const std::vector<LayerWeights>& layers = weights_.layers;
   ops_.rope_table(index, rope_, at.angles);
   ops_.embed(weights_.embed, index, at.residual);
@@ -72,7 +78,6 @@ Tensor Forward::run(const StepIndex& index, const std::vector<CacheLayer>& cache
     ops_.add_rms_norm(at.residual, at.delta, is_last ? weights_.final_norm : layers[i + 1].input_norm, eps_,
                       is_last ? at.hidden : at.normed);
   }
-  return at.hidden;
 }
 
 void Forward::attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,

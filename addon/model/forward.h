@@ -60,6 +60,7 @@ class Forward {
   Tensor mtp_logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows);
 
  private:
+  void run_layers(const StepIndex& index, const std::vector<CacheLayer>& cache, const ForwardBuffers& at);
   void attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,
                  const ForwardBuffers& at);
   void mlp(const LayerWeights& layer, const ForwardBuffers& at);

@@ -13,7 +13,7 @@ struct TensorEntry {
   std::string name;
   std::string dtype;  // "F8_E4M3" | "BF16" | "F16" | "F32"
   std::vector<int64_t> shape;
-  std::string file;    // absolute path of the shard
+  std::string file;    // absolute path of the shard; empty: random values, made in memory
   int64_t offset = 0;  // absolute byte offset in the file
   int64_t bytes = 0;
 };

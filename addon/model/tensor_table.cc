@@ -1,5 +1,8 @@
 #include "model/tensor_table.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <mutex>
@@ -54,12 +57,34 @@ TensorTable::TensorTable(const std::vector<TensorEntry>& entries, int64_t block_
     const int64_t bytes = shape_bytes(entry);
     check(bytes >= 0 && bytes == entry.bytes, entry.file, ": tensor ", entry.name, " of shape ",
           shape_text(entry.shape), " and type ", entry.dtype, " cannot take ", entry.bytes, " bytes");
+    if (entry.file.empty()) continue;
     auto file = files_.find(entry.file);
     if (file == files_.end()) file = files_.emplace(entry.file, MappedFile(entry.file)).first;
     const int64_t size = file->second.size();
     check(entry.offset >= 0 && entry.offset <= size && entry.bytes <= size - entry.offset, entry.file,
           ": tensor ", entry.name, " ends at byte ", entry.offset, " + ", entry.bytes, ", but the file has ",
           size, " bytes; download the shard again");
+  }
+  place_synthetic(entries);
+}
+
+// Vectors and scales are read before make_resident(), so they are written here.
+void TensorTable::place_synthetic(const std::vector<TensorEntry>& entries) {
+  constexpr int64_t kAlignment = 64;
+  int64_t total = 0;
+  for (const TensorEntry& entry : entries) {
+    if (entry.file.empty()) total += (entry.bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  if (total == 0) return;
+  synthetic_ = std::make_unique<AnonymousMemory>(total);
+  char* at = synthetic_->data();
+  for (const TensorEntry& entry : entries) {
+    if (!entry.file.empty()) continue;
+    synthetic_at_.emplace(&entry, at);
+    if (dtype_of_name(entry.dtype) == Dtype::kF32 || entry.shape.size() == 1) {
+      fill_synthetic(entry, at, 0, entry.bytes);
+    }
+    at += (entry.bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 }
 
@@ -70,6 +95,7 @@ const TensorEntry& TensorTable::find(const std::string& name) const {
 }
 
 const char* TensorTable::data_of(const TensorEntry& entry) const {
+  if (entry.file.empty()) return synthetic_at_.at(&entry);
   return files_.at(entry.file).data() + entry.offset;
 }
 
@@ -118,6 +144,15 @@ const float* TensorTable::copy_to_float(const TensorEntry& entry) {
   return copy.data();
 }
 
+void TensorTable::release(const Weight& weight) const {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(weight.data);
+  const auto bytes = static_cast<uintptr_t>(weight.rows * weight.cols * dtype_bytes(weight.dtype));
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+}
+
 void TensorTable::make_resident(std::atomic<int64_t>& loaded_bytes, int num_threads) {
   constexpr int64_t kPieceBytes = int64_t{4} << 20;
   constexpr int64_t kPageBytes = 4096;
@@ -142,6 +177,11 @@ void TensorTable::make_resident(std::atomic<int64_t>& loaded_bytes, int num_thre
     volatile char sink = 0;
     for (size_t i = next++; i < pieces.size() && !broken; i = next++) {
       const Piece& piece = pieces[i];
+      if (piece.entry->file.empty()) {
+        char* data = synthetic_at_.at(piece.entry);
+        const int64_t begin = piece.data - data;
+        fill_synthetic(*piece.entry, data, begin, begin + piece.bytes);
+      }
       if (dtype_of_name(piece.entry->dtype) == Dtype::kF8E4M3) {
         if (holds_e4m3_nan(piece.data, piece.bytes)) broken = piece.entry;
       } else {

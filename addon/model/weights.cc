@@ -118,19 +118,51 @@ LayerWeights find_layer(const ModelSpec& spec, TensorTable& table, int64_t index
   return layer;
 }
 
-void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden) {
-  layer.input_norm = ops.place_vector(layer.input_norm, hidden);
+std::vector<Weight*> matrices_of(LayerWeights& layer) {
+  std::vector<Weight*> all;
+  const auto add = [&](MlpWeights& mlp) { all.insert(all.end(), {&mlp.gate, &mlp.up, &mlp.down}); };
   if (layer.is_gqa) {
-    ops.place(layer.gqa);
+    all.insert(all.end(), {&layer.gqa.q, &layer.gqa.k, &layer.gqa.v, &layer.gqa.o});
   } else {
-    ops.place(layer.mla);
+    all.insert(all.end(), {&layer.mla.q_a, &layer.mla.q_b, &layer.mla.kv_a, &layer.mla.kv_b, &layer.mla.o});
   }
-  layer.post_attention_norm = ops.place_vector(layer.post_attention_norm, hidden);
   if (layer.is_moe) {
-    ops.place(layer.moe);
+    for (MlpWeights& expert : layer.moe.experts) add(expert);
+    add(layer.moe.shared);
   } else {
-    ops.place(layer.mlp);
+    add(layer.mlp);
   }
+  return all;
+}
+
+// Calls place(), then releases those of the matrices that were copied.
+template <class F>
+void place_and_release(const std::vector<Weight*>& matrices, const Ops& ops, const TensorTable* table,
+                       const F& place) {
+  if (table == nullptr) return place();
+  std::vector<Weight> on_host;
+  for (const Weight* matrix : matrices) on_host.push_back(*matrix);
+  place();
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (matrices[i]->present() && ops.is_copied(*matrices[i])) table->release(on_host[i]);
+  }
+}
+
+void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden, const TensorTable* table) {
+  place_and_release(matrices_of(layer), ops, table, [&] {
+    layer.input_norm = ops.place_vector(layer.input_norm, hidden);
+    if (layer.is_gqa) {
+      ops.place(layer.gqa);
+    } else {
+      ops.place(layer.mla);
+    }
+    layer.post_attention_norm = ops.place_vector(layer.post_attention_norm, hidden);
+    if (layer.is_moe) {
+      ops.place(layer.moe);
+    } else {
+      ops.place(layer.mlp);
+    }
+  });
 }
 
 }  // namespace
@@ -158,8 +190,11 @@ GqaShape gqa_shape(const ModelSpec& spec) {
   return shape;
 }
 
-int64_t cache_row_dim(const ModelSpec& spec) {
-  return spec.is_gqa() ? gqa_shape(spec).row_dim() : mla_shape(spec).latent_dim();
+int64_t cache_row_dim(const ModelSpec& spec, Dtype dtype) {
+  if (spec.is_gqa()) return gqa_shape(spec).row_dim();
+  const MlaShape shape = mla_shape(spec);
+  if (dtype != Dtype::kF8E4M3) return shape.latent_dim();
+  return shape.lora_rank + shape.lora_rank / 128 * 4 + shape.rope_dim * 2;
 }
 
 ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_mtp) {
@@ -186,29 +221,33 @@ ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_m
   return weights;
 }
 
-void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec) {
+void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec, const TensorTable* table) {
   const void* host_embed = weights.embed.data;
   const void* host_head = weights.lm_head.data;
-  ops.place(weights.embed);
-  for (LayerWeights& layer : weights.layers) place_layer(layer, ops, spec.hidden_size);
+  if (host_head == host_embed) {
+    ops.place(weights.embed);
+  } else {
+    ops.place_table(weights.embed);
+  }
+  for (LayerWeights& layer : weights.layers) place_layer(layer, ops, spec.hidden_size, table);
   weights.final_norm = ops.place_vector(weights.final_norm, spec.hidden_size);
   if (host_head == host_embed) {
     weights.lm_head = weights.embed;
   } else {
-    ops.place(weights.lm_head);
+    place_and_release({&weights.lm_head}, ops, table, [&] { ops.place(weights.lm_head); });
   }
   if (!weights.mtp) return;
 
   MtpWeights& mtp = *weights.mtp;
   mtp.enorm = ops.place_vector(mtp.enorm, spec.hidden_size);
   mtp.hnorm = ops.place_vector(mtp.hnorm, spec.hidden_size);
-  ops.place(mtp.eh_proj);
-  place_layer(mtp.layer, ops, spec.hidden_size);
+  place_and_release({&mtp.eh_proj}, ops, table, [&] { ops.place(mtp.eh_proj); });
+  place_layer(mtp.layer, ops, spec.hidden_size, table);
   mtp.head_norm = ops.place_vector(mtp.head_norm, spec.hidden_size);
   if (mtp.head.data == host_head) {
     mtp.head = weights.lm_head;
   } else {
-    ops.place(mtp.head);
+    place_and_release({&mtp.head}, ops, table, [&] { ops.place(mtp.head); });
   }
 }
 

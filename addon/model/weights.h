@@ -45,8 +45,10 @@ struct ModelWeights {
 // Views into the table. Throws where a tensor is missing or has another shape than the spec asks for.
 ModelWeights find_weights(const ModelSpec& spec, TensorTable& table, bool load_mtp);
 
-// Places every tensor on the device of `ops`, each once.
-void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec);
+// Places every tensor on the device of `ops`, each once, and gives the memory of those that were copied back
+// to the system where `table` is given: the tensors then lie in it.
+void place_weights(ModelWeights& weights, Ops& ops, const ModelSpec& spec,
+                   const TensorTable* table = nullptr);
 
 // The entries that find_weights() will use; others (unused MTP modules, ...) are neither mapped nor counted.
 std::vector<TensorEntry> needed_entries(const ModelSpec& spec, const std::vector<TensorEntry>& entries,
@@ -56,7 +58,7 @@ std::vector<TensorEntry> needed_entries(const ModelSpec& spec, const std::vector
 MlaShape mla_shape(const ModelSpec& spec);
 GqaShape gqa_shape(const ModelSpec& spec);
 
-// Elements that one position takes in one layer of the latent cache.
-int64_t cache_row_dim(const ModelSpec& spec);
+// Elements of `dtype` that one position takes in one layer of the latent cache (ops.h, CacheLayer).
+int64_t cache_row_dim(const ModelSpec& spec, Dtype dtype);
 
 }  // namespace rodin

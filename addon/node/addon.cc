@@ -42,8 +42,8 @@ Napi::Value create_runner(const Napi::CallbackInfo& info) {
 Napi::Value get_cache_bytes_per_token(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const CacheOptions options = to_cache_options(info[0]);
-    const int64_t bytes =
-        cache_bytes_per_token(options.spec, options.compute, options.device, options.load_mtp);
+    const int64_t bytes = cache_bytes_per_token(options.spec, options.compute, options.device,
+                                                options.kv_cache_dtype, options.load_mtp);
     return Napi::Number::New(info.Env(), static_cast<double>(bytes));
   });
 }
@@ -66,6 +66,16 @@ Napi::Value get_devices(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value get_ceilings(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const Ceilings ceilings = make_ops(to_backend_options(info[0]))->measure_ceilings();
+    Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("readBytesPerSecond", ceilings.read_bytes_per_second);
+    object.Set("flopsPerSecond", ceilings.flops_per_second);
+    return object;
+  });
+}
+
 Napi::Value get_cpu_paths(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value { return to_string_array(info.Env(), cpu_paths()); });
 }
@@ -78,6 +88,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
               Napi::Function::New(env, get_cache_bytes_per_token, "cacheBytesPerToken"));
   exports.Set("devices", Napi::Function::New(env, get_devices, "devices"));
   exports.Set("cpuPaths", Napi::Function::New(env, get_cpu_paths, "cpuPaths"));
+  exports.Set("ceilings", Napi::Function::New(env, get_ceilings, "ceilings"));
   return exports;
 }
 

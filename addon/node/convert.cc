@@ -198,6 +198,8 @@ RunnerOptions to_runner_options(const Napi::Value& value) {
   options.num_threads = fields.count("numThreads");
   options.block_size = fields.count("blockSize");
   options.num_blocks = fields.count("numBlocks");
+  options.memory_utilization = fields.number("gpuMemoryUtilization");
+  options.kv_cache_dtype = fields.text("kvCacheDtype");
   options.max_step_tokens = fields.count("maxStepTokens");
   options.max_num_seqs = fields.count("maxNumSeqs");
   options.load_mtp = fields.boolean("loadMtp");
@@ -216,8 +218,17 @@ CacheOptions to_cache_options(const Napi::Value& value) {
   options.spec = to_model_spec(fields.value("spec"));
   options.compute = fields.text("compute");
   options.device = fields.text("device");
+  options.kv_cache_dtype = fields.text("kvCacheDtype");
   options.load_mtp = fields.boolean("loadMtp");
   return options;
+}
+
+BackendOptions to_backend_options(const Napi::Value& value) {
+  const Fields fields(value, "options");
+  const int64_t num_threads = fields.count("numThreads");
+  if (num_threads < 1 || num_threads > 1024) fail_type(fields.env(), fields.path("numThreads"), "1 to 1024");
+  return {fields.text("device"), fields.text("compute"), fields.text("cpuPath"),
+          static_cast<int>(num_threads), fields.text("kvCacheDtype")};
 }
 
 StepBatch to_step_batch(const Napi::Value& value) {
@@ -258,6 +269,7 @@ StepBatch to_step_batch(const Napi::Value& value) {
 Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("device", info.device);
+  object.Set("numBlocks", static_cast<double>(info.num_blocks));
   object.Set("weightBytes", static_cast<double>(info.weight_bytes));
   object.Set("cacheBytes", static_cast<double>(info.cache_bytes));
   object.Set("workspaceBytes", static_cast<double>(info.workspace_bytes));

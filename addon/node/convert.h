@@ -4,6 +4,7 @@
 
 #include <napi.h>
 
+#include "backend.h"
 #include "engine/runner.h"
 #include "engine/step.h"
 
@@ -17,9 +18,13 @@ struct CacheOptions {
   ModelSpec spec;
   std::string compute;
   std::string device;
+  std::string kv_cache_dtype;
   bool load_mtp = false;
 };
 CacheOptions to_cache_options(const Napi::Value& value);
+
+// The arguments of ceilings, a part of RunnerOptions.
+BackendOptions to_backend_options(const Napi::Value& value);
 
 // Copies every array.
 StepBatch to_step_batch(const Napi::Value& value);

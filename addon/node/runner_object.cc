@@ -179,7 +179,9 @@ void RunnerObject::settle(Napi::Env env, const EngineEvent& event) {
   const Napi::Promise::Deferred deferred = *std::exchange(pending, std::nullopt);
   try {
     if (!event.error.empty()) {
-      deferred.Reject(Napi::Error::New(env, event.error).Value());
+      const Napi::Error error = Napi::Error::New(env, event.error);
+      if (event.is_device_lost) error.Set("code", Napi::String::New(env, "DEVICE_LOST"));
+      deferred.Reject(error.Value());
     } else if (event.kind == EngineEvent::Kind::kLoaded) {
       deferred.Resolve(from_runner_info(env, event.info));
     } else {

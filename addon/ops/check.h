@@ -14,6 +14,11 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// The device takes no more work from this process; only a new one helps.
+struct DeviceLost : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
   if (!ok) fail(parts...);

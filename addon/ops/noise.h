@@ -99,6 +99,24 @@ RODIN_HOST_DEVICE float gumbel(uint32_t bits) { return -log_normal(exponential(b
 
 }  // namespace noise
 
+// exp(x) for x <= 0; 0 below -87. Masses of top_p and sums of log-probabilities are made of it, so that the
+// CPU and the GPU keep the same tokens.
+RODIN_HOST_DEVICE float exp_non_positive(float x) {
+  using noise::add;
+  using noise::mul;
+  if (!(x > -87.0f)) return 0;
+  // x = n ln 2 + r; exp(r) = 1 + r + r^2 P(r), P a minimax polynomial
+  const float n = add(add(mul(x, 0x1.715476p+0f), 0x1.8p+23f), -0x1.8p+23f);
+  const float r = add(add(x, mul(n, -0x1.62e400p-1f)), mul(n, -0x1.7f7d1cp-20f));
+  float p = 0.0013950474f;
+  p = add(mul(p, r), 0.008368882f);
+  p = add(mul(p, r), 0.041666206f);
+  p = add(mul(p, r), 0.1666652f);
+  p = add(mul(p, r), 0.5f);
+  const float e = add(add(mul(mul(r, r), p), r), 1.0f);
+  return mul(e, noise::float_from_bits((static_cast<int32_t>(n) + 127) << 23));
+}
+
 RODIN_HOST_DEVICE float gumbel_noise(uint32_t seed_low, uint32_t seed_high, int32_t position,
                                      int32_t token_id) {
   const PhiloxWords counter = {{static_cast<uint32_t>(position), static_cast<uint32_t>(token_id) >> 2, 0, 0}};

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "ops/tensor.h"
@@ -28,6 +29,7 @@ struct OpsLimits {
   int64_t max_logit_rows = 0;  // most rows of one sample() or lm_head call
   int64_t num_blocks = 0;
   int64_t block_size = 0;
+  int64_t max_context = 0;  // most positions of a sequence; 0: what the blocks hold
   int64_t hidden_size = 0;
   int64_t vocab_size = 0;
   int64_t max_linear_inputs = 0;  // largest Weight::cols
@@ -72,9 +74,22 @@ struct RopeParams {
 };
 
 // One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key]; GQA:
-// [G * D rotated keys | G * D values].
+// [G * D rotated keys | G * D values]. kF8E4M3 (MLA alone): bytes, [lora_rank e4m3 | a float32 scale for each
+// 128 of them | rope_dim bf16].
 struct CacheLayer {
   Tensor latents;  // [num_blocks * block_size, latent_dim or row_dim], cache_dtype()
+};
+
+// Of a device that has memory of its own, in bytes; 0 elsewhere.
+struct DeviceMemory {
+  int64_t free = 0;
+  int64_t total = 0;
+};
+
+// What a device can do at most, measured; 0: it does not measure that.
+struct Ceilings {
+  double read_bytes_per_second = 0;  // of memory that no cache holds
+  double flops_per_second = 0;       // of the products that linear is made of; a multiply-add counts as two
 };
 
 class Ops {
@@ -85,6 +100,8 @@ class Ops {
   virtual std::string name() const = 0;
   virtual Dtype activation_dtype() const = 0;
   virtual Dtype cache_dtype() const = 0;
+  // Takes about a second; for benchmarks.
+  virtual Ceilings measure_ceilings() { return {}; }
 
   // ---- memory -------------------------------------------------------------------------------------------
   // Device memory, 64-byte aligned, contents undefined; throws when there is none. Freed by free().
@@ -92,11 +109,14 @@ class Ops {
   virtual void free(void* data) = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
+  virtual DeviceMemory memory() const { return {}; }
 
   // ---- weights: a host view becomes a view that the ops below accept ------------------------------------
   // The host memory outlives the Ops; a CPU keeps pointing at it. Called once each, before reserve().
   // Tied tensors are placed once and the result is copied by the caller.
   virtual void place(Weight& weight) = 0;
+  // A table of embeddings that no product uses.
+  virtual void place_table(Weight& table) { place(table); }
   virtual const float* place_vector(const float* host, int64_t size) = 0;  // [size]
   // The families may be repacked as a whole (`packed`); by default each tensor is placed on its own.
   virtual void place(MlpWeights& mlp) {
@@ -107,6 +127,8 @@ class Ops {
   virtual void place(MoeWeights& moe);
   virtual void place(MlaWeights& mla);
   virtual void place(GqaWeights& gqa);
+  // Whether a placed weight is a copy, so that its host memory is never read again.
+  virtual bool is_copied(const Weight&) const { return false; }
   // Allocates the Ops' own workspace and returns its bytes. Called once, after every place().
   virtual size_t reserve(const OpsLimits& limits) = 0;
 
@@ -114,6 +136,12 @@ class Ops {
   // Makes the index arrays available to the device. At most two indices live in one step (decoder layers,
   // MTP module); `which` is 0 or 1 and an index is valid until begin_step(which) is called again.
   virtual StepIndex begin_step(const StepIndex& host, int which) = 0;
+  // Enqueues what `body` enqueues with this index; what body does is the same in every call for indices of
+  // one `which`, and it reads no host memory but the index's sizes. A device may record it and replay the
+  // recording for later indices of the same shape without calling it.
+  virtual void run_recorded([[maybe_unused]] const StepIndex& index, const std::function<void()>& body) {
+    body();
+  }
   // table[i] = [cos of rope_dim/2 angles | sin of them], float32 [T, rope_dim], at rope_positions.
   virtual void rope_table(const StepIndex& index, const RopeParams& params, const Tensor& table) = 0;
 

@@ -19,7 +19,7 @@ export async function createChatCompletion(
   const job = await readChatRequest(request.body, request.tenant, context);
   checkReady(context);
   const jobs = Array.from({ length: job.numChoices }, (_, index) => jobOfChoice(job, index));
-  const choices = new Choices([jobs], context, request.log, startedAt);
+  const choices = new Choices([jobs], context, request, startedAt);
   if (!job.isStream) {
     abortWithClient(context, request, reply, choices);
     return sendWhole(context, choices, () => wholeChat(job, context, choices), reply);

@@ -1,7 +1,6 @@
-import type { FastifyBaseLogger } from 'fastify';
 import type { ChatOutput, Usage } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
-import { Completion } from './completion.js';
+import { Completion, type RequestOrigin } from './completion.js';
 import type { ApiContext } from './context.js';
 import type { components } from './openapi.js';
 
@@ -27,8 +26,8 @@ export class Choices {
   #isAborted = false;
 
   /** Submits the first of each group. Throws ApiError where the engine does not take one. */
-  constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, log: FastifyBaseLogger, startedAt: number) {
-    this.#submit = (job, earlier) => new Completion(job, context, log, startedAt, earlier);
+  constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, origin: RequestOrigin, startedAt: number) {
+    this.#submit = (job, earlier) => new Completion(job, context, origin, startedAt, earlier);
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
     this.all = this.#groups.flat();

@@ -1,9 +1,12 @@
-import type { FastifyBaseLogger } from 'fastify';
+import type { FastifyRequest } from 'fastify';
 import type { EngineEvent } from '../engine/request.js';
 import { ApiError } from '../errors.js';
 import { ChatOutput } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
+
+/** The request that completions belong to. */
+export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers'>;
 
 /**
  * One completion from submission to end: pulls events, feeds the output, keeps time and accounts for it once,
@@ -18,25 +21,28 @@ export class Completion {
   readonly #numSubmitted: number;
   readonly #job: ChatJob;
   readonly #context: ApiContext;
-  readonly #log: FastifyBaseLogger;
+  readonly #origin: RequestOrigin;
   readonly #events: AsyncIterator<EngineEvent>;
   readonly #startedAt: number;
+  readonly #submittedAt: number;
+  #scheduledAt: number | null = null;
   #firstTokenAt: number | null = null;
   #lastTokenAt: number | null = null;
   #numTimed = 0;
   #firstAnswerAt: number | null = null;
   #reasoningFrom: number | null = null;
   #reasoningTo: number | null = null;
+  #errorCode: string | null = null;
   #isEnded = false;
 
   /**
    * Submits the request; with `earlier`, an aborted completion of the same job, behind the tokens that it had. Throws
    * ApiError where the engine does not take it.
    */
-  constructor(job: ChatJob, context: ApiContext, log: FastifyBaseLogger, startedAt: number, earlier?: Completion) {
+  constructor(job: ChatJob, context: ApiContext, origin: RequestOrigin, startedAt: number, earlier?: Completion) {
     this.#job = job;
     this.#context = context;
-    this.#log = log;
+    this.#origin = origin;
     this.#startedAt = startedAt;
     this.output = earlier?.output ?? new ChatOutput(job, context.prompts);
     this.tokenIds = [...(earlier?.tokenIds ?? [])];
@@ -46,6 +52,7 @@ export class Completion {
     this.requestId = engineRequest.requestId + (earlier ? `.${this.#numSubmitted}` : '');
     const resumed = this.tokenIds.length ? { resumedIds: this.tokenIds } : {};
     const request = { ...engineRequest, requestId: this.requestId, ...resumed };
+    this.#submittedAt = performance.now();
     this.#events = context.engine.submit(request)[Symbol.asyncIterator]();
   }
 
@@ -56,12 +63,15 @@ export class Completion {
       const next = await this.#events.next();
       if (this.#isEnded) return false;
       if (next.done) throw new ApiError('engine_failed', 'The engine stopped while it was serving this request.');
+      const { queueMs } = next.value;
+      if (queueMs !== undefined) this.#scheduledAt = Math.min(performance.now(), this.#submittedAt + queueMs);
       this.output.accept(next.value);
       for (const { id } of next.value.tokens) this.tokenIds.push(id);
       this.#keepTime();
       if (this.output.finishReason !== null) this.#end(this.output.finishReason);
       return this.output.finishReason === null;
     } catch (error) {
+      this.#errorCode = error instanceof ApiError ? error.code : 'internal_error';
       this.#end('error');
       if (this.#context.drain.isDraining) {
         throw new ApiError('shutting_down', 'The server is shutting down; send the request again elsewhere.');
@@ -95,7 +105,7 @@ export class Completion {
   #end(finishReason: string): void {
     if (this.#isEnded) return;
     this.#isEnded = true;
-    this.#events.return?.().catch((error: unknown) => this.#log.error(error, 'aborting a sequence failed'));
+    this.#events.return?.().catch((error: unknown) => this.#origin.log.error(error, 'aborting a sequence failed'));
     const { numTokens, numReasoning, cachedTokens, reasoningEnded } = this.output;
     const { promptIds, sampling } = this.#job.engineRequest;
     const now = performance.now();
@@ -113,10 +123,15 @@ export class Completion {
       toFirstToken: since(this.#firstTokenAt),
       toFirstAnswer: since(this.#firstAnswerAt),
       reasoning: from === null ? null : ((this.#reasoningTo ?? from) - from) / 1000,
+      queue: between(this.#submittedAt, this.#scheduledAt),
+      prefill: between(this.#scheduledAt, this.#firstTokenAt),
+      decode: between(this.#firstTokenAt, this.#lastTokenAt),
     });
-    this.#log.info(
+    const traceId = this.#trace(finishReason, now);
+    this.#origin.log.info(
       {
         completion: this.requestId,
+        ...(traceId === null ? {} : { trace_id: traceId }),
         finish_reason: finishReason,
         prompt_tokens: promptIds.length,
         cached_tokens: cachedTokens,
@@ -128,4 +143,36 @@ export class Completion {
       'completion',
     );
   }
+  /** Sends the completion's spans and returns their trace; null where nobody wants any. */
+  #trace(finishReason: string, endedAt: number): string | null {
+    const { tracer, modelNames } = this.#context;
+    if (tracer === null) return null;
+    const { promptIds, sampling, requestId } = this.#job.engineRequest;
+    const { numTokens, numReasoning, cachedTokens } = this.output;
+    const trace = tracer.contextOf(this.#origin);
+    tracer.trace(trace, {
+      id: requestId,
+      model: modelNames[0]!,
+      operation: this.#job.isPlain ? 'text_completion' : 'chat',
+      sampling,
+      promptTokens: promptIds.length,
+      cachedTokens,
+      completionTokens: numTokens,
+      reasoningTokens: numReasoning,
+      finishReason,
+      errorCode: this.#errorCode,
+      startedAt: this.#startedAt,
+      submittedAt: this.#submittedAt,
+      scheduledAt: this.#scheduledAt,
+      firstTokenAt: this.#firstTokenAt,
+      lastTokenAt: this.#lastTokenAt,
+      endedAt,
+    });
+    return trace.traceId;
+  }
+}
+
+/** Seconds; null where one of the two never came. */
+function between(from: number | null, to: number | null): number | null {
+  return from === null || to === null ? null : (to - from) / 1000;
 }

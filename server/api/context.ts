@@ -1,6 +1,7 @@
 import type { ServeConfig } from '../config.js';
 import type { EngineHandle } from '../engine/request.js';
 import type { Metrics } from '../metrics.js';
+import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
@@ -25,6 +26,8 @@ export interface ApiContext {
   startedAt: number;
   contract: Contract;
   metrics: Metrics;
+  /** null: nobody wants traces */
+  tracer: CompletionTracer | null;
   drain: Drain;
   formats: OutputFormats;
   sse: SseOptions;

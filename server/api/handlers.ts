@@ -34,7 +34,7 @@ export function makeHandlers(context: ApiContext) {
     listModels: (request) => listModels(context, request),
     retrieveModel: (request) => retrieveModel(context, request),
     getHealth: (request, reply) => getHealth(context, request, reply),
-    getLiveness: () => getLiveness(),
+    getLiveness: (_request, reply) => getLiveness(context, reply),
     getMetrics: async (_request, reply) => {
       void reply.type(context.metrics.registry.contentType);
       return context.metrics.registry.metrics();

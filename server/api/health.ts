@@ -4,16 +4,25 @@ import type { components } from './openapi.js';
 
 type Health = components['schemas']['Health'];
 
-export function getLiveness(): components['schemas']['Liveness'] {
-  return { status: 'live' };
+type Liveness = components['schemas']['Liveness'];
+
+/**
+ * An engine that hangs or dies is replaced by the process that answers here, which watches its steps; what counts is
+ * whether it has given that up.
+ */
+export function getLiveness({ engine }: ApiContext, reply: FastifyReply): Liveness {
+  const state = engine.state();
+  if (state.status !== 'failed') return { status: 'live' };
+  void reply.code(503);
+  return { status: 'failed', reason: state.reason };
 }
 
 export function getHealth(
   context: ApiContext,
   request: FastifyRequest<{ Querystring: { live?: string } }>,
   reply: FastifyReply,
-): Health | components['schemas']['Liveness'] {
-  if (request.query.live !== undefined) return getLiveness();
+): Health | Liveness {
+  if (request.query.live !== undefined) return getLiveness(context, reply);
   const health = healthOf(context);
   void reply.code(health.status === 'ready' ? 200 : 503);
   return health;

@@ -1,4 +1,3 @@
-import { randomUUID } from 'node:crypto';
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { ApiError } from '../errors.js';
 import type { components } from './openapi.js';
@@ -24,7 +23,7 @@ export function isMessagesClient({ url, headers }: Pick<FastifyRequest, 'url' | 
 export function requestIdOf(reply: FastifyReply): string {
   const known = reply.getHeader('request-id');
   if (typeof known === 'string') return known;
-  const id = `req_${randomUUID().replaceAll('-', '')}`;
+  const { id } = reply.request;
   reply.header('request-id', id);
   return id;
 }

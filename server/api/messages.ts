@@ -31,7 +31,7 @@ export async function createMessage(
   checkReady(context);
   const job = await readMessagesRequest(request.body, request.tenant, context);
   checkReady(context);
-  const choices = new Choices([[job.chat]], context, request.log, startedAt);
+  const choices = new Choices([[job.chat]], context, request, startedAt);
   if (job.chat.isStream) {
     const dialect = new MessagesDialect(context, job, choices, requestIdOf(reply));
     const stream = new ChoiceStream(context, choices, dialect, { heartbeat: PING });

@@ -131,7 +131,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Answers as long as the process does, also while loading and while shutting down. */
+        /** Whether waiting can help; 503 means that only a new start does. Alive while loading and while shutting down. */
         get: operations["getLiveness"];
         put?: never;
         post?: never;
@@ -973,10 +973,12 @@ export interface components {
         };
         Liveness: {
             /**
-             * @description The process answers.
+             * @description failed where the engine will not come back.
              * @enum {string}
              */
-            status: "live";
+            status: "live" | "failed";
+            /** @description Why it failed. */
+            reason?: string;
         };
         Error: {
             /** @description The error. */
@@ -1693,6 +1695,15 @@ export interface operations {
         responses: {
             /** @description Alive. */
             200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Liveness"];
+                };
+            };
+            /** @description The engine has failed for good. */
+            503: {
                 headers: {
                     [name: string]: unknown;
                 };

@@ -30,6 +30,7 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   app.decorateRequest('tenant', '');
   allowOrigins(app, config.corsOrigins);
   app.addHook('onRequest', async (request, reply) => {
+    reply.header('x-request-id', request.id);
     if (isMessagesClient(request)) requestIdOf(reply);
   });
   // Deny by default: unknown paths ask for the key too.

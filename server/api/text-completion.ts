@@ -27,7 +27,7 @@ export async function createCompletion(
   const groups = jobs.map((job) =>
     Array.from({ length: job.numChoices }, (_, index): Job => ({ ...jobOfChoice(job, index), echo: job.echo })),
   );
-  const choices = new Choices(groups, context, request.log, startedAt);
+  const choices = new Choices(groups, context, request, startedAt);
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
   if (jobs[0]!.isStream) {
     const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, jobs[0]!));

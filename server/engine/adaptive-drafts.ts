@@ -21,6 +21,8 @@ const MAX_USELESS_STEPS = 16;
 /** every so many steps another number of drafts is tried for some steps: in turn none, one more, one fewer */
 const EXPLORE_INTERVAL = 192;
 const EXPLORE_STEPS = 12;
+/** steps that a decision holds while as many sequences run and draft */
+const DECISION_STEPS = 8;
 /** steps after a change of number that are not counted: caches are still those of the steps before */
 const SETTLING_STEPS = 2;
 
@@ -35,6 +37,7 @@ export class AdaptiveDrafts implements DraftPolicy {
   #numSkipped = 0;
   #probeDrafts = 0;
   #lastDrafts = -1;
+  #decision = { numSequences: 0, numDrafting: 0, count: 0, until: 0 };
   #numSettled = 0;
 
   wantsMtp(numSequences: number): boolean {
@@ -54,7 +57,7 @@ export class AdaptiveDrafts implements DraftPolicy {
   numDrafts(numSequences: number, numDrafting: number): number | null {
     if (!this.#costs.isKnown) return 1;
     this.#numSteps++;
-    const best = this.#best(numSequences, numDrafting, MIN_GAIN);
+    const best = this.#decide(numSequences, numDrafting);
     if (best > 0) {
       this.#numUselessSteps = 0;
       return this.#explore(best);
@@ -89,6 +92,16 @@ export class AdaptiveDrafts implements DraftPolicy {
 
   get #isProbeDue(): boolean {
     return this.#numSkipped >= PROBE_INTERVAL;
+  }
+
+  /** The best number, looked at anew every few steps: that takes as long as some steps' scheduling. */
+  #decide(numSequences: number, numDrafting: number): number {
+    const { numSequences: before, numDrafting: draftingBefore, until } = this.#decision;
+    if (before !== numSequences || draftingBefore !== numDrafting || this.#numSteps >= until) {
+      const count = this.#best(numSequences, numDrafting, MIN_GAIN);
+      this.#decision = { numSequences, numDrafting, count, until: this.#numSteps + DECISION_STEPS };
+    }
+    return this.#decision.count;
   }
 
   /**

@@ -1,8 +1,10 @@
-/** The native addon as TypeScript sees it: types only. The implementation is addon/node. */
+/** The native addon as TypeScript sees it. The implementation is addon/node. */
 import type { ModelSpec, TensorEntry } from '../model/spec.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 
 export type ComputeMode = 'float32' | 'auto';
+/** of the latent cache; 'auto' is the device's own: bf16 on a GPU */
+export type KvCacheDtype = 'auto' | 'bf16' | 'fp8';
 
 export interface RunnerOptions {
   spec: ModelSpec;
@@ -11,12 +13,17 @@ export interface RunnerOptions {
   device: string;
   /** 'float32' is the readable oracle, 'auto' the fast path of the device */
   compute: ComputeMode;
-  /** 'auto' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable': forces a CPU path (tests); ignored elsewhere */
   cpuPath: string;
   /** compute threads, the engine thread included */
   numThreads: number;
   blockSize: number;
+  /** blocks of the latent cache; the most of them where gpuMemoryUtilization is not 0 */
   numBlocks: number;
+  /** 0, or the share of the GPU's memory that weights, workspace and cache take: the cache gets what is left of it */
+  gpuMemoryUtilization: number;
+  /** the CPU takes 'auto' alone */
+  kvCacheDtype: KvCacheDtype;
   /** most tokens in one step: sizes the workspace */
   maxStepTokens: number;
   /** most sequences in one step */
@@ -28,6 +35,7 @@ export interface RunnerOptions {
 export interface RunnerInfo {
   /** e.g. 'cpu (avx512)' */
   device: string;
+  numBlocks: number;
   weightBytes: number;
   cacheBytes: number;
   workspaceBytes: number;
@@ -38,20 +46,38 @@ export interface NativeRunner {
   load(): Promise<RunnerInfo>;
   /** bytes of weights made ready so far; readable at any time */
   progress(): { loadedBytes: number; totalBytes: number };
-  /** Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. */
+  /**
+   * Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. Where it rejects with
+   * the code DEVICE_LOST, no later call can succeed.
+   */
   step(batch: StepBatch): Promise<StepResult>;
   /** Ends the engine thread and unmaps everything. Idempotent. */
   close(): Promise<void>;
 }
 
+export interface Ceilings {
+  /** of memory that no cache holds */
+  readBytesPerSecond: number;
+  /** of the products that a linear layer is made of; a multiply-add counts as two */
+  flopsPerSecond: number;
+}
+
 export interface NativeAddon {
   createRunner(options: RunnerOptions): NativeRunner;
   /** bytes one token takes in the latent cache over all layers (MTP included if loaded), before anything is allocated */
-  cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'loadMtp'>): number;
+  cacheBytesPerToken(options: Pick<RunnerOptions, 'spec' | 'compute' | 'device' | 'kvCacheDtype' | 'loadMtp'>): number;
   /** devices usable on this machine, best first, and why others are not */
   devices(): { usable: string[]; unusable: { device: string; reason: string }[] };
+  /**
+   * What a device can do at most, measured now: it takes seconds and blocks. 0: the device does not measure that.
+   */
+  ceilings(options: Pick<RunnerOptions, 'device' | 'compute' | 'cpuPath' | 'numThreads'>): Ceilings;
   /** CPU paths this machine can run, best first */
   cpuPaths(): string[];
+}
+
+export function isDeviceLost(error: unknown): boolean {
+  return (error as { code?: unknown }).code === 'DEVICE_LOST';
 }
 
 /** What the scheduler's loop needs of a runner; tests give a fake one. */

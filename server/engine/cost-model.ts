@@ -10,6 +10,7 @@ const MAX_AGE = 1024;
  */
 class Estimates {
   readonly #observed = new Map<number, { time: number; value: number }[]>(); // bucket -> [1 .. WINDOW] latest last
+  readonly #quartiles = new Map<number, number>(); // bucket -> of what was observed, where it is known already
 
   get isEmpty(): boolean {
     return this.#observed.size === 0;
@@ -17,17 +18,21 @@ class Estimates {
 
   add(count: number, value: number, time: number): void {
     const bucket = bucketOf(count);
-    const values = [...(this.#observed.get(bucket) ?? []), { time, value }].slice(-WINDOW);
-    this.#observed.set(
-      bucket,
-      values.filter((entry) => time - entry.time <= MAX_AGE),
-    );
+    const values = this.#observed.get(bucket);
+    this.#quartiles.delete(bucket);
+    if (values === undefined) return void this.#observed.set(bucket, [{ time, value }]);
+    values.push({ time, value });
+    while (values.length > WINDOW || time - values[0]!.time > MAX_AGE) values.shift();
   }
 
   /** What is known of a count itself. */
   at(count: number): number | undefined {
-    const values = this.#observed.get(bucketOf(count));
-    return values === undefined ? undefined : quartileOf(values.map(({ value }) => value));
+    const bucket = bucketOf(count);
+    const values = this.#observed.get(bucket);
+    if (values === undefined) return undefined;
+    const quartile = this.#quartiles.get(bucket) ?? quartileOf(values.map(({ value }) => value));
+    this.#quartiles.set(bucket, quartile);
+    return quartile;
   }
 
   /** The count nearest to this one that was observed, and its estimate. */

@@ -1,5 +1,6 @@
 import { ApiError } from '../errors.js';
-import type { RunnerInfo, StepRunner } from './addon.js';
+import { isDeviceLost, type RunnerInfo, type StepRunner } from './addon.js';
+import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import { EventStream } from './event-stream.js';
 import { packStep, unpackStep } from './pack-step.js';
@@ -7,9 +8,11 @@ import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats
 import { Scheduler, type SchedulerOptions } from './scheduler.js';
 import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
-export interface EngineOptions extends SchedulerOptions {
+export interface EngineOptions extends Omit<SchedulerOptions, 'onCacheEvent'> {
+  /** keep what changes in the prefix cache for takeCacheEvents() */
+  hasCacheEvents?: boolean;
   /** of the loaded runner */
-  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'>;
+  info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'> & { deviceNote?: string };
 }
 
 /** Steps in a row in which every sequence failed, after which the runner counts as broken. */
@@ -28,6 +31,7 @@ export class Engine implements EngineHandle {
   #state: EngineState;
   #wake: () => void = () => {};
   #numFailedSteps = 0;
+  #cacheEvents: CacheEvent[] = [];
   /** when the step before ended, milliseconds; 0 where the loop was idle since */
   #lastResultAt = 0;
   /** Called with the events of each step, in this process's stead of streams; set before the first request. */
@@ -38,12 +42,24 @@ export class Engine implements EngineHandle {
   constructor(runner: StepRunner, options: EngineOptions) {
     this.#runner = runner;
     this.#options = options;
-    this.#scheduler = new Scheduler(options);
+    this.#scheduler = new Scheduler({
+      now: () => performance.now(),
+      ...options,
+      ...(options.hasCacheEvents ? { onCacheEvent: (event) => void this.#cacheEvents.push(event) } : {}),
+    });
     this.#scheduler.onGrammar = (event) => {
       if (event !== null) this.onEvents([event]);
       this.#wake();
     };
-    this.#state = { status: 'ready', ...options.info, maxContext: options.limits.maxContext };
+    const { device, weightBytes, cacheBytes, deviceNote } = options.info;
+    this.#state = {
+      status: 'ready',
+      device,
+      weightBytes,
+      cacheBytes,
+      maxContext: options.limits.maxContext,
+      ...(deviceNote === undefined ? {} : { deviceNote }),
+    };
     this.#loop = this.#run();
   }
 
@@ -106,6 +122,13 @@ export class Engine implements EngineHandle {
     await this.#runner.close();
   }
 
+  /** What has changed in the prefix cache since the last call; always empty without hasCacheEvents. */
+  takeCacheEvents(): CacheEvent[] {
+    const events = this.#cacheEvents;
+    if (events.length > 0) this.#cacheEvents = [];
+    return events;
+  }
+
   /** Every test ends with this. */
   checkInvariant(): void {
     this.#scheduler.checkInvariant();
@@ -145,6 +168,7 @@ export class Engine implements EngineHandle {
     try {
       outcomes = await this.#runStep(plan);
     } catch (error) {
+      if (isDeviceLost(error)) throw error;
       outcomes = [];
       for (const part of plan.sequences) {
         const failed: SequenceOutcome = { kind: 'failed', message: (error as Error).message };
@@ -173,6 +197,7 @@ export class Engine implements EngineHandle {
     try {
       return (await this.#runStep(plan))[0]!;
     } catch (error) {
+      if (isDeviceLost(error)) throw error;
       return { kind: 'failed', message: (error as Error).message };
     }
   }

@@ -20,7 +20,9 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
   };
   const fail = (message: string, isStartup: boolean) => send({ type: 'failed', message, isStartup }, () => exit(1));
   const sendEvents = (events: Extract<ChildMessage, { type: 'step' }>['events']) => {
-    if (engine !== null) send({ type: 'step', events, stats: engine.stats() });
+    if (engine === null) return;
+    const cacheEvents = engine.takeCacheEvents();
+    send({ type: 'step', events, stats: engine.stats(), ...(cacheEvents.length > 0 ? { cacheEvents } : {}) });
   };
 
   const sendHeartbeat = () => {
@@ -55,9 +57,10 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     engine.onFailed = (reason) => fail(reason, false);
     const state = engine.state();
     if (state.status !== 'ready') return fail('The engine stopped before its first request.', false);
-    const { device, weightBytes, cacheBytes } = state;
+    const { device, deviceNote, weightBytes, cacheBytes } = state;
+    const note = deviceNote === undefined ? {} : { deviceNote };
     sendEvents([]); // stats are known before anybody is told that it is ready
-    send({ type: 'ready', info: { device, weightBytes, cacheBytes, limits: engine.limits } });
+    send({ type: 'ready', info: { device, ...note, weightBytes, cacheBytes, limits: engine.limits } });
     setInterval(sendHeartbeat, HEARTBEAT_MS);
   }
 

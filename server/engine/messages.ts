@@ -1,3 +1,4 @@
+import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import type { EngineEvent, EngineRequest, EngineStats, RequestProgress } from './request.js';
 import type { EngineConfig } from './start-engine.js';
@@ -14,6 +15,7 @@ export type ParentRequest = { type: 'submit'; request: EngineRequest } | { type:
 /** What is known of an engine that is ready. */
 export interface EngineInfo {
   device: string;
+  deviceNote?: string;
   weightBytes: number;
   cacheBytes: number;
   limits: RequestLimits;
@@ -28,6 +30,7 @@ export type ChildMessage =
       type: 'step';
       events: EngineEvent[];
       stats: EngineStats;
+      cacheEvents?: CacheEvent[];
       progress?: [requestId: string, progress: RequestProgress][];
     }
   /** the last message: a sentence to show as it is where isStartup, the reason for a restart otherwise */

@@ -1,6 +1,7 @@
 import { createHash } from 'node:crypto';
 import { LRUCache } from 'lru-cache';
 import type { BlockPool } from './block-pool.js';
+import type { CacheEvent } from './cache-events.js';
 
 /** What a published block holds. */
 export interface CachedBlock {
@@ -29,11 +30,18 @@ export class PrefixCache {
   readonly #fingerprint: string;
   readonly #byHash = new Map<string, CachedBlock>();
   readonly #byBlock = new Map<number, CachedBlock>();
+  readonly #onChange: (event: CacheEvent) => void;
   /** published blocks without references, least recently used first out */
   readonly #idle: LRUCache<number, CachedBlock>;
 
-  constructor(pool: BlockPool, blockSize: number, fingerprint: string) {
+  constructor(
+    pool: BlockPool,
+    blockSize: number,
+    fingerprint: string,
+    onChange: (event: CacheEvent) => void = () => {},
+  ) {
     this.#pool = pool;
+    this.#onChange = onChange;
     this.#blockSize = blockSize;
     this.#fingerprint = fingerprint;
     this.#idle = new LRUCache({ max: pool.numBlocks });
@@ -91,6 +99,7 @@ export class PrefixCache {
       if (evicted === undefined) return undefined;
       this.#forget(evicted);
       this.#pool.free(evicted.blockId);
+      this.#onChange({ kind: 'removed', hash: evicted.hash });
     }
     return this.#pool.take();
   }
@@ -132,10 +141,18 @@ export class PrefixCache {
     const block: CachedBlock = { blockId, hash, parentHash, tokenIds: this.#blockTokens(tokens, index), hasMtp };
     this.#byHash.set(hash, block);
     this.#byBlock.set(blockId, block);
+    // Content that another block held until now has been findable all the time.
+    if (known !== undefined) return;
+    this.#onChange({ kind: 'stored', hash, parentHash: index === 0 ? null : parentHash, tokenIds: block.tokenIds });
   }
 
   isPublished(blockId: number): boolean {
     return this.#byBlock.has(blockId);
+  }
+
+  /** Hashes by which a block is found now: for checks. */
+  findable(): string[] {
+    return [...this.#byHash.keys()];
   }
 
   /** What is published now, replaced blocks that are still in use included: for checks. */

@@ -2,6 +2,7 @@ import { fork, type ChildProcess } from 'node:child_process';
 import { extname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { ApiError, StartupError } from '../errors.js';
+import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { CounterTotals } from './counter-totals.js';
 import { EventStream } from './event-stream.js';
@@ -13,6 +14,8 @@ export interface EngineClientOptions {
   config: EngineConfig;
   /** a line for the log: deaths and restarts */
   log?: (line: string) => void;
+  /** what changes in the prefix cache, step by step; the config asks for it with hasCacheEvents */
+  onCacheEvents?: (events: readonly CacheEvent[]) => void;
   /** script of the engine process; tests give one with another runner */
   entry?: string;
   /** an engine process that is silent for so long is killed: its event loop hangs */
@@ -187,6 +190,7 @@ export class EngineClient implements EngineHandle {
         }
         if (message.progress !== undefined) this.#progress = new Map(message.progress);
         for (const event of message.events) this.#push(event);
+        if (message.cacheEvents !== undefined) this.#options.onCacheEvents?.(message.cacheEvents);
     }
   }
 
@@ -202,6 +206,7 @@ export class EngineClient implements EngineHandle {
     this.#outbox = [];
     this.#progress.clear();
     this.#totals.close();
+    this.#options.onCacheEvents?.([{ kind: 'cleared' }]);
     this.#endStreams('engine_failed', `The engine stopped while it was serving this request: ${reason}.`);
     if (!wasReady) this.#numStartFailures++;
     if (isStartup || this.#numStartFailures >= MAX_START_FAILURES) {

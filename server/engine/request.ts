@@ -97,6 +97,8 @@ export interface EngineEvent {
   /** prompt tokens whose latents came from the prefix cache; known from the first event on */
   cachedTokens: number;
   finishReason?: FinishReason;
+  /** in the first event after its first step began: milliseconds that it waited for that */
+  queueMs?: number;
   /** with finishReason 'stop': the token that ended it (-1 where the caller ended it) */
   stopTokenId?: number;
   /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */
@@ -140,6 +142,8 @@ export type EngineState =
   | {
       status: 'ready';
       device: string;
+      /** why --device auto took no GPU */
+      deviceNote?: string;
       weightBytes: number;
       cacheBytes: number;
       /** most tokens of prompt and completion: the smallest of positions, --max-model-len and cache */

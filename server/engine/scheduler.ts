@@ -1,5 +1,6 @@
 import { ApiError } from '../errors.js';
 import { BlockPool } from './block-pool.js';
+import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { DraftPlanner } from './draft-planner.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
@@ -30,6 +31,10 @@ export interface SchedulerOptions {
   fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
+  /** milliseconds of a clock: events then say how long their sequence waited */
+  now?: () => number;
+  /** told of whatever changes in the prefix cache */
+  onCacheEvent?: (event: CacheEvent) => void;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
   grammars?: GrammarFollower;
 }
@@ -68,7 +73,7 @@ export class Scheduler {
     }
     this.#options = options;
     this.#pool = new BlockPool(options.numBlocks);
-    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint);
+    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint, options.onCacheEvent);
     this.#drafts = options.drafts ?? new FixedDrafts(0);
     this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
   }
@@ -88,6 +93,7 @@ export class Scheduler {
     const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
     if (request.grammar) this.#follow(sequence, request.grammar);
     else sequence.resume(request.resumedIds ?? []);
+    if (this.#options.now) sequence.addedAt = this.#options.now();
     this.#open.set(request.requestId, sequence);
     insert(this.#waiting, sequence);
   }
@@ -173,6 +179,11 @@ export class Scheduler {
       ...this.#speculation.counters(),
       numRestarts: 0,
     };
+  }
+
+  /** Hashes that the prefix cache finds: for checks. */
+  findable(): string[] {
+    return this.#cache.findable();
   }
 
   /** What the prefix cache holds: for checks. */
@@ -329,6 +340,7 @@ export class Scheduler {
     if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
     this.#drafts.admit(runsMtp);
     if (sequence.cachedTokens < 0) {
+      if (this.#options.now) sequence.queueMs = this.#options.now() - sequence.addedAt;
       sequence.cachedTokens = Math.min(sequence.numShared, sequence.promptLength);
       this.#counters.prefixCacheQueries += sequence.promptLength;
       this.#counters.prefixCacheHits += sequence.cachedTokens;
@@ -416,13 +428,16 @@ export class Scheduler {
       reasoningEnded,
       numDraftTokens: draftTokens,
       numAcceptedTokens: acceptedTokens,
+      queueMs,
     } = sequence;
+    sequence.queueMs = null;
     return {
       requestId: id,
       tokens: [],
       cachedTokens: Math.max(0, cachedTokens),
       ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
       ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...(queueMs === null ? {} : { queueMs }),
       ...rest,
     };
   }

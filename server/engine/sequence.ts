@@ -40,6 +40,10 @@ export class Sequence {
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
+  /** when it was added, milliseconds */
+  addedAt = 0;
+  /** how long it waited for its first step, until that is told; null before and after */
+  queueMs: number | null = null;
   /** set once, before the sequence first runs; null where the answer is free */
   grammar: GrammarCursor | null = null;
 

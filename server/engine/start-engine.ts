@@ -1,11 +1,12 @@
-import { freemem } from 'node:os';
 import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
+import { usableMemory } from '../machine.js';
 import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
-import type { ComputeMode, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import type { ComputeMode, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import { chooseDevice } from './device.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { Engine } from './engine.js';
 import { warmUp } from './warm-up.js';
@@ -17,18 +18,23 @@ export interface EngineConfig {
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
-  /** 'auto' | 'avx512' | 'avx2' | 'portable' */
+  /** 'auto' | 'amxbf16' | 'avx512bf16' | 'avx512' | 'avx2' | 'portable' */
   cpuPath: string;
   numThreads: number;
   blockSize: number;
-  /** bytes for the latent cache; null: what is of use, at most half of the free memory */
+  /** bytes for the latent cache; null: on the CPU what is of use, at most half of the free memory */
   cacheMemory: number | null;
+  /** GPU: share of its memory for weights, workspace and cache; null: the usual one, where cacheMemory is null too */
+  gpuMemoryUtilization: number | null;
+  kvCacheDtype: KvCacheDtype;
   /** most tokens of one sequence; null: what the checkpoint and the cache allow */
   maxModelLen: number | null;
   maxStepTokens: number;
   maxNumSeqs: number;
   /** requests that may wait beyond maxNumSeqs */
   maxQueue: number;
+  /** tell what changes in the prefix cache; false where it is left out */
+  hasCacheEvents?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -36,6 +42,7 @@ export interface EngineConfig {
 export type LoadProgress = (loadedBytes: number, totalBytes: number) => void;
 
 const PROGRESS_INTERVAL_MS = 100;
+const GPU_MEMORY_UTILIZATION = 0.92;
 
 /** Reads the checkpoint, loads the weights and returns an engine that has computed one token already. */
 export async function startEngine(
@@ -56,18 +63,10 @@ export async function startEngine(
       `--max-model-len is ${maxModelLen}; the checkpoint has ${spec.maxPositionEmbeddings} positions (max_position_embeddings).`,
     );
   }
-  const device = resolveDevice(addon, config.device);
+  const { device, note } = chooseDevice(addon, config.device, spec, compute);
   const drafts = draftPolicy(config.speculativeTokens, spec);
   const loadMtp = drafts.isOn;
-  const blockBytes = addon.cacheBytesPerToken({ spec, compute, device, loadMtp }) * blockSize;
-  const usefulBlocks = maxNumSeqs * Math.ceil((maxModelLen ?? spec.maxPositionEmbeddings) / blockSize);
-  const cacheMemory = config.cacheMemory ?? defaultCacheMemory(usefulBlocks * blockBytes, device);
-  const numBlocks = countBlocks(cacheMemory, blockBytes, blockSize);
-  if (maxModelLen !== null && maxModelLen > numBlocks * blockSize) {
-    throw new StartupError(
-      `--max-model-len is ${maxModelLen} but the latent cache of ${cacheMemory} bytes holds ${numBlocks * blockSize} tokens; raise --cache-memory.`,
-    );
-  }
+  const cache = planCache(addon, config, { spec, device, loadMtp });
   const options: RunnerOptions = {
     spec,
     tensors,
@@ -76,13 +75,21 @@ export async function startEngine(
     cpuPath,
     numThreads,
     blockSize,
-    numBlocks,
+    ...cache,
     maxStepTokens,
     maxNumSeqs,
     loadMtp,
   };
+  if (cache.gpuMemoryUtilization === 0) checkFits(maxModelLen, cache.numBlocks * blockSize, '--cache-memory');
   const { runner, info } = await loadRunner(addon, options, onProgress);
-  await warmUp(runner, checkpoint, options, drafts instanceof AdaptiveDrafts ? drafts : null);
+  const { numBlocks } = info;
+  try {
+    checkFits(maxModelLen, numBlocks * blockSize, '--gpu-memory-utilization');
+  } catch (error) {
+    await runner.close();
+    throw error;
+  }
+  await warmUp(runner, checkpoint, { ...options, numBlocks }, drafts instanceof AdaptiveDrafts ? drafts : null);
   return new Engine(runner, {
     blockSize,
     numBlocks,
@@ -90,11 +97,12 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
       vocabSize: spec.vocabSize,
     }),
-    info,
+    info: { ...info, ...(note === undefined ? {} : { deviceNote: note }) },
     limits: {
       vocabSize: spec.vocabSize,
       maxContext: Math.min(maxModelLen ?? spec.maxPositionEmbeddings, numBlocks * blockSize),
@@ -124,19 +132,39 @@ export function countBlocks(cacheMemory: number, blockBytes: number, blockSize: 
   );
 }
 
-/** As much as all sequences at full length could use, but at most half of what is free now. */
-function defaultCacheMemory(usefulBytes: number, device: string): number {
-  if (device !== 'cpu') throw new StartupError(`--cache-memory must be given for the device ${device}.`);
-  return Math.min(usefulBytes, Math.floor(freemem() / 2));
+function checkFits(maxModelLen: number | null, numTokens: number, flag: string): void {
+  if (maxModelLen === null || maxModelLen <= numTokens) return;
+  throw new StartupError(
+    `--max-model-len is ${maxModelLen} but the latent cache holds ${numTokens} tokens; raise ${flag}.`,
+  );
 }
 
-/** The device to run on; 'auto' is the best usable one. */
-export function resolveDevice(addon: NativeAddon, wanted: string): string {
-  const { usable, unusable } = addon.devices();
-  const device = wanted === 'auto' ? usable[0] : usable.find((name) => name === wanted);
-  if (device !== undefined) return device;
-  const reason = unusable.find((entry) => entry.device === wanted)?.reason ?? 'there is no such device';
-  throw new StartupError(`--device ${wanted} cannot be used: ${reason}; usable here: ${usable.join(', ')}.`);
+/** What the latent cache may take: a number of blocks, or on a GPU a share of its memory. */
+function planCache(
+  addon: NativeAddon,
+  config: EngineConfig,
+  { spec, device, loadMtp }: Pick<RunnerOptions, 'spec' | 'device' | 'loadMtp'>,
+): Pick<RunnerOptions, 'numBlocks' | 'gpuMemoryUtilization' | 'kvCacheDtype'> {
+  const { compute, blockSize, cacheMemory, maxModelLen, gpuMemoryUtilization, kvCacheDtype } = config;
+  if (device === 'cpu' && kvCacheDtype !== 'auto') {
+    throw new StartupError(`--kv-cache-dtype ${kvCacheDtype} needs a GPU; leave it out on the CPU.`);
+  }
+  if (device === 'cpu' && gpuMemoryUtilization !== null) {
+    throw new StartupError('--gpu-memory-utilization needs a GPU; on the CPU give --cache-memory.');
+  }
+  if (cacheMemory !== null && gpuMemoryUtilization !== null) {
+    throw new StartupError('--cache-memory and --gpu-memory-utilization both size the latent cache; give one of them.');
+  }
+  const fixed = (numBlocks: number) => ({ numBlocks, gpuMemoryUtilization: 0, kvCacheDtype });
+  const blockBytes = addon.cacheBytesPerToken({ spec, compute, device, kvCacheDtype, loadMtp }) * blockSize;
+  if (cacheMemory !== null) return fixed(countBlocks(cacheMemory, blockBytes, blockSize));
+  if (device !== 'cpu') {
+    const numBlocks = Math.floor(MAX_SLOTS / blockSize);
+    return { numBlocks, gpuMemoryUtilization: gpuMemoryUtilization ?? GPU_MEMORY_UTILIZATION, kvCacheDtype };
+  }
+  // As much as all sequences at full length could use, but at most half of what is free now.
+  const usefulBlocks = config.maxNumSeqs * Math.ceil((maxModelLen ?? spec.maxPositionEmbeddings) / blockSize);
+  return fixed(countBlocks(Math.min(usefulBlocks * blockBytes, Math.floor(usableMemory() / 2)), blockBytes, blockSize));
 }
 
 /** Creates and loads a runner, reporting progress; whatever it refuses becomes a StartupError. */

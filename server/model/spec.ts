@@ -10,7 +10,7 @@ export interface TensorEntry {
   name: string;
   dtype: TensorDtype;
   shape: number[];
-  /** absolute path of the shard */
+  /** absolute path of the shard; empty: random values, made in memory */
   file: string;
   /** absolute byte offset in the file */
   offset: number;

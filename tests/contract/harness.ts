@@ -5,7 +5,7 @@ import type { FastifyInstance } from 'fastify';
 import { parse } from 'yaml';
 import type { Drain } from '../../server/api/drain.js';
 import type { SseOptions } from '../../server/api/sse.js';
-import { buildApp } from '../../server/app.js';
+import { buildApp, type AppOptions } from '../../server/app.js';
 import { readCommandLine, type ServeConfig } from '../../server/config.js';
 import type { EmittedToken } from '../../server/engine/request.js';
 import { readCheckpoint } from '../../server/model/checkpoint.js';
@@ -39,7 +39,10 @@ export function configOf(...args: string[]): ServeConfig {
 }
 
 export function startHarness(
-  options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } = {},
+  options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } & Pick<
+    AppOptions,
+    'tracer' | 'logger'
+  > = {},
 ): Harness {
   const config = configOf(...(options.args ?? []));
   const prompts = PromptEncoder.read(POCKET, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
@@ -53,7 +56,7 @@ export function startHarness(
   ];
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
-  const { drain, sse } = options;
+  const { drain, sse, tracer, logger } = options;
   if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
     engine.engineState.maxContext = config.maxModelLen;
   }
@@ -64,6 +67,8 @@ export function startHarness(
     engine,
     ...(drain ? { drain } : {}),
     ...(sse ? { sse } : {}),
+    ...(tracer ? { tracer } : {}),
+    ...(logger ? { logger } : {}),
   });
   return {
     app,

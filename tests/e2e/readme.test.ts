@@ -42,7 +42,7 @@ test("README's commands are the package's", () => {
 });
 
 test('--help of each command names each of its flags once', async () => {
-  for (const command of ['serve', 'logits'] as const) {
+  for (const command of ['serve', 'logits', 'bench'] as const) {
     const { code, stdout } = await rodin(command, '--help');
     assert.equal(code, 0);
     for (const { name, commands } of FLAGS) {

@@ -2,6 +2,7 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { fileURLToPath } from 'node:url';
+import { TEST_DEVICE } from '../helpers/device.js';
 
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 
@@ -74,8 +75,13 @@ export class Server {
     }
   }
 
-  static async start(...args: string[]): Promise<Server> {
-    const started = start(['serve', '--port', '0', '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args]);
+  static start(...args: string[]): Promise<Server> {
+    return Server.startWith('--device', TEST_DEVICE, '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args);
+  }
+
+  /** No device and no cache of the tests' own. */
+  static async startWith(...args: string[]): Promise<Server> {
+    const started = start(['serve', '--port', '0', ...args]);
     const end = performance.now() + 60_000;
     while (performance.now() < end && started.child.exitCode === null) {
       const url = /Rodin serves .* on (http:\/\/\S+) [\s\S]*Try:/.exec(started.output.stdout)?.[1];

@@ -11,6 +11,8 @@ const client = new EngineClient({
     numThreads: 1,
     blockSize: 4,
     cacheMemory: null,
+    gpuMemoryUtilization: null,
+    kvCacheDtype: 'auto',
     maxModelLen: null,
     maxStepTokens: 32,
     maxNumSeqs: 16,

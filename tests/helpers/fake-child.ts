@@ -21,6 +21,7 @@ hostEngine(
       ...SETUP,
       fingerprint: 'fake',
       limits: { vocabSize: FAKE_VOCAB_SIZE, maxContext: 256, maxOpen: 128 },
+      hasCacheEvents: config.hasCacheEvents === true,
       info: { device: 'fake', weightBytes: 1, cacheBytes: 2 },
     });
   },

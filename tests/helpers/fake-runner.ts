@@ -35,6 +35,8 @@ export class FakeRunner implements StepRunner {
   isPoisoned = false;
   /** every step is refused */
   isBroken = false;
+  /** every step is refused, as by a device that is lost */
+  isLost = false;
   numSteps = 0;
   maxSequences = 0;
   /** drafts of each sequence that got any, in order of the steps */
@@ -56,6 +58,7 @@ export class FakeRunner implements StepRunner {
   }
 
   stepNow(batch: StepBatch): StepResult {
+    if (this.isLost) throw Object.assign(new Error('the fake device is lost'), { code: 'DEVICE_LOST' });
     if (this.isBroken) throw new Error('the fake runner is broken');
     if (batch.tokenIds.includes(this.throwOn)) throw new Error('the fake runner refuses this token');
     const numSequences = batch.numSampled.length;

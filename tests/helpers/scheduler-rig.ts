@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import fc from 'fast-check';
 import { BlockPool } from '../../server/engine/block-pool.js';
+import type { CacheEvent } from '../../server/engine/cache-events.js';
 import type { DraftPolicy } from '../../server/engine/draft-policy.js';
 import { packStep, unpackStep } from '../../server/engine/pack-step.js';
 import { PrefixCache } from '../../server/engine/prefix-cache.js';
@@ -47,6 +48,8 @@ export class Rig {
   readonly trace: string[] = [];
 
   readonly #roots: ReadonlySet<string>;
+  /** what a reader of cache events takes for cached */
+  readonly #told = new Set<string>();
 
   constructor(setup: Setup, makeDrafts?: MakeDrafts) {
     this.setup = setup;
@@ -56,6 +59,7 @@ export class Rig {
       fingerprint: FINGERPRINT,
       ...(makeDrafts ? { drafts: makeDrafts() } : {}),
       limits: { vocabSize: VOCAB_SIZE, maxContext: this.maxContext, maxOpen: setup.maxOpen },
+      onCacheEvent: (event) => this.#hear(event),
     });
     this.runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
     const cache = new PrefixCache(new BlockPool(1), 1, FINGERPRINT);
@@ -83,7 +87,7 @@ export class Rig {
   abort(requestId: string): void {
     const event = this.scheduler.end(requestId, 'abort');
     if (event !== null) this.take([event]);
-    this.scheduler.checkInvariant();
+    this.checkAll();
   }
 
   /** One of all requests so far, finished ones included. */
@@ -98,12 +102,33 @@ export class Rig {
     const numTokens = plan.sequences.reduce((sum, { count }) => sum + count, 0);
     assert.ok(numTokens <= this.setup.maxStepTokens);
     assert.ok(plan.sequences.length <= this.setup.maxNumSeqs);
-    this.scheduler.checkInvariant();
+    this.checkAll();
     const result = this.runner.stepNow(packStep(plan, this.setup.blockSize));
     if (abortDuring >= 0) this.abortOne(abortDuring);
     this.take(this.scheduler.commit(plan, unpackStep(plan, result, VOCAB_SIZE)));
-    this.scheduler.checkInvariant();
+    this.checkAll();
     return true;
+  }
+
+  /** The scheduler's invariants, and that whoever hears the cache's events knows what it holds. */
+  checkAll(): void {
+    this.scheduler.checkInvariant();
+    assert.deepEqual([...this.#told].sort(), this.scheduler.findable().sort());
+  }
+
+  #hear(event: CacheEvent): void {
+    switch (event.kind) {
+      case 'stored':
+        assert.ok(!this.#told.has(event.hash), 'stored once');
+        assert.equal(event.tokenIds.length, this.setup.blockSize);
+        this.#told.add(event.hash);
+        break;
+      case 'removed':
+        assert.ok(this.#told.delete(event.hash), 'removed once');
+        break;
+      case 'cleared':
+        assert.fail('a scheduler never clears its cache');
+    }
   }
 
   take(events: EngineEvent[]): void {

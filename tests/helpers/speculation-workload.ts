@@ -6,18 +6,21 @@ import type { EngineConfig } from '../../server/engine/start-engine.js';
 import type { TemplateInput } from '../../server/text/chat-template.js';
 import { PromptEncoder } from '../../server/text/prompt-encoder.js';
 import { FIXTURES, POCKET_R1 } from './checkpoint-copy.js';
+import { TEST_DEVICE } from './device.js';
 import { makeRequest } from './fake-runner.js';
 
 /** Whatever an engine can be asked for, in any surroundings: what comes out must not depend on drafts. */
 
 export const ENGINE_CONFIG: EngineConfig = {
   model: POCKET_R1,
-  device: 'cpu',
+  device: TEST_DEVICE,
   compute: 'auto',
   cpuPath: 'auto',
   numThreads: 2,
   blockSize: 16,
   cacheMemory: 64 * 2 ** 20,
+  gpuMemoryUtilization: null,
+  kvCacheDtype: 'auto',
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 32,

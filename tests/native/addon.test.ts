@@ -18,6 +18,8 @@ const OPTIONS: RunnerOptions = {
   numThreads: 2,
   blockSize: 8,
   numBlocks: 16,
+  gpuMemoryUtilization: 0,
+  kvCacheDtype: 'auto',
   maxStepTokens: 32,
   maxNumSeqs: 4,
   loadMtp: true,
@@ -77,12 +79,14 @@ test('bytes of one cached token', () => {
   const { spec } = checkpoint;
   const perLayer = spec.kvLoraRank + spec.qkRopeHeadDim;
   const bytes = (compute: 'auto' | 'float32', loadMtp: boolean) =>
-    addon.cacheBytesPerToken({ spec, compute, device: 'cpu', loadMtp });
+    addon.cacheBytesPerToken({ spec, compute, device: 'cpu', kvCacheDtype: 'auto', loadMtp });
   assert.equal(bytes('auto', false), spec.numHiddenLayers * perLayer * 2);
   assert.equal(bytes('auto', true), (spec.numHiddenLayers + 1) * perLayer * 2);
   assert.equal(bytes('float32', false), spec.numHiddenLayers * perLayer * 4);
   assert.throws(() => addon.cacheBytesPerToken({} as never), /options\.spec must be an object/);
-  assert.throws(() => addon.cacheBytesPerToken({ spec, compute: 'auto', device: 'tpu', loadMtp: true }), /tpu/);
+  const options = { spec, compute: 'auto' as const, device: 'cpu', kvCacheDtype: 'auto' as const, loadMtp: true };
+  assert.throws(() => addon.cacheBytesPerToken({ ...options, device: 'tpu' }), /tpu/);
+  assert.throws(() => addon.cacheBytesPerToken({ ...options, kvCacheDtype: 'fp8' }), /--kv-cache-dtype fp8/);
 });
 
 test('options are checked one by one', () => {

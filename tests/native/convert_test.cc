@@ -100,14 +100,19 @@ const bool kRegistered = [] {
         CHECK(out[i] == expected || (std::isnan(out[i]) && std::isnan(expected)));
       }
     });
-    add_test("cpu " + path + ": to_f16 rounds like the scalar code", [&kernels] {
+    add_test("cpu " + path + ": to_cache rounds like the scalar code", [&kernels] {
       OpsRandom random;
       for (int64_t size : {1, 7, 16, 33, 4096}) {
         std::vector<float> values(static_cast<size_t>(size));
         for (float& value : values) value = float_of_bits(0x33000000u + random.next() % 0x14800000u);
         std::vector<uint16_t> out(values.size() + 1, 0xabcd);
-        kernels.to_f16(values.data(), size, out.data());
-        for (size_t i = 0; i < values.size(); ++i) CHECK_EQ(int{out[i]}, int{rodin::f16_of_float(values[i])});
+        kernels.to_cache(values.data(), size, out.data());
+        for (size_t i = 0; i < values.size(); ++i) {
+          const bool is_bf16 = kernels.cache_dtype == Dtype::kBF16;
+          const uint16_t expected =
+              is_bf16 ? rodin::bf16_of_float(values[i]) : rodin::f16_of_float(values[i]);
+          CHECK_EQ(int{out[i]}, int{expected});
+        }
         CHECK_EQ(int{out.back()}, 0xabcd);
       }
     });

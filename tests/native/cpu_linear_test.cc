@@ -28,19 +28,21 @@ const bool kRegistered = [] {
           const OpsWeight weight(random, shape.rows, shape.cols, dtype, has_bias, shape.block_rows,
                                  shape.block_cols);
           const int64_t num_tokens = 33;
-          const OpsMatrix x = OpsMatrix::random(random, num_tokens, shape.cols, 2);
+          const OpsMatrix x = OpsMatrix::random_bf16(random, num_tokens, shape.cols, 2);
           OpsMatrix expected(num_tokens, shape.rows);
           make_reference()->linear(x.view, weight.view, expected.view);
+          Weight placed = weight.view;
+          ops.place(placed);
           ops.reserve(test_limits());
           OpsMatrix all(num_tokens, shape.rows);
-          ops.linear(x.view, weight.view, all.view);
+          ops.linear(x.view, placed, all.view);
           check_near(all.view, expected.view, 3e-6f);
           CHECK(all.padding_is_untouched());
           // Any part of the batch gives the same bits.
-          for (int64_t count : {1, 2, 3, 4, 5, 32}) {
+          for (int64_t count : {1, 2, 3, 4, 5, 7, 32}) {
             for (int64_t first = 0; first + count <= num_tokens; first += count) {
               OpsMatrix part(count, shape.rows);
-              ops.linear(x.view.slice_rows(first, count), weight.view, part.view);
+              ops.linear(x.view.slice_rows(first, count), placed, part.view);
               for (int64_t t = 0; t < count; ++t)
                 CHECK(same_bits(part.row(t), all.row(first + t), shape.rows));
             }
@@ -52,25 +54,27 @@ const bool kRegistered = [] {
       OpsRandom random;
       const OpsWeight gate(random, 144, 200, dtype);
       const OpsWeight up(random, 144, 200, dtype);
-      const OpsMatrix x = OpsMatrix::random(random, 19, 200, 3);
+      const OpsMatrix x = OpsMatrix::random_bf16(random, 19, 200, 3);
+      MlpWeights mlp;
+      mlp.gate = gate.view;
+      mlp.up = up.view;
+      MlpWeights placed = mlp;
+      ops.place(placed);
       ops.reserve(test_limits());
       const std::unique_ptr<Ops> reference = make_reference();
       OpsMatrix out0(19, 144), out1(19, 144), single(19, 144), expected(19, 144), mlp_out(19, 144);
-      ops.linear_pair(x.view, gate.view, out0.view, up.view, out1.view);
-      ops.linear(x.view, up.view, single.view);
+      ops.linear_pair(x.view, placed.gate, out0.view, placed.up, out1.view);
+      ops.linear(x.view, placed.up, single.view);
       for (int64_t t = 0; t < 19; ++t) CHECK(same_bits(out1.row(t), single.row(t), 144));
       reference->linear(x.view, gate.view, expected.view);
       check_near(out0.view, expected.view, 3e-6f);
 
-      MlpWeights mlp;
-      mlp.gate = gate.view;
-      mlp.up = up.view;
       reference->gate_up_silu(x.view, mlp, expected.view);
-      ops.gate_up_silu(x.view, mlp, mlp_out.view);
+      ops.gate_up_silu(x.view, placed, mlp_out.view);
       check_near(mlp_out.view, expected.view, 5e-6f);
       CHECK(mlp_out.padding_is_untouched());
       OpsMatrix alone(1, 144);
-      ops.gate_up_silu(x.view.slice_rows(7, 1), mlp, alone.view);
+      ops.gate_up_silu(x.view.slice_rows(7, 1), placed, alone.view);
       CHECK(same_bits(alone.row(0), mlp_out.row(7), 144));
     });
     add_cpu_test(std::string("embed ") + dtype_text(dtype), [=](Ops& ops) {

@@ -137,21 +137,29 @@ Checkpoint v2_lite_bf16() {
 constexpr int64_t kBlockSize = 16;
 constexpr int64_t kBlocksEach = 24;  // of one sequence
 
-std::unique_ptr<Runner> load(const Checkpoint& checkpoint, const std::string& device = "cuda:0",
-                             const std::string& compute = "auto") {
+RunnerOptions runner_options(const Checkpoint& checkpoint) {
   RunnerOptions options;
   options.spec = checkpoint.spec;
   for (const std::string& shard : checkpoint.shards) {
     for (TensorEntry& entry : read_entries(checkpoint.folder + "/" + shard)) options.tensors.push_back(entry);
   }
-  options.device = device;
-  options.compute = compute;
+  options.device = "cuda:0";
   options.num_threads = 4;
   options.block_size = kBlockSize;
   options.num_blocks = 48 * kBlocksEach;
   options.max_step_tokens = 512;
   options.max_num_seqs = 64;
   options.load_mtp = checkpoint.spec.num_mtp_layers > 0;
+  return options;
+}
+
+std::unique_ptr<Runner> load(const Checkpoint& checkpoint, const std::string& device = "cuda:0",
+                             const std::string& compute = "auto",
+                             const std::string& kv_cache_dtype = "auto") {
+  RunnerOptions options = runner_options(checkpoint);
+  options.device = device;
+  options.compute = compute;
+  options.kv_cache_dtype = kv_cache_dtype;
   auto runner = std::make_unique<Runner>(options);
   std::atomic<int64_t> loaded{0};
   runner->load(loaded);
@@ -314,8 +322,9 @@ struct GreedyLines {
 };
 
 // A trained checkpoint on its own text, next to the float32 reference, through both heads.
-const bool pocket_test = add_cuda_test("forward of pocket-r1 against float32", [] {
-  const std::unique_ptr<Runner> gpu = load(pocket_r1()), cpu = load(pocket_r1(), "cpu", "float32");
+void check_pocket(const std::string& kv_cache_dtype, double max_kl) {
+  const std::unique_ptr<Runner> gpu = load(pocket_r1(), "cuda:0", "auto", kv_cache_dtype),
+                                cpu = load(pocket_r1(), "cpu", "float32");
   const GreedyLines lines;
   std::vector<double> kls, draft_kls;
   for (const size_t line : {0, 11, 30}) {
@@ -334,9 +343,40 @@ const bool pocket_test = add_cuda_test("forward of pocket-r1 against float32", [
     kls.push_back(mean_of(row_kls(got.logits, wanted.logits, 1024)));
     draft_kls.push_back(mean_of(row_kls(got.draft_logits, wanted.draft_logits, 1024)));
   }
-  std::printf("pocket-r1: mean KL %.2e, of the MTP module %.2e\n", mean_of(kls), mean_of(draft_kls));
-  CHECK(mean_of(kls) <= 1e-4);
-  CHECK(mean_of(draft_kls) <= 1e-4);
+  std::printf("pocket-r1, %s cache: mean KL %.2e, of the MTP module %.2e\n", kv_cache_dtype.c_str(),
+              mean_of(kls), mean_of(draft_kls));
+  CHECK(mean_of(kls) <= max_kl);
+  CHECK(mean_of(draft_kls) <= max_kl);
+}
+
+const bool pocket_tests = [] {
+  add_cuda_test("forward of pocket-r1 against float32", [] { check_pocket("bf16", 1e-4); });
+  add_cuda_test("forward of pocket-r1 against float32, FP8 cache", [] { check_pocket("fp8", 2e-3); });
+  return true;
+}();
+
+const bool sized_cache_test = add_cuda_test("runner: the cache takes what weights and workspace leave", [] {
+  RunnerOptions options = runner_options(pocket_r1());
+  options.num_blocks = 1 << 20;
+  options.memory_utilization = 0.5;
+  std::atomic<int64_t> loaded{0};
+  {
+    Runner runner(options);
+    const RunnerInfo info = runner.load(loaded);
+    const auto half = static_cast<int64_t>(make_gpu()->memory().total / 2);
+    CHECK(info.num_blocks > 1 && info.num_blocks <= options.num_blocks);
+    CHECK(info.cache_bytes + info.weight_bytes + info.workspace_bytes <= half);
+    CHECK(info.num_blocks == options.num_blocks || info.cache_bytes > half / 2);
+  }
+  options.memory_utilization = 1e-4;
+  Runner starved(options);
+  loaded = 0;
+  CHECK_THROWS(starved.load(loaded), "the GPU is out of memory: ");
+  options.memory_utilization = 0;
+  options.num_blocks = int64_t{1} << 24;
+  Runner greedy(options);
+  loaded = 0;
+  CHECK_THROWS(greedy.load(loaded), "the GPU is out of memory: ");
 });
 
 const bool greedy_test = add_cuda_test("forward of pocket-r1, 48 greedy outputs", [] {

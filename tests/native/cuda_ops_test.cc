@@ -129,7 +129,7 @@ const bool norm_tests = add_cuda_test("rms_norm, add_rms_norm", [] {
   CudaRandom random{3};
   const std::unique_ptr<Ops> gpu = make_gpu();
   ReferenceOps reference(4);
-  const std::vector<int64_t> sizes = {1, 88, 200, 512, 2048, 7168};
+  const std::vector<int64_t> sizes = {1, 88, 200, 512, 1028, 2048, 7168, 8200};
   std::vector<Floats> weights;
   std::vector<const float*> placed;
   for (const int64_t cols : sizes) weights.push_back(random_floats(random, cols, 1));
@@ -137,14 +137,17 @@ const bool norm_tests = add_cuda_test("rms_norm, add_rms_norm", [] {
     placed.push_back(gpu->place_vector(weight.data(), static_cast<int64_t>(weight.size())));
   }
   gpu->reserve(test_limits(small_mla()));
-  for (size_t i = 0; i < sizes.size(); ++i) {
+  // Rows at odd addresses, and rows that are all aligned.
+  for (size_t at = 0; at < 2 * sizes.size(); ++at) {
+    const size_t i = at / 2;
+    const bool is_aligned = at % 2 == 1;
     const int64_t rows = 5, cols = sizes[i];
     Floats x = random_floats(random, rows * cols, 2), delta = random_floats(random, rows * cols, 1);
     round_to_bf16(delta);
     Floats wanted(x.size());
     const Tensor wanted_tensor = host_tensor(wanted, rows, cols);
-    const DeviceMatrix device_x(*gpu, x, rows, cols, Dtype::kF32, 1);
-    const DeviceMatrix out(*gpu, rows, cols, Dtype::kBF16, 7);
+    const DeviceMatrix device_x(*gpu, x, rows, cols, Dtype::kF32, is_aligned ? 0 : 1);
+    const DeviceMatrix out(*gpu, rows, cols, Dtype::kBF16, is_aligned ? 8 : 7);
     reference.rms_norm(host_tensor(x, rows, cols), weights[i].data(), 1e-6f, wanted_tensor);
     gpu->rms_norm(device_x, placed[i], 1e-6f, out);
     check_near(out.get(), wanted, kBf16Tolerance, "rms_norm");

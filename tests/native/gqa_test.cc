@@ -94,10 +94,13 @@ struct Data {
   const GqaShape shape;
   Step step;
   Floats inv_freq, angles, q, kv;
-  std::vector<uint16_t> cache;  // [num_slots, row_dim] f16
+  const Dtype dtype;            // of the cache
+  std::vector<uint16_t> cache;  // [num_slots, row_dim] f16 or bf16
 
-  explicit Data(const GqaCase& c)
-      : shape(c.shape), step(c.pieces, all_seqs(c), static_cast<int32_t>(c.pieces.size()), c.first_position) {
+  Data(const GqaCase& c, Dtype cache_dtype)
+      : shape(c.shape),
+        step(c.pieces, all_seqs(c), static_cast<int32_t>(c.pieces.size()), c.first_position),
+        dtype(cache_dtype) {
     const int64_t tokens = step.index.num_tokens;
     for (int64_t i = 0; i < shape.head_dim / 2; ++i) {
       inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
@@ -108,13 +111,24 @@ struct Data {
     kv = random_vector(random, tokens * shape.row_dim(), 1);
     const int64_t num_slots = (*std::max_element(step.table.begin(), step.table.end()) + 1) * kBlockSize;
     for (float value : random_vector(random, num_slots * shape.row_dim(), 1)) {
-      cache.push_back(f16_of_float(value));
+      cache.push_back(rounded(value));
     }
+  }
+
+  uint16_t rounded(float value) const {
+    return dtype == Dtype::kBF16 ? bf16_of_float(value) : f16_of_float(value);
+  }
+  Floats widened() const {
+    Floats values;
+    for (size_t i = 0; i < cache.size(); ++i) {
+      values.push_back(element_as_float(cache.data(), dtype, static_cast<int64_t>(i)));
+    }
+    return values;
   }
 
   CacheLayer layer() {
     const int64_t cols = shape.row_dim();
-    return {{cache.data(), Dtype::kF16, static_cast<int64_t>(cache.size()) / cols, cols, cols}};
+    return {{cache.data(), dtype, static_cast<int64_t>(cache.size()) / cols, cols, cols}};
   }
 
   static std::vector<int32_t> all_seqs(const GqaCase& c) {
@@ -124,22 +138,17 @@ struct Data {
   }
 };
 
-Floats widen(const std::vector<uint16_t>& bits) {
-  Floats values;
-  for (uint16_t value : bits) values.push_back(float_of_f16(value));
-  return values;
-}
-
-// The reference's rows, rounded to f16, must be what the path stores; slots that are -1 stay as they are.
+// The reference's rows, rounded to the cache's type, must be what the path stores; slots that are -1 stay as
+// they are.
 void check_store(const GqaCase& c, CpuOps& ops) {
-  Data data(c);
+  Data data(c, ops.cache_dtype());
   ReferenceOps reference(1);
   const Tensor angles = matrix(data.angles, c.shape.head_dim);
   const RopeParams rope = {data.inv_freq.data(), 1.25f};
   reference.rope_table(data.step.index, rope, angles);
   Floats wanted_q = data.q;
   Floats wanted_kv = data.kv;
-  Floats wanted = widen(data.cache);
+  Floats wanted = data.widened();
   const Tensor wanted_cache = matrix(wanted, c.shape.row_dim());
   reference.gqa_rope_store(matrix(wanted_q, c.shape.num_heads * c.shape.head_dim),
                            matrix(wanted_kv, c.shape.row_dim()), c.shape, angles, data.step.index,
@@ -162,7 +171,7 @@ void check_store(const GqaCase& c, CpuOps& ops) {
   ops.gqa_rope_store(matrix(data.q, c.shape.num_heads * c.shape.head_dim), matrix(data.kv, c.shape.row_dim()),
                      c.shape, angles, data.step.index, data.layer());
   CHECK(data.q == wanted_q);
-  for (size_t i = 0; i < wanted.size(); ++i) CHECK_EQ(data.cache[i], f16_of_float(wanted[i]));
+  for (size_t i = 0; i < wanted.size(); ++i) CHECK_EQ(data.cache[i], data.rounded(wanted[i]));
 }
 
 Floats attend(Data& data, Ops& ops, const StepIndex& index, Floats q) {
@@ -173,9 +182,9 @@ Floats attend(Data& data, Ops& ops, const StepIndex& index, Floats q) {
 }
 
 void check_attention(const GqaCase& c, const std::string& path) {
-  Data data(c);
+  Data data(c, make_cpu(c, path, 1)->cache_dtype());
   const int64_t cols = c.shape.num_heads * c.shape.head_dim;
-  Floats cache = widen(data.cache);
+  Floats cache = data.widened();
   Floats wanted(data.q.size());
   ReferenceOps(2).gqa_attention(matrix(data.q, cols), c.shape, data.step.index,
                                 {matrix(cache, c.shape.row_dim())}, matrix(wanted, cols));

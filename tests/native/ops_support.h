@@ -42,6 +42,16 @@ struct OpsMatrix {
     }
     return matrix;
   }
+  // Of values that bf16 holds, so that rounding them to bf16 changes nothing.
+  static OpsMatrix random_bf16(OpsRandom& random, int64_t rows, int64_t cols, float scale) {
+    OpsMatrix matrix = OpsMatrix::random(random, rows, cols, scale);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        matrix.row(i)[j] = rodin::float_of_bf16(rodin::bf16_of_float(matrix.row(i)[j]));
+      }
+    }
+    return matrix;
+  }
   float* row(int64_t i) const { return view.row<float>(i); }
   bool padding_is_untouched() const {
     for (int64_t i = 0; i < view.rows; ++i) {
@@ -125,6 +135,11 @@ bool add_cpu_test(const std::string& name, F body) {
     }
   }
   return true;
+}
+
+// What rounding the inputs of products inside an op may add to a tolerance, on the paths that do so.
+inline float rounding_of(const Ops& ops) {
+  return ops.name().find("bf16") == std::string::npos ? 0.0f : 1.2e-2f;
 }
 
 // |a - b| <= tolerance * (1 + |b|) everywhere.

@@ -25,6 +25,8 @@ const CONFIG: Omit<EngineConfig, 'model'> = {
   numThreads: Math.min(2, availableParallelism()),
   blockSize: BLOCK_SIZE,
   cacheMemory: 16 * 2 ** 20,
+  gpuMemoryUtilization: null,
+  kvCacheDtype: 'auto',
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 64,
@@ -114,7 +116,13 @@ for (const name of ['llama-bf16', 'qwen2-bf16']) {
       });
       // 22 blocks of 16: sequences of 130 + 150 and 130 + 100 tokens do not fit, and the subject is the younger.
       const { spec } = readCheckpoint(model);
-      const bytesPerToken = loadAddon().cacheBytesPerToken({ spec, compute: 'auto', device: 'cpu', loadMtp: false });
+      const bytesPerToken = loadAddon().cacheBytesPerToken({
+        spec,
+        compute: 'auto',
+        device: 'cpu',
+        kvCacheDtype: 'auto',
+        loadMtp: false,
+      });
       assert.equal(bytesPerToken, spec.numHiddenLayers * 2 * spec.numKeyValueHeads * spec.headDim * 2);
       await withEngine(model, { cpuPath, cacheMemory: 22 * BLOCK_SIZE * bytesPerToken }, async (engine) => {
         const older = run(engine, makeRequest('older', prompt, { maxTokens: 150 }, { cacheSalt: 'older' }));

@@ -9,6 +9,7 @@ import type { EmittedToken, EngineEvent, EngineRequest } from '../../server/engi
 import { startEngine, type EngineConfig } from '../../server/engine/start-engine.js';
 import { readCheckpoint } from '../../server/model/checkpoint.js';
 import { FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
+import { IS_GPU, TEST_DEVICE, cpuPaths } from '../helpers/device.js';
 import { makeRequest } from '../helpers/fake-runner.js';
 
 interface GreedyLine {
@@ -23,12 +24,14 @@ const GREEDY = readFileSync(join(FIXTURES, 'pocket-r1-reference/greedy.jsonl'), 
 
 const CONFIG: EngineConfig = {
   model: POCKET_R1,
-  device: 'cpu',
+  device: TEST_DEVICE,
   compute: 'auto',
   cpuPath: 'auto',
   numThreads: Math.min(2, availableParallelism()),
   blockSize: 16,
   cacheMemory: 64 * 2 ** 20,
+  gpuMemoryUtilization: null,
+  kvCacheDtype: 'auto',
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 64,
@@ -60,7 +63,10 @@ function tokensOf(events: EngineEvent[]): EmittedToken[] {
   return events.flatMap(({ tokens }) => tokens);
 }
 
-test('pocket-r1, greedy: at least 47 of 48 outputs token for token', async (context) => {
+/** A GPU rounds activations to bf16. */
+const MIN_EQUAL = IS_GPU ? 46 : 47;
+
+test(`pocket-r1, greedy: at least ${MIN_EQUAL} of 48 outputs token for token`, async (context) => {
   await withEngine({}, async (engine) => {
     const outputs = await Promise.all(
       GREEDY.map(async ({ prompt_ids: promptIds, output_ids: expected }, index) => {
@@ -70,7 +76,7 @@ test('pocket-r1, greedy: at least 47 of 48 outputs token for token', async (cont
     );
     const numEqual = outputs.filter((ids, index) => String(ids) === String(GREEDY[index]!.output_ids)).length;
     context.diagnostic(`${numEqual} of ${GREEDY.length}`);
-    assert.ok(GREEDY.length === 48 && numEqual >= 47, `${numEqual} of ${GREEDY.length}`);
+    assert.ok(GREEDY.length === 48 && numEqual >= MIN_EQUAL, `${numEqual} of ${GREEDY.length}`);
   });
 });
 
@@ -107,7 +113,7 @@ function others(count: number, maxTokens: number): EngineRequest[] {
   });
 }
 
-for (const [pathIndex, cpuPath] of loadAddon().cpuPaths().entries()) {
+for (const [pathIndex, cpuPath] of cpuPaths().entries()) {
   for (const [name, sampling] of Object.entries(SAMPLINGS)) {
     // The best path takes all of them; on the others one says enough.
     if (pathIndex > 0 && sampling.seed !== SAMPLINGS['temperature 1 with a seed']!.seed) continue;
@@ -161,7 +167,13 @@ for (const [pathIndex, cpuPath] of loadAddon().cpuPaths().entries()) {
 /** Bytes of so many blocks of pocket-r1. */
 function cacheMemoryOf(numBlocks: number): number {
   const { spec } = readCheckpoint(POCKET_R1);
-  const options = { spec, compute: 'auto' as const, device: 'cpu', loadMtp: false };
+  const options = {
+    spec,
+    compute: 'auto' as const,
+    device: TEST_DEVICE,
+    kvCacheDtype: 'auto' as const,
+    loadMtp: false,
+  };
   return numBlocks * CONFIG.blockSize * loadAddon().cacheBytesPerToken(options);
 }
 

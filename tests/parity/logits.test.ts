@@ -7,6 +7,7 @@ import { loadAddon } from '../../server/engine/load-addon.js';
 import { runLogits, type LogitsOptions } from '../../server/logits.js';
 import { readCheckpoint } from '../../server/model/checkpoint.js';
 import { CheckpointCopy, FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
+import { IS_GPU, TEST_DEVICE, cpuPaths } from '../helpers/device.js';
 import { Reference, maxDifference, meanKl } from '../helpers/reference.js';
 
 interface OutputLine {
@@ -24,7 +25,7 @@ async function logitsOf(
   try {
     const files = { prompts: join(folder, 'in.jsonl'), out: join(folder, 'out.jsonl') };
     writeFileSync(files.prompts, prompts.map((ids) => `${JSON.stringify({ ids })}\n`).join(''));
-    const defaults = { device: 'cpu', compute: 'auto' as const, threads: null, last: 16, draft: false };
+    const defaults = { device: TEST_DEVICE, compute: 'auto' as const, threads: null, last: 16, draft: false };
     const numPrompts = await runLogits({ ...defaults, ...files, ...options });
     assert.equal(numPrompts, prompts.length);
     return readFileSync(files.out, 'utf8')
@@ -43,16 +44,16 @@ const MEAN_KL: Record<string, number> = {
   'llama-bf16': 1.3e-3,
   'qwen2-bf16': 1.7e-3,
 };
+/** float32 and grouped-query attention are the CPU's alone. */
+const ON_CPU_ALONE = ['llama-bf16', 'qwen2-bf16', 'odd-llama-bias', 'odd-llama-fp8', 'odd-qwen2-yarn'];
 const CHECKPOINTS = [
-  ...Object.keys(MEAN_KL),
+  'v2-lite-bf16',
+  'v3-fp8-mtp',
   'odd-fp8',
   'odd-f16-tied',
   'odd-v2-group',
-  'odd-llama-bias',
-  'odd-llama-fp8',
-  'odd-qwen2-yarn',
+  ...(IS_GPU ? [] : ON_CPU_ALONE),
 ];
-const CPU_PATHS = loadAddon().cpuPaths();
 
 for (const name of CHECKPOINTS) {
   const model = join(FIXTURES, name);
@@ -61,7 +62,7 @@ for (const name of CHECKPOINTS) {
   const draft = reference.has('draft_logits.1');
 
   // 40 tokens a step chunk every longer prompt, with the one-token overlap that the MTP module needs.
-  for (const maxStepTokens of [512, 40]) {
+  for (const maxStepTokens of IS_GPU ? [] : [512, 40]) {
     test(`${name}: float32 logits in steps of ${maxStepTokens} tokens`, async () => {
       const lines = await logitsOf(prompts, { model, compute: 'float32', draft, maxStepTokens });
       for (const [index, line] of lines.entries()) {
@@ -78,9 +79,9 @@ for (const name of CHECKPOINTS) {
     });
   }
 
-  const limit = MEAN_KL[name] ?? 1.3e-3;
-  for (const cpuPath of CPU_PATHS) {
-    test(`${name}: mean KL of the ${cpuPath} path`, async (context) => {
+  const limit = MEAN_KL[name] ?? (IS_GPU && name === 'odd-fp8' ? 7.6e-3 : 1.3e-3);
+  for (const cpuPath of cpuPaths()) {
+    test(`${name}: mean KL on ${TEST_DEVICE}, path ${cpuPath}`, async (context) => {
       const lines = await logitsOf(prompts, { model, cpuPath });
       const expected = prompts.flatMap((_, index) => reference.rows(`logits.${index}`));
       const kl = meanKl(
@@ -122,4 +123,24 @@ test('a checkpoint needs no tokenizer for this', async () => {
   } finally {
     copy.close();
   }
+});
+
+test('a device that cannot run a checkpoint or a compute mode is refused, and auto takes another', async () => {
+  const { usable, unusable } = loadAddon().devices();
+  const llama = join(FIXTURES, 'llama-bf16');
+  if (usable.includes('cuda:0')) {
+    await assert.rejects(logitsOf([[1]], { model: llama, device: 'cuda:0' }), {
+      name: 'StartupError',
+      message: /--device cuda:0 cannot be used: .*grouped-query attention.* usable here: cpu/,
+    });
+    await assert.rejects(logitsOf([[1]], { model: POCKET_R1, device: 'cuda:0', compute: 'float32' }), {
+      message: /--compute float32 runs on the CPU alone/,
+    });
+  } else {
+    await assert.rejects(logitsOf([[1]], { model: POCKET_R1, device: 'cuda:0' }), (error: Error) =>
+      error.message.includes(unusable.find(({ device }) => device === 'cuda:0')!.reason),
+    );
+  }
+  const [line] = await logitsOf([[1]], { model: llama, device: 'auto', last: 1 });
+  assert.equal(line!.logits.length, 1);
 });

@@ -6,7 +6,8 @@ import { FLAGS, variableOf } from '../../server/flags.js';
 
 function read(line: string, env: NodeJS.ProcessEnv = {}): any {
   const command: Command = readCommandLine(line.split(' ').filter(Boolean), env);
-  return command.kind === 'print' ? command.text : command.config;
+  if (command.kind === 'print') return command.text;
+  return command.kind === 'build' ? command : command.config;
 }
 
 function refuses(line: string, words: RegExp, env: NodeJS.ProcessEnv = {}): void {
@@ -52,7 +53,7 @@ test('sizes have units', () => {
 });
 
 test('what cannot be used is refused with a sentence that names it', () => {
-  refuses('bench', /no command 'bench'; the commands are serve and logits/);
+  refuses('prove', /no command 'prove'; the commands are serve, logits, bench, doctor, build/);
   refuses('toString', /no command/);
   refuses('serve --prot 1', /no flag --prot; 'rodin serve --help'/);
   refuses('serve --last 3', /no flag --last/);

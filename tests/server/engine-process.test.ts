@@ -20,6 +20,8 @@ function makeClient(model: string, options: Partial<EngineClientOptions> = {}): 
     numThreads: 1,
     blockSize: 4,
     cacheMemory: null,
+    gpuMemoryUtilization: null,
+    kvCacheDtype: 'auto' as const,
     maxModelLen: null,
     maxStepTokens: 32,
     maxNumSeqs: 16,

@@ -174,6 +174,18 @@ test('a broken runner ends every stream, and the engine says so', async () => {
   await engine.close();
 });
 
+test('a lost device ends the engine with its first step: nothing is tried again', async () => {
+  const { engine, runner } = makeEngine();
+  let reason = '';
+  engine.onFailed = (text) => (reason = text);
+  runner.isLost = true;
+  const stream = collect(engine.submit(makeRequest('r', promptOf(1, 9), { maxTokens: 5 })));
+  assert.match((await stream).at(-1)!.error!.message, /the fake device is lost/);
+  assert.match(reason, /the fake device is lost/);
+  assert.equal(engine.state().status, 'failed');
+  await engine.close();
+});
+
 test('closing ends open streams with an error and refuses new requests', async () => {
   const { engine } = makeEngine();
   const events = collect(engine.submit(makeRequest('r', promptOf(1, 8), { maxTokens: 200 })));

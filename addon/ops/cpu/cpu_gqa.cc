@@ -60,7 +60,7 @@ void CpuGqa::rope_store(const Tensor& q, const Tensor& kv, const Tensor& rope_ta
       for (int64_t h = 0; h < shape_.num_heads; ++h) apply_rope(query + h * dim, angles, dim, false);
       if (index.slots[t] < 0) continue;
       for (int64_t g = 0; g < shape_.num_kv_heads; ++g) apply_rope(key + g * dim, angles, dim, false);
-      kernels_.to_f16(key, shape_.row_dim(), cache.latents.row<uint16_t>(index.slots[t]));
+      kernels_.to_cache(key, shape_.row_dim(), cache.latents.row<uint16_t>(index.slots[t]));
     }
   });
 }

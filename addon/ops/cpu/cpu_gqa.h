@@ -1,7 +1,7 @@
-// Grouped-query attention of CpuOps. Keys and values are cached in f16, queries and sums are float32. Tiles
-// of kKeyTile keys at absolute positions, each with its own maximum and sum, are combined in rising order.
-// They are computed one after another by one task, or spread over the workers and then combined: the same
-// operations either way, so that decoding, a prefill chunk and a prefix hit give the same bits.
+// Grouped-query attention of CpuOps. Keys and values are cached in 16 bits, queries and sums are float32.
+// Tiles of kKeyTile keys at absolute positions, each with its own maximum and sum, are combined in rising
+// order. They are computed one after another by one task, or spread over the workers and then combined: the
+// same operations either way, so that decoding, a prefill chunk and a prefix hit give the same bits.
 #pragma once
 
 #include <vector>

@@ -14,6 +14,10 @@ namespace rodin {
 namespace {
 
 constexpr int64_t kMinTokensPerPart = 16;
+// Elements from one row of Worker::rows_bf16 to the next.
+int64_t bf16_stride(const MlaShape& shape) {
+  return ceil_div(std::max(shape.lora_rank, shape.nope_dim), 32) * 32;
+}
 
 }  // namespace
 
@@ -51,7 +55,7 @@ void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights&
       float* latent = kv.row<float>(t);
       kernels_.rms_norm(latent, mla.kv_a_norm, eps, shape.lora_rank, latent);
       apply_rope(latent + shape.lora_rank, angles, shape.rope_dim, shape.rope_interleave);
-      kernels_.to_f16(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
+      kernels_.to_cache(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
     }
   });
 }
@@ -90,6 +94,9 @@ void CpuOps::absorb_queries(const Attention& at) {
       worker.out[i] = to;
       kernels_.scale(query + shape.nope_dim, shape.softmax_scale, shape.rope_dim, to + shape.lora_rank);
     }
+    if (const auto* packed = static_cast<const PackedMla*>(at.mla.packed)) {
+      return absorb_packed(packed->keys[static_cast<size_t>(head)], shape, count, worker);
+    }
     AbsorbArgs args;
     args.weight = &at.mla.kv_b;
     args.row0 = head * (shape.nope_dim + shape.v_dim);
@@ -104,9 +111,28 @@ void CpuOps::absorb_queries(const Attention& at) {
   });
 }
 
+// The first `count` rows of worker.x, times the softmax scale, through a head's transposed W_UK to
+// worker.out.
+void CpuOps::absorb_packed(const Weight& key, const MlaShape& shape, int64_t count, Worker& worker) const {
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t* row = worker.rows_bf16 + i * bf16_stride(shape);
+    kernels_.scale(worker.x[i], shape.softmax_scale, shape.nope_dim, worker.scaled);
+    kernels_.to_bf16(worker.scaled, shape.nope_dim, row);
+    worker.x_bf16[i] = row;
+  }
+  LinearArgs args;
+  args.weight = &key;
+  args.rows = key.rows;
+  args.x_bf16 = worker.x_bf16;
+  args.out = worker.out;
+  args.m = count;
+  args.panel = worker.panel;
+  kernels_.linear(args);
+}
+
 // Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk.
-void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, float* const* out,
-                         float* max, float* sum) const {
+void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, Worker& worker,
+                         float* const* out, float* max, float* sum) const {
   const MlaShape& shape = at.mla.shape;
   const int64_t t = at.first_token + token;
   const int64_t seq = at.index.seq_of_token[t];
@@ -127,6 +153,7 @@ void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64
   args.keys = keys;
   args.latent_dim = shape.latent_dim();
   args.lora_rank = shape.lora_rank;
+  args.scratch = worker.queries_bf16;
   args.out = out;
   args.max = max;
   args.sum = sum;
@@ -148,9 +175,9 @@ void CpuOps::attend_rows_in_order(const Attention& at) {
       out[i] = value_latents_ + (row + i) * rank;
       part[i] = worker.part + i * rank;
     }
-    attend_tile(at, token, head, 0, out, softmax_max_ + row, softmax_sum_ + row);
+    attend_tile(at, token, head, 0, worker, out, softmax_max_ + row, softmax_sum_ + row);
     for (int64_t tile = 1; tile < at.num_key_tiles(token); ++tile) {
-      attend_tile(at, token, head, tile, part, part_max, part_sum);
+      attend_tile(at, token, head, tile, worker, part, part_max, part_sum);
       for (int64_t i = 0; i < at.heads_in_tile(head); ++i) {
         kernels_.combine(out[i], softmax_max_ + row + i, softmax_sum_ + row + i, part[i], part_max[i],
                          part_sum[i], rank);
@@ -168,7 +195,8 @@ void CpuOps::attend_split(const Attention& at) {
   for (int64_t first = 0; first < all_tiles; first += wave_tiles) {
     const int64_t tiles = std::min(wave_tiles, all_tiles - first);
     // Part (tile, row) of the wave.
-    pool_.parallel_for(row_tiles * tiles, [&](int64_t task, int) {
+    pool_.parallel_for(row_tiles * tiles, [&](int64_t task, int worker_id) {
+      Worker& worker = workers_[static_cast<size_t>(worker_id)];
       const int64_t tile = task / row_tiles;
       const int64_t token = task % row_tiles / at.tiles_per_token();
       const int64_t head = task % at.tiles_per_token() * kQueryTile;
@@ -176,7 +204,7 @@ void CpuOps::attend_split(const Attention& at) {
       const int64_t part = tile * num_rows + at.row(token, head);
       float* out[kQueryTile];  // [kQueryTile]
       for (int64_t i = 0; i < kQueryTile; ++i) out[i] = parts_ + (part + i) * rank;
-      attend_tile(at, token, head, first + tile, out, parts_max_ + part, parts_sum_ + part);
+      attend_tile(at, token, head, first + tile, worker, out, parts_max_ + part, parts_sum_ + part);
     });
     for_parts(num_rows, tiles * rank, [&](int64_t first_row, int64_t end_row, Worker&) {
       for (int64_t row = first_row; row < end_row; ++row) {
@@ -214,11 +242,21 @@ void CpuOps::apply_values(const Attention& at) {
       float* latent = value_latents_ + row * shape.lora_rank;
       kernels_.scale(latent, 1.0f / softmax_sum_[row], shape.lora_rank, latent);
       worker.x[i] = latent;
+      if (at.mla.packed) {
+        uint16_t* row = worker.rows_bf16 + i * bf16_stride(shape);
+        kernels_.to_bf16(latent, shape.lora_rank, row);
+        worker.x_bf16[i] = row;
+      }
       worker.out[i] = at.out.row<float>(at.first_token + first + i) + head * shape.v_dim;
     }
     LinearArgs args;
-    args.weight = &at.mla.kv_b;
-    args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
+    if (const auto* packed = static_cast<const PackedMla*>(at.mla.packed)) {
+      args.weight = &packed->values[static_cast<size_t>(head)];
+      args.x_bf16 = worker.x_bf16;
+    } else {
+      args.weight = &at.mla.kv_b;
+      args.row0 = head * (shape.nope_dim + shape.v_dim) + shape.nope_dim;
+    }
     args.rows = shape.v_dim;
     args.x = worker.x;
     args.out = worker.out;

@@ -10,7 +10,7 @@ namespace rodin {
 namespace {
 
 // Outputs of one task of the down pass, and rows that gate and up take at once.
-constexpr int64_t kStrip = 16;
+constexpr int64_t kStrip = 64;
 
 }  // namespace
 
@@ -40,12 +40,19 @@ void CpuOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_
   });
 }
 
-// Sorts the pairs by expert, keeping the order of tokens, and points x_rows_ and out_rows_ at their inputs
-// and at their rows of expert_hidden_.
+// Sorts the pairs by expert, keeping the order of tokens, and points x_rows_, x_bf16_ and out_rows_ at their
+// inputs and at their rows of expert_hidden_.
 void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe) {
   const int64_t num_experts = moe.route.num_experts;
   const int64_t num_slots = expert_ids.cols;
   const int64_t inner = moe.experts[0].gate.rows;
+  take_inputs(x);  // rounds every token once; the rows are pointed at anew, pair by pair
+  const auto point_pair = [&](int64_t pair, int64_t t) {
+    x_rows_[pair] = x.row<float>(t);
+    if (x_bf16_ == nullptr) return;
+    x_bf16_[pair] = inputs_bf16_ + t * bf16_stride_;
+    hidden_rows_[pair] = hidden_bf16_ + pair * hidden_stride_;
+  };
   std::fill(expert_start_.begin(), expert_start_.end(), 0);
   for (int64_t t = 0; t < x.rows; ++t) {
     for (int64_t j = 0; j < num_slots; ++j)
@@ -62,7 +69,7 @@ void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWei
       const int64_t pair = expert_start_[static_cast<size_t>(expert_ids.row<int32_t>(t)[j])]++;
       pair_of_slot_[static_cast<size_t>(t * num_slots + j)] = pair;
       pair_token_[static_cast<size_t>(pair)] = t;
-      x_rows_[pair] = x.row<float>(t);
+      point_pair(pair, t);
       out_rows_[pair] = expert_hidden_ + pair * inner;
     }
   }
@@ -77,7 +84,7 @@ void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWei
   expert_start_[static_cast<size_t>(num_experts) + 1] = num_pairs + x.rows;
   for (int64_t t = 0; t < x.rows; ++t) {
     pair_token_[static_cast<size_t>(num_pairs + t)] = t;
-    x_rows_[num_pairs + t] = x.row<float>(t);
+    point_pair(num_pairs + t, t);
     out_rows_[num_pairs + t] = expert_hidden_ + num_pairs * inner + t * moe.shared.gate.rows;
   }
 }
@@ -106,7 +113,8 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
     const int64_t e = is_shared ? num_experts : active_experts_[static_cast<size_t>(task / pieces)];
     const int64_t row0 = piece * (is_shared ? task - num_routed * pieces : task % pieces);
     const int64_t rows = std::min(piece, mlp_of(e).gate.rows - row0);
-    run_gate_up(mlp_of(e), first_pair(e), num_pairs(e), row0, rows, workers_[static_cast<size_t>(worker)]);
+    run_gate_up(mlp_of(e), first_pair(e), num_pairs(e), row0, rows, x_bf16_ != nullptr,
+                workers_[static_cast<size_t>(worker)]);
   });
 
   // Down: a strip of outputs of every pair, then of every token.
@@ -126,6 +134,7 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
       }
       args.weight = &mlp_of(e).down;
       args.x = out_rows_ + first_pair(e);
+      if (hidden_rows_) args.x_bf16 = hidden_rows_ + first_pair(e);
       args.out = worker.out + first_pair(e);
       args.m = num_pairs(e);
       kernels_.linear(args);

@@ -8,7 +8,10 @@ namespace rodin {
 namespace {
 
 // Rows of a task are a multiple of the rows that a kernel takes at once.
-constexpr int64_t kRowGroup = 16;
+constexpr int64_t kRowGroup = 64;
+
+// Rows in bf16 start at multiples of this.
+constexpr int64_t kBf16Align = 32;
 
 constexpr int64_t kMaxChunkTokens = 256;
 constexpr int64_t kMinParts = 1024;
@@ -57,6 +60,23 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     make(worker.x, max_pairs);
     make(worker.out, max_pairs);
     make(worker.scores, 3 * limits.num_experts);
+  }
+  bf16_stride_ = round_up(max_inputs, kBf16Align);
+  hidden_stride_ =
+      round_up(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size), kBf16Align);
+  if (kernels_.to_bf16) {
+    make(x_bf16_, max_pairs);
+    make(inputs_bf16_, tokens * bf16_stride_);
+    for (Worker& worker : workers_) {
+      make(worker.rows_bf16, chunk_tokens_ * round_up(std::max(mla.lora_rank, mla.nope_dim), kBf16Align));
+      make(worker.x_bf16, std::max(chunk_tokens_, tokens));
+      if (kernels_.needs_rows_in_line && slots > 0) make(worker.gathered, tokens * bf16_stride_);
+      make(worker.queries_bf16, kQueryTile * round_up(mla.latent_dim(), kBf16Align));
+    }
+    if (slots > 0) {
+      make(hidden_bf16_, max_pairs * hidden_stride_);
+      make(hidden_rows_, max_pairs);
+    }
   }
   make(x_rows_, max_pairs);
   make(out_rows_, max_pairs);
@@ -118,17 +138,28 @@ void CpuOps::run_linear(const Weight& weight, const RowTasks& tasks, int64_t tas
   args.row0 = task * tasks.rows_per_task;
   args.rows = std::min(tasks.rows_per_task, weight.rows - args.row0);
   args.x = x_rows_;
+  args.x_bf16 = x_bf16_;
   args.out = out;
   args.m = m;
   args.panel = worker.panel;
   kernels_.linear(args);
 }
 
+void CpuOps::take_inputs(const Tensor& x) {
+  for (int64_t t = 0; t < x.rows; ++t) x_rows_[t] = x.row<float>(t);
+  if (x_bf16_ == nullptr) return;
+  for_parts(x.rows, x.cols / 8, [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      uint16_t* to = inputs_bf16_ + t * bf16_stride_;
+      x_bf16_[t] = to;
+      kernels_.to_bf16(x_rows_[t], x.cols, to);
+    }
+  });
+}
+
 void CpuOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
-  for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
-    out_rows_[t] = out.row<float>(t);
-  }
+  take_inputs(x);
+  for (int64_t t = 0; t < x.rows; ++t) out_rows_[t] = out.row<float>(t);
   const RowTasks tasks = cut_rows(weight.rows, weight.cols, x.rows);
   pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
     run_linear(weight, tasks, task, x.rows, out_rows_, workers_[static_cast<size_t>(worker)]);
@@ -137,8 +168,8 @@ void CpuOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
 
 void CpuOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& out0, const Weight& weight1,
                          const Tensor& out1) {
+  take_inputs(x);
   for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
     out_rows_[t] = out0.row<float>(t);
     out_rows1_[t] = out1.row<float>(t);
   }
@@ -165,25 +196,41 @@ void CpuOps::gqa_attention(const Tensor& q, const GqaShape&, const StepIndex& in
 }
 
 void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
-  for (int64_t t = 0; t < x.rows; ++t) {
-    x_rows_[t] = x.row<float>(t);
-    out_rows_[t] = out.row<float>(t);
-  }
+  take_inputs(x);
+  for (int64_t t = 0; t < x.rows; ++t) out_rows_[t] = out.row<float>(t);
   const RowTasks tasks = cut_rows(mlp.gate.rows, 2 * mlp.gate.cols, x.rows);
   pool_.parallel_for(tasks.num_tasks, [&](int64_t task, int worker) {
     const int64_t row0 = task * tasks.rows_per_task;
     const int64_t rows = std::min(tasks.rows_per_task, mlp.gate.rows - row0);
-    run_gate_up(mlp, 0, x.rows, row0, rows, workers_[static_cast<size_t>(worker)]);
+    run_gate_up(mlp, 0, x.rows, row0, rows, false, workers_[static_cast<size_t>(worker)]);
   });
 }
 
+// The rounded inputs of an expert's pairs, equally far apart: as they are, or copied.
+const uint16_t* const* CpuOps::gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
+                                                Worker& worker) const {
+  const uint16_t* const* rows = x_bf16_ + first_pair;
+  bool is_in_line = true;
+  for (int64_t i = 1; i < num_pairs; ++i) is_in_line = is_in_line && rows[i] == rows[0] + i * bf16_stride_;
+  if (is_in_line) return rows;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    uint16_t* to = worker.gathered + i * bf16_stride_;
+    std::copy_n(rows[i], round_up(cols, kBf16Align), to);
+    worker.x_bf16[i] = to;
+  }
+  return worker.x_bf16;
+}
+
 // Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
-// out_rows_.
+// out_rows_, and where is_rounded to the rows of hidden_bf16_ too.
 void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
-                         int64_t rows, Worker& worker) {
+                         int64_t rows, bool is_rounded, Worker& worker) {
   for (int64_t i = 0; i < num_pairs; ++i) worker.out[i] = worker.pairs + i * kRowGroup;
   LinearArgs args;
   args.x = x_rows_ + first_pair;
+  if (x_bf16_) args.x_bf16 = x_bf16_ + first_pair;
+  if (is_rounded && kernels_.needs_rows_in_line)
+    args.x_bf16 = gather_rows_bf16(first_pair, num_pairs, mlp.gate.cols, worker);
   args.m = num_pairs;
   args.panel = worker.panel;
   for (int64_t row = row0; row < row0 + rows; row += kRowGroup) {
@@ -200,6 +247,8 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     for (int64_t i = 0; i < num_pairs; ++i) {
       float* to = out_rows_[first_pair + i] + row;
       kernels_.silu_mul(to, worker.out[i], args.rows, to);
+      if (!is_rounded) continue;
+      kernels_.to_bf16(to, args.rows, hidden_bf16_ + (first_pair + i) * hidden_stride_ + row);
     }
   }
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "ops/cpu/cpu_gqa.h"
 #include "ops/cpu/host_ops.h"
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/packed_weight.h"
 
 namespace rodin {
 
@@ -21,7 +23,15 @@ class CpuOps final : public HostOps {
   ~CpuOps() override;
 
   std::string name() const override;
-  Dtype cache_dtype() const override { return Dtype::kF16; }
+  Dtype cache_dtype() const override { return kernels_.cache_dtype; }
+  Ceilings measure_ceilings() override;
+  // On a path that takes packed weights the placed ones are copies; routers and tables of embeddings stay.
+  using HostOps::place;
+  void place(Weight& weight) override;
+  void place(MoeWeights& moe) override;
+  void place(MlaWeights& mla) override;
+  void place_table(Weight&) override {}
+  bool is_copied(const Weight& weight) const override { return weight.packed != nullptr; }
   size_t reserve(const OpsLimits& limits) override;
 
   void embed(const Weight& table, const StepIndex& index, const Tensor& out) override;
@@ -55,13 +65,17 @@ class CpuOps final : public HostOps {
 
   // Working memory of one worker of the pool.
   struct Worker {
-    float* panel = nullptr;     // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
-    float* scaled = nullptr;    // [4, nope_dim]
-    float* part = nullptr;      // [kQueryTile, lora_rank] one tile of attention
-    float* pairs = nullptr;     // [max pairs, 16] one strip of outputs of every (token, expert) pair
-    const float** x = nullptr;  // [max rows]
-    float** out = nullptr;      // [max rows]
-    float* scores = nullptr;    // [3, E] routing
+    float* panel = nullptr;             // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
+    float* scaled = nullptr;            // [4, nope_dim]
+    float* part = nullptr;              // [kQueryTile, lora_rank] one tile of attention
+    uint16_t* rows_bf16 = nullptr;      // [chunk_tokens, max(lora_rank, nope_dim) rounded up] of attention
+    const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
+    uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
+    uint16_t* queries_bf16 = nullptr;   // [kQueryTile, latent_dim rounded up] of attention
+    float* pairs = nullptr;             // [max pairs, 16] one strip of outputs of every (token, expert) pair
+    const float** x = nullptr;          // [max rows]
+    float** out = nullptr;              // [max rows]
+    float* scores = nullptr;            // [3, E] routing
   };
 
   // A weight's rows cut into equal tasks.
@@ -88,18 +102,23 @@ class CpuOps final : public HostOps {
 
   void run_linear(const Weight& weight, const RowTasks& tasks, int64_t task, int64_t m, float* const* out,
                   Worker& worker);
+  // Points x_rows_ at the rows of x, and x_bf16_ at those rounded to bf16 where this path takes them.
+  void take_inputs(const Tensor& x);
 
   struct Attention;  // one chunk of tokens of one mla_attention call
   void absorb_queries(const Attention& at);
+  void absorb_packed(const Weight& key, const MlaShape& shape, int64_t count, Worker& worker) const;
   void attend_rows_in_order(const Attention& at);
   void attend_split(const Attention& at);
   void apply_values(const Attention& at);
-  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, float* const* out,
-                   float* max, float* sum) const;
+  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, Worker& worker,
+                   float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
+  const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
+                                          Worker& worker) const;
   void run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0, int64_t rows,
-                   Worker& worker);
+                   bool is_rounded, Worker& worker);
 
   const Kernels& kernels_;
   std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
@@ -107,8 +126,12 @@ class CpuOps final : public HostOps {
   std::vector<Worker> workers_;  // [num_threads]
 
   const float** x_rows_ = nullptr;  // [max rows] inputs of the op at hand
-  float** out_rows_ = nullptr;      // [max rows]
-  float** out_rows1_ = nullptr;     // [max rows] second output of linear_pair
+  // The same rounded to bf16; null on a path that takes no packed weights.
+  const uint16_t** x_bf16_ = nullptr;  // [max rows]
+  uint16_t* inputs_bf16_ = nullptr;    // [T, bf16_stride_]
+  int64_t bf16_stride_ = 0;            // max inputs rounded up
+  float** out_rows_ = nullptr;         // [max rows]
+  float** out_rows1_ = nullptr;        // [max rows] second output of linear_pair
 
   int64_t chunk_tokens_ = 0;        // most tokens of one chunk of attention
   float* query_latents_ = nullptr;  // [chunk_tokens, A, latent_dim] absorbed queries
@@ -121,11 +144,23 @@ class CpuOps final : public HostOps {
   float* parts_sum_ = nullptr;      // [max_parts]
 
   // A pair is one (token, expert) of the routing; pairs are sorted by expert, the shared expert's come last.
-  std::vector<int64_t> expert_start_;    // [E + 2] first pair of each expert; [E] is the shared one
-  std::vector<int64_t> active_experts_;  // [<= E + 1] experts that have pairs
-  std::vector<int64_t> pair_of_slot_;    // [T * k] where slot j of token t went
-  std::vector<int64_t> pair_token_;      // [T * (k + 1)]
-  float* expert_hidden_ = nullptr;       // [T, k * Im + Is] intermediate of every pair
+  std::vector<int64_t> expert_start_;       // [E + 2] first pair of each expert; [E] is the shared one
+  std::vector<int64_t> active_experts_;     // [<= E + 1] experts that have pairs
+  std::vector<int64_t> pair_of_slot_;       // [T * k] where slot j of token t went
+  std::vector<int64_t> pair_token_;         // [T * (k + 1)]
+  float* expert_hidden_ = nullptr;          // [T, k * Im + Is] intermediate of every pair
+  uint16_t* hidden_bf16_ = nullptr;         // [T * (k + 1), hidden_stride_] the same in bf16
+  int64_t hidden_stride_ = 0;               // max(Im, Is) rounded up
+  const uint16_t** hidden_rows_ = nullptr;  // [T * (k + 1)] null on a path that takes no packed weights
+
+  // What place() has repacked.
+  struct PackedMla {
+    std::vector<Weight> keys;    // [A] W_UK,h transposed: [lora_rank, nope_dim]
+    std::vector<Weight> values;  // [A] W_UV,h: [v_dim, lora_rank]
+    std::vector<float> scale;    // [A, blocks of lora_rank] of the keys
+  };
+  PageArena arena_;
+  std::deque<PackedMla> packed_mla_;
 };
 
 }  // namespace rodin

@@ -8,15 +8,22 @@
 
 #include "ops/check.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace rodin {
 
 void* HostOps::alloc(size_t bytes) {
-  constexpr size_t kAlignment = 64;
-  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  void* data =
-      rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded == 0 ? kAlignment : rounded);
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* data = rounded < bytes ? nullptr : std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded);
   check(data != nullptr, "cannot allocate ", bytes,
         " bytes of memory; lower the cache memory or the step size");
+#if defined(__linux__)
+  if (bytes >= kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // where there are none, small ones do
+#endif
   return data;
 }
 

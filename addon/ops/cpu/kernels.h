@@ -18,8 +18,8 @@ constexpr int64_t kKeyTile = 64;
 constexpr int64_t kQueryTile = 4;
 // Weight rows that `linear` widens at once when there are many tokens.
 constexpr int64_t kPanelRows = 16;
-// Floats that a row of a panel takes: rounded up to the widest vector.
-constexpr int64_t kPanelAlign = 16;
+// Elements that a row of a panel takes are rounded up to this.
+constexpr int64_t kPanelAlign = 32;
 
 // out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
 struct LinearArgs {
@@ -27,7 +27,10 @@ struct LinearArgs {
   int64_t row0 = 0;
   int64_t rows = 0;
   const float* const* x = nullptr;  // [m] rows of [cols]
-  float* const* out = nullptr;      // [m]
+  // The same rows rounded to bf16, zeros after the last column; read in place of x where the weight is
+  // packed, and row0 is then a multiple of 16. Null: the products are float32.
+  const uint16_t* const* x_bf16 = nullptr;  // [m] rows of [cols rounded up to 32]
+  float* const* out = nullptr;              // [m]
   int64_t out_row0 = 0;
   int64_t m = 0;
   float* panel = nullptr;  // [kPanelRows, cols rounded up to kPanelAlign] working memory
@@ -53,11 +56,12 @@ struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
   int64_t num_rows = 0;             // 1 .. kQueryTile
   const uint16_t* const* keys =
-      nullptr;  // [kKeyTile] f16 rows of [latent_dim]; only first .. end - 1 are read
+      nullptr;  // [kKeyTile] cache rows of [latent_dim]; only first .. end - 1 are read
   int64_t first = 0;
   int64_t end = 0;
   int64_t latent_dim = 0;
   int64_t lora_rank = 0;
+  uint16_t* scratch = nullptr;  // [kQueryTile, latent_dim rounded up to 32] working memory
   float* const* out = nullptr;  // [num_rows] rows of [lora_rank]
   float* max = nullptr;         // [num_rows]
   float* sum = nullptr;         // [num_rows]
@@ -66,10 +70,11 @@ struct AttendArgs {
 // One tile of grouped-query attention for query rows that share a kv head and see the same keys, over keys
 // j = first .. end - 1: s_j = scale * q . key_j, then max, sum and out (of value_j) as above.
 struct AttendGqaArgs {
-  const float* const* q = nullptr;        // [num_rows] rows of [head_dim]
-  int64_t num_rows = 0;                   // any number
-  const uint16_t* const* keys = nullptr;  // [kKeyTile] f16 rows of [head_dim]; only first .. end - 1 are read
-  int64_t value_at = 0;                   // value_j = key_j + value_at
+  const float* const* q = nullptr;  // [num_rows] rows of [head_dim]
+  int64_t num_rows = 0;             // any number
+  const uint16_t* const* keys =
+      nullptr;           // [kKeyTile] cache rows of [head_dim]; only first .. end - 1 are read
+  int64_t value_at = 0;  // value_j = key_j + value_at
   int64_t first = 0;
   int64_t end = 0;
   int64_t head_dim = 0;
@@ -79,8 +84,11 @@ struct AttendGqaArgs {
   float* sum = nullptr;         // [num_rows]
 };
 
+constexpr int kProbeProducts = 16;
+
 struct Kernels {
   const char* name;
+  Dtype cache_dtype;  // kF16 or kBF16
   void (*linear)(const LinearArgs& args);
   void (*absorb)(const AbsorbArgs& args);
   void (*attend)(const AttendArgs& args);
@@ -97,12 +105,25 @@ struct Kernels {
   void (*weighted_sum)(const float* const* y, const float* weights, int64_t num, const float* shared,
                        int64_t n, float* out);
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
-  void (*to_f16)(const float* x, int64_t n, uint16_t* out);
+  void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
+  // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
+  // what `linear` could reach. The result is written so that they are not left out.
+  void (*probe)(int64_t n, float* out);  // out: [16]
+  int64_t probe_flops;
+  // Reads n floats, a multiple of 256, as fast as it can; the result is a sum of them.
+  float (*read)(const float* data, int64_t n);
+  // Only paths that take packed weights (packed_weight.h) have this: rounds n inputs to bf16, with zeros
+  // after them up to a multiple of 4. Null elsewhere.
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
+  // Whether the rows of x_bf16 must be equally far apart.
+  bool needs_rows_in_line;
 };
 
 const Kernels& kernels_portable();
-const Kernels& kernels_avx2();    // x86-64 only
-const Kernels& kernels_avx512();  // x86-64 only
+const Kernels& kernels_avx2();        // x86-64 only
+const Kernels& kernels_avx512();      // x86-64 only
+const Kernels& kernels_avx512bf16();  // x86-64 only
+const Kernels& kernels_amxbf16();     // x86-64 only
 
 }  // namespace rodin

@@ -24,7 +24,7 @@ inline void attend_rows(const AttendArgs& args) {
       keys[i] = reinterpret_cast<const char*>(args.keys[key]);
     }
     V sums[kAccumulators];
-    dot_tile<ReadF16, false, kKeys, R>(keys, nullptr, 1.0f, q, args.latent_dim, args.latent_dim, sums);
+    dot_tile<ReadCache, false, kKeys, R>(keys, nullptr, 1.0f, q, args.latent_dim, args.latent_dim, sums);
     float results[kAccumulators];  // [kKeys, R]
     reduce(sums, results);
     for (int i = 0; i < kKeys; ++i) {
@@ -51,7 +51,7 @@ inline void attend_rows(const AttendArgs& args) {
   const float* weights[R];  // [R] rows of [kKeyTile]
   for (int r = 0; r < R; ++r) weights[r] = scores[r];
   const auto row_of = [&](int64_t j) { return reinterpret_cast<const char*>(args.keys[j]); };
-  mix_columns<ReadF16, R>(weights, row_of, args.first, args.end, 0, args.lora_rank, 1.0f, out);
+  mix_columns<ReadCache, R>(weights, row_of, args.first, args.end, 0, args.lora_rank, 1.0f, out);
 }
 
 void attend(const AttendArgs& args) {

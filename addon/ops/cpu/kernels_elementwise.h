@@ -97,11 +97,33 @@ void widen_row(const Weight& weight, int64_t row, float* out) {
   }
 }
 
-void to_f16(const float* x, int64_t n, uint16_t* out) {
+void probe(int64_t n, float* out) {
+  V sums[kProbeProducts];
+  for (int i = 0; i < kProbeProducts; ++i) sums[i] = set1(static_cast<float>(i));
+  const V by = set1(0.5f);
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 16
+    for (V& sum : sums) sum = fma(sum, by, by);
+  }
+  for (int i = 1; i < kProbeProducts; ++i) sums[0] = add(sums[0], sums[i]);
+  store(out, sums[0]);
+}
+
+float read_all(const float* data, int64_t n) {
+  V sums[8];
+  for (V& sum : sums) sum = zero();
+  for (int64_t i = 0; i < n; i += 8 * kLanes) {
+    for (int j = 0; j < 8; ++j) sums[j] = add(sums[j], load(data + i + j * kLanes));
+  }
+  for (int j = 1; j < 8; ++j) sums[0] = add(sums[0], sums[j]);
+  return hsum(sums[0]);
+}
+
+void to_cache(const float* x, int64_t n, uint16_t* out) {
   for_vectors(n, [&](int64_t i, int64_t count) {
-    if (count == kLanes) return store_f16(out + i, load(x + i));
+    if (count == kLanes) return store_cache(out + i, load(x + i));
     uint16_t buffer[16];  // [16]
-    store_f16(buffer, load_tail(x + i, count));
+    store_cache(buffer, load_tail(x + i, count));
     memcpy(out + i, buffer, static_cast<size_t>(count) * sizeof(uint16_t));
   });
 }

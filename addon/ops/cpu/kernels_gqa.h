@@ -46,7 +46,7 @@ inline void attend_gqa_rows(const AttendGqaArgs& args, int64_t row0) {
       keys[i] = reinterpret_cast<const char*>(args.keys[key]);
     }
     V sums[kAccumulators];
-    dot_tile<ReadF16, false, kKeys, R>(keys, nullptr, 1.0f, q, args.head_dim, args.head_dim, sums);
+    dot_tile<ReadCache, false, kKeys, R>(keys, nullptr, 1.0f, q, args.head_dim, args.head_dim, sums);
     float results[kAccumulators];  // [kKeys, R]
     reduce(sums, results);
     for (int i = 0; i < kKeys; ++i) {
@@ -58,7 +58,7 @@ inline void attend_gqa_rows(const AttendGqaArgs& args, int64_t row0) {
     softmax_tile(scores[r], args.first, args.end, args.max + row, args.sum + row);
   }
   const auto value = [&](int64_t j) { return reinterpret_cast<const char*>(args.keys[j] + args.value_at); };
-  mix_columns<ReadF16, R>(weights, value, args.first, args.end, 0, args.head_dim, 1.0f, out);
+  mix_columns<ReadCache, R>(weights, value, args.first, args.end, 0, args.head_dim, 1.0f, out);
 }
 
 void attend_gqa(const AttendGqaArgs& args) {

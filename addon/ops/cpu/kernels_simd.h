@@ -278,6 +278,19 @@ struct ReadE4m3 {
   static inline V read(const char* p) { return load_e4m3(p); }
 };
 
+// How the latent cache is stored.
+#if defined(RODIN_BF16_CACHE)
+using ReadCache = ReadBf16;
+constexpr Dtype kCacheDtype = Dtype::kBF16;
+inline void store_cache(uint16_t* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+#else
+using ReadCache = ReadF16;
+constexpr Dtype kCacheDtype = Dtype::kF16;
+inline void store_cache(uint16_t* p, V v) { store_f16(p, v); }
+#endif
+
 template <class Read>
 inline V read_tail(const char* p, int64_t n) {
   alignas(64) char buffer[64];

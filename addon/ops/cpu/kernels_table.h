@@ -9,8 +9,9 @@ namespace rodin {
 namespace {
 
 constexpr Kernels kKernels = {
-    kPathName, linear,  absorb,  attend,       combine,   rms_norm, add_to,     scale_by,
-    silu_mul,  sigmoid, softmax, weighted_sum, widen_row, to_f16,   attend_gqa,
+    kPathName, kCacheDtype, linear,   absorb,     attend,   combine,      rms_norm,
+    add_to,    scale_by,    silu_mul, sigmoid,    softmax,  weighted_sum, widen_row,
+    to_cache,  attend_gqa,  probe,    2 * kLanes, read_all, nullptr,      false,
 };
 
 }  // namespace

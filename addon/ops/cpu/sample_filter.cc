@@ -9,9 +9,6 @@
 namespace rodin {
 namespace {
 
-using noise::add;
-using noise::mul;
-
 constexpr int kNumBuckets = 512;
 constexpr float kBucketsPerUnit = 16;  // the last bucket begins at e^-31.9 of the likeliest
 
@@ -54,20 +51,6 @@ int64_t keep_top_p(float top_p, const float* scores, float* weights, int32_t* id
 }
 
 }  // namespace
-
-float exp_non_positive(float x) {
-  if (!(x > -87.0f)) return 0;
-  // x = n ln 2 + r; exp(r) = 1 + r + r^2 P(r), P a minimax polynomial
-  const float n = add(add(mul(x, 0x1.715476p+0f), 0x1.8p+23f), -0x1.8p+23f);
-  const float r = add(add(x, mul(n, -0x1.62e400p-1f)), mul(n, -0x1.7f7d1cp-20f));
-  float p = 0.0013950474f;
-  p = add(mul(p, r), 0.008368882f);
-  p = add(mul(p, r), 0.041666206f);
-  p = add(mul(p, r), 0.1666652f);
-  p = add(mul(p, r), 0.5f);
-  const float e = add(add(mul(mul(r, r), p), r), 1.0f);
-  return mul(e, noise::float_from_bits((static_cast<int32_t>(n) + 127) << 23));
-}
 
 int64_t filter_scores(const SampleFilter& filter, const float* scores, int64_t vocab_size, float* weights,
                       int32_t* ids) {

@@ -13,9 +13,6 @@ struct SampleFilter {
   bool is_off() const { return min_p == 0 && top_k == 0 && top_p >= 1; }
 };
 
-// exp(x) for x <= 0, each operation rounded on its own.
-float exp_non_positive(float x);
-
 // Writes the ids that survive to ids[0 .. n-1], in no fixed order, and returns n. Every score is at most 0,
 // one is 0; -infinity never survives. `weights` is working memory.
 int64_t filter_scores(const SampleFilter& filter, const float* scores, int64_t vocab_size, float* weights,

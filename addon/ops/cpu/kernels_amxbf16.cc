@@ -1,0 +1,30 @@
+// The AVX512-BF16 path with its products by AMX tiles.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#define RODIN_BF16_CACHE
+#include "ops/cpu/kernels_amx.h"
+#include "ops/cpu/kernels_bf16_attention.h"
+#include "ops/cpu/kernels_table.h"
+
+namespace rodin {
+namespace {
+
+constexpr Kernels with_amx() {
+  Kernels kernels = kKernels;
+  kernels.name = "amxbf16";
+  kernels.linear = linear_amx;
+  kernels.attend = attend_bf16;
+  kernels.probe = probe_amx;
+  kernels.probe_flops = 2 * kTileRows * kPanelOutputs * kTileInputs;
+  kernels.to_bf16 = to_bf16;
+  kernels.needs_rows_in_line = true;
+  return kernels;
+}
+constexpr Kernels kAmxKernels = with_amx();
+
+}  // namespace
+
+const Kernels& kernels_amxbf16() { return kAmxKernels; }
+
+}  // namespace rodin

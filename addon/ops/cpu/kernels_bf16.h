@@ -1,0 +1,257 @@
+// Products with packed FP8 and BF16 weights by vdpbf16ps. Inputs come rounded to bf16. e4m3 is widened to
+// bf16 by two table look-ups, exactly, denormals included: bf16 has the wider exponent, so that the
+// instruction's flushing of denormals touches no weight. Included by the units that have AVX512-BF16 and
+// VBMI.
+#pragma once
+
+#include "ops/cpu/kernels_linear.h"
+#include "ops/cpu/packed_weight.h"
+
+namespace rodin {
+namespace {
+
+// The two bytes of the bf16 that e4m3's magnitude bits stand for.
+struct WideTable {
+  alignas(64) uint8_t low[128];   // [128]
+  alignas(64) uint8_t high[128];  // [128]
+};
+constexpr WideTable make_wide_table() {
+  WideTable table = {};
+  for (int code = 0; code < 128; ++code) {
+    int exponent = code >> 3;
+    int mantissa = code & 7;
+    if (exponent == 0 && mantissa != 0) {
+      for (exponent = 1; mantissa < 8; --exponent) mantissa *= 2;
+      mantissa -= 8;
+    }
+    int bits = code == 0 ? 0 : ((exponent + 120) << 7) | (mantissa << 4);
+    if (code == 0x7f) bits = 0x7fc0;
+    table.low[code] = static_cast<uint8_t>(bits & 0xff);
+    table.high[code] = static_cast<uint8_t>(bits >> 8);
+  }
+  return table;
+}
+constexpr WideTable kWideTable = make_wide_table();
+
+// 4 inputs of 16 outputs as bf16: pairs (k, k+1), pairs (k+2, k+3).
+struct Wide {
+  __m512bh first;
+  __m512bh second;
+};
+
+// How many bytes 4 inputs of a panel take, and how they are read.
+class E4m3Panel {
+ public:
+  static constexpr int64_t kBytes = 64;
+  E4m3Panel()
+      : low0_(_mm512_load_si512(kWideTable.low)),
+        low1_(_mm512_load_si512(kWideTable.low + 64)),
+        high0_(_mm512_load_si512(kWideTable.high)),
+        high1_(_mm512_load_si512(kWideTable.high + 64)),
+        sign_(_mm512_set1_epi8(static_cast<char>(0x80))) {}
+  Wide read(const char* p) const {
+    __m512i codes = _mm512_load_si512(p);
+    asm("" : "+v"(codes));  // loaded once: the compiler would rather load it for each use, which is slower
+    const __m512i low = _mm512_permutex2var_epi8(low0_, codes, low1_);
+    const __m512i high =
+        _mm512_ternarylogic_epi64(_mm512_permutex2var_epi8(high0_, codes, high1_), codes, sign_, 0xf8);
+    return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+  }
+
+ private:
+  const __m512i low0_, low1_, high0_, high1_, sign_;
+};
+class Bf16Panel {
+ public:
+  static constexpr int64_t kBytes = 128;
+  Wide read(const char* p) const {
+    return {(__m512bh)_mm512_load_si512(p), (__m512bh)_mm512_load_si512(p + 64)};
+  }
+};
+
+inline __m512bh pair_of(const uint16_t* x) {
+  int32_t pair;
+  memcpy(&pair, x, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// part[p][t] += panel p . x[t] over the inputs begin .. end - 1, in rising order; both are multiples of 4.
+template <class Read, int P, int M>
+inline void dot_panels(const Read& read, const char* const* panels, const uint16_t* const* x, int64_t begin,
+                       int64_t end, V (&part)[P][M]) {
+  constexpr bool kIsPipelined = M == 2;
+  Wide next[P];  // [P] of a pipelined loop
+  if constexpr (kIsPipelined) {
+    for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + begin / kPackInputs * Read::kBytes);
+  }
+  for (int64_t k = begin; k < end; k += kPackInputs) {
+    const int64_t at = k / kPackInputs * Read::kBytes;
+    if constexpr (M == 1) {  // one panel after another: the inputs stay in registers
+      const __m512bh first = pair_of(x[0] + k), second = pair_of(x[0] + k + 2);
+      for (int p = 0; p < P; ++p) {
+        const Wide wide = read.read(panels[p] + at);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.first, first);
+        part[p][0] = _mm512_dpbf16_ps(part[p][0], wide.second, second);
+      }
+      continue;
+    }
+    Wide wide[P];
+    if constexpr (kIsPipelined) {  // the next weights are widened while these are multiplied
+      const int64_t ahead = k + kPackInputs < end ? at + Read::kBytes : at;
+      for (int p = 0; p < P; ++p) wide[p] = next[p];
+      for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + ahead);
+    } else {
+      for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + at);
+    }
+    for (int t = 0; t < M; ++t) {
+      const __m512bh pair = pair_of(x[t] + k);
+      for (int p = 0; p < P; ++p) part[p][t] = _mm512_dpbf16_ps(part[p][t], wide[p].first, pair);
+    }
+    for (int t = 0; t < M; ++t) {
+      const __m512bh pair = pair_of(x[t] + k + 2);
+      for (int p = 0; p < P; ++p) part[p][t] = _mm512_dpbf16_ps(part[p][t], wide[p].second, pair);
+    }
+  }
+}
+
+// Where the block scales of a weight lie, for the loops.
+struct PackedRows {
+  const float* scale;  // null: none
+  int64_t scale_cols;
+  int64_t block_rows;
+  int64_t block_inputs;  // of one scale, rounded up to whole groups
+  int64_t inputs;        // columns rounded up to whole groups
+
+  explicit PackedRows(const Weight& weight)
+      : scale(weight.scale),
+        scale_cols(weight.scale_cols()),
+        block_rows(weight.scale ? weight.block_rows : 1),
+        inputs(ceil_div(weight.cols, kPackInputs) * kPackInputs) {
+    block_inputs = weight.scale && weight.block_cols < inputs ? weight.block_cols : inputs;
+  }
+};
+
+// The outputs row .. row + 16 P - 1 for M tokens from `token` on. Of each output, the sum over a block of
+// inputs, times its scale, is added to those of the blocks before: the one place where this order is written
+// down.
+// A function of its own, so that its tables and sums have all registers.
+template <class Read, bool kIsScaled, int P, int M>
+[[gnu::noinline]] void linear_panels(const LinearArgs& args, const PackedRows& rows, const char* first_panel,
+                                     int64_t panel_bytes, int64_t row, int64_t token) {
+  const Read read;
+  const char* panels[P];  // [P]
+  const float* scale[P];  // [P]
+  for (int p = 0; p < P; ++p) {
+    panels[p] = first_panel + p * panel_bytes;
+    if (kIsScaled) scale[p] = rows.scale + (row + p * kPanelOutputs) / rows.block_rows * rows.scale_cols;
+  }
+  const uint16_t* x[M];  // [M]
+  for (int t = 0; t < M; ++t) x[t] = args.x_bf16[min_of(token + t, args.m - 1)];
+  V total[P][M];
+  for (int p = 0; p < P; ++p) {
+    for (int t = 0; t < M; ++t) total[p][t] = zero();
+  }
+  if constexpr (kIsScaled) {
+    int64_t block = 0;
+    for (int64_t begin = 0; begin < rows.inputs; begin += rows.block_inputs, ++block) {
+      V part[P][M];
+      for (int p = 0; p < P; ++p) {
+        for (int t = 0; t < M; ++t) part[p][t] = zero();
+      }
+      dot_panels<Read, P, M>(read, panels, x, begin, min_of(begin + rows.block_inputs, rows.inputs), part);
+      for (int p = 0; p < P; ++p) {
+        const V by = set1(scale[p][block]);
+        for (int t = 0; t < M; ++t) total[p][t] = fma(by, part[p][t], total[p][t]);
+      }
+    }
+  } else {
+    dot_panels<Read, P, M>(read, panels, x, 0, rows.inputs, total);
+  }
+  const int64_t end = args.row0 + args.rows;
+  const float* bias = args.weight->bias;
+  const int64_t num_tokens = min_of(M, args.m - token);
+  for (int p = 0; p < P; ++p) {
+    const int64_t at = row + p * kPanelOutputs;
+    const auto mask = static_cast<__mmask16>(end - at >= kPanelOutputs ? 0xffff : (1u << (end - at)) - 1);
+    const V add_bias = bias ? _mm512_maskz_loadu_ps(mask, bias + at) : zero();
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const V sum = bias ? add(total[p][t], add_bias) : total[p][t];
+      _mm512_mask_storeu_ps(args.out[token + t] + (at - args.out_row0), mask, sum);
+    }
+  }
+}
+
+// Tokens that one pass over the weights serves at most. Few tokens take several panels at once: as many sums
+// as registers hold beside the tables, and enough independent ones to hide an instruction's latency.
+constexpr int kMaxTokens = 8;
+
+// P panels from `row` on for the tokens token .. token + num_tokens - 1, which are kMin .. kMax.
+template <class Read, bool kIsScaled, int P, int kMin, int kMax>
+inline void linear_tokens(const LinearArgs& args, const PackedRows& rows, const char* panel,
+                          int64_t panel_bytes, int64_t row, int64_t token, int64_t num_tokens) {
+  if constexpr (kMin < kMax) {
+    if (num_tokens > kMin) {
+      return linear_tokens<Read, kIsScaled, P, kMin + 1, kMax>(args, rows, panel, panel_bytes, row, token,
+                                                               num_tokens);
+    }
+  }
+  linear_panels<Read, kIsScaled, P, kMin>(args, rows, panel, panel_bytes, row, token);
+}
+
+// The rows from `row` on, P panels at a time as long as there are so many; all tokens over some panels, while
+// those are in the cache. A pass serves at most kMax tokens. Returns the row after the last.
+template <class Read, bool kIsScaled, int P, int kMax>
+inline int64_t linear_rows(const LinearArgs& args, const PackedRows& rows, int64_t row, int64_t per_pass) {
+  const int64_t panel_bytes = rows.inputs / kPackInputs * Read::kBytes;
+  const int64_t end = args.row0 + args.rows;
+  const char* panel = static_cast<const char*>(args.weight->packed) + row / kPanelOutputs * panel_bytes;
+  for (; row + (P - 1) * kPanelOutputs < end; row += P * kPanelOutputs, panel += P * panel_bytes) {
+    for (int64_t token = 0; token < args.m; token += per_pass) {
+      linear_tokens<Read, kIsScaled, P, 1, kMax>(args, rows, panel, panel_bytes, row, token,
+                                                 min_of(per_pass, args.m - token));
+    }
+  }
+  return row;
+}
+
+template <class Read, bool kIsScaled>
+inline void linear_packed_of(const LinearArgs& args) {
+  if (args.m == 0) return;
+  const PackedRows rows(*args.weight);
+  const int64_t per_pass = ceil_div(args.m, ceil_div(args.m, kMaxTokens));
+  int64_t row = args.row0;
+  if (per_pass == 1) row = linear_rows<Read, kIsScaled, 4, 1>(args, rows, row, per_pass);
+  if (per_pass <= 4) row = linear_rows<Read, kIsScaled, 2, 4>(args, rows, row, per_pass);
+  linear_rows<Read, kIsScaled, 1, kMaxTokens>(args, rows, row, per_pass);
+}
+
+[[maybe_unused]] void linear_bf16(const LinearArgs& args) {
+  if (!args.x_bf16 || !args.weight->packed) return linear(args);
+  if (args.weight->dtype == Dtype::kF8E4M3) return linear_packed_of<E4m3Panel, true>(args);
+  linear_packed_of<Bf16Panel, false>(args);
+}
+
+void to_bf16(const float* x, int64_t n, uint16_t* out) {
+  const int64_t padded = ceil_div(n, 32) * 32;
+  for (int64_t i = 0; i < padded; i += 16) {
+    const int64_t left = n - i;
+    const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bits);
+  }
+}
+
+[[maybe_unused]] void probe_bf16(int64_t n, float* out) {
+  V sums[kProbeProducts];
+  for (int i = 0; i < kProbeProducts; ++i) sums[i] = set1(static_cast<float>(i));
+  const __m512bh by = _mm512_cvtne2ps_pbh(set1(0.5f), set1(0.25f));
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 16
+    for (V& sum : sums) sum = _mm512_dpbf16_ps(sum, by, by);
+  }
+  for (int i = 1; i < kProbeProducts; ++i) sums[0] = add(sums[0], sums[i]);
+  store(out, sums[0]);
+}
+
+}  // namespace
+}  // namespace rodin

@@ -1,0 +1,152 @@
+// Absorbed attention over one tile of latents cached in bf16: queries and softmax weights are rounded to bf16
+// too, sums are float32. Included by the units that have AVX512-BF16.
+#pragma once
+
+#include "ops/cpu/kernels_bf16.h"
+
+namespace rodin {
+namespace {
+
+constexpr int64_t kPairLanes = 32;  // bf16 of a vector
+
+// n < 32 elements, zeros after.
+inline __m512i load_part_bf16(const uint16_t* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+}
+inline __m512i load_bf16_row(const uint16_t* p, int64_t left) {
+  return left >= kPairLanes ? _mm512_loadu_si512(p) : load_part_bf16(p, left);
+}
+
+// sums[i * R + r] = lane sums of keys[i] . q[r]
+template <int K, int R>
+inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* q, int64_t dim, V* sums) {
+  V part[K][R];
+  for (int i = 0; i < K; ++i) {
+    for (int r = 0; r < R; ++r) part[i][r] = zero();
+  }
+  int64_t k = 0;
+  for (; k + kPairLanes <= dim; k += kPairLanes) {
+    __m512bh query[R];
+    for (int r = 0; r < R; ++r) query[r] = (__m512bh)_mm512_load_si512(q[r] + k);
+    for (int i = 0; i < K; ++i) {
+      const auto key = (__m512bh)_mm512_loadu_si512(keys[i] + k);
+      for (int r = 0; r < R; ++r) part[i][r] = _mm512_dpbf16_ps(part[i][r], key, query[r]);
+    }
+  }
+  if (k < dim) {
+    for (int i = 0; i < K; ++i) {
+      const auto key = (__m512bh)load_part_bf16(keys[i] + k, dim - k);
+      for (int r = 0; r < R; ++r) {
+        part[i][r] = _mm512_dpbf16_ps(part[i][r], key, (__m512bh)_mm512_load_si512(q[r] + k));
+      }
+    }
+  }
+  for (int i = 0; i < K; ++i) {
+    for (int r = 0; r < R; ++r) sums[i * R + r] = part[i][r];
+  }
+}
+
+// The columns col .. col + 32 C - 1 of sum_j p_j key_j for R rows; of the last 32 only `left` exist where it
+// is less. Keys come in pairs, from an even j on.
+template <int R, int C>
+inline void mix_pairs(const uint32_t (*pairs)[kKeyTile / 2], const uint16_t* const* keys, int64_t begin,
+                      int64_t end, int64_t col, int64_t left, float* const* out) {
+  V low[R][C], high[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) low[r][c] = high[r][c] = zero();
+  }
+  for (int64_t j = begin; j < end; j += 2) {
+    __m512bh by[R];
+    for (int r = 0; r < R; ++r) by[r] = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r][j / 2]));
+    for (int c = 0; c < C; ++c) {
+      const __m512i even = load_bf16_row(keys[j] + col + c * kPairLanes, left);
+      const __m512i odd = load_bf16_row(keys[j + 1] + col + c * kPairLanes, left);
+      const auto first = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+      const auto second = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+      for (int r = 0; r < R; ++r) low[r][c] = _mm512_dpbf16_ps(low[r][c], first, by[r]);
+      for (int r = 0; r < R; ++r) high[r][c] = _mm512_dpbf16_ps(high[r][c], second, by[r]);
+    }
+  }
+  // Quarter i of `low` holds the columns 8 i .. 8 i + 3, of `high` the four after them.
+  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const auto mask = static_cast<uint32_t>(left >= kPairLanes ? 0xffffffffu : (uint64_t{1} << left) - 1);
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      float* to = out[r] + col + c * kPairLanes;
+      _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask),
+                            _mm512_permutex2var_ps(low[r][c], lower, high[r][c]));
+      _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16),
+                            _mm512_permutex2var_ps(low[r][c], upper, high[r][c]));
+    }
+  }
+}
+
+template <int R>
+inline void attend_rows_bf16(const AttendArgs& args) {
+  constexpr int kKeys = kAccumulators / R;
+  const int64_t stride = ceil_div(args.latent_dim, kPairLanes) * kPairLanes;
+  const uint16_t* q[R];                         // [R]
+  float* out[R];                                // [R]
+  alignas(64) float scores[R][kKeyTile];        // [R, kKeyTile]
+  alignas(64) uint32_t pairs[R][kKeyTile / 2];  // [R, kKeyTile / 2] softmax weights of two keys
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = min_of(r, args.num_rows - 1);  // a row past the end repeats the last one
+    uint16_t* rounded = args.scratch + r * stride;
+    to_bf16(args.q[row], args.latent_dim, rounded);
+    q[r] = rounded;
+    out[r] = args.out[row];
+  }
+  // A key outside first .. end - 1 stands for one inside; its weight becomes 0.
+  const uint16_t* keys[kKeyTile];  // [kKeyTile]
+  for (int64_t j = 0; j < kKeyTile; ++j) {
+    keys[j] = args.keys[j < args.first ? args.first : min_of(j, args.end - 1)];
+  }
+  for (int64_t j = args.first / kKeys * kKeys; j < args.end; j += kKeys) {
+    V sums[kAccumulators];
+    dot_keys<kKeys, R>(keys + j, q, args.latent_dim, sums);
+    float results[kAccumulators];  // [kKeys, R]
+    reduce(sums, results);
+    for (int i = 0; i < kKeys; ++i) {
+      for (int r = 0; r < R; ++r) scores[r][j + i] = results[i * R + r];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < args.first; ++j) scores[r][j] = -__builtin_inff();
+    for (int64_t j = args.end; j < kKeyTile; ++j) scores[r][j] = -__builtin_inff();
+    V largest = load(scores[r]);
+    for (int64_t j = kLanes; j < kKeyTile; j += kLanes) largest = max(largest, load(scores[r] + j));
+    const float row_max = hmax(largest);
+    V sum = zero();
+    for (int64_t j = 0; j < kKeyTile; j += kLanes) {
+      const auto inside =
+          static_cast<__mmask16>(((uint64_t{1} << (args.end - 1) << 1) - (uint64_t{1} << args.first)) >> j);
+      const V weight = _mm512_maskz_mov_ps(inside, exp(sub(load(scores[r] + j), set1(row_max))));
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs[r] + j / 2), rounded);
+      // What is summed is what is multiplied, so that the weights add up to one.
+      sum = add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    }
+    const int64_t row = min_of(r, args.num_rows - 1);
+    args.max[row] = row_max;
+    args.sum[row] = hsum(sum);
+  }
+  const int64_t begin = args.first / 2 * 2;
+  constexpr int C = R == 4 ? 2 : 4;
+  int64_t col = 0;
+  for (; col + C * kPairLanes <= args.lora_rank; col += C * kPairLanes) {
+    mix_pairs<R, C>(pairs, keys, begin, args.end, col, kPairLanes, out);
+  }
+  for (; col < args.lora_rank; col += kPairLanes) {
+    mix_pairs<R, 1>(pairs, keys, begin, args.end, col, min_of(kPairLanes, args.lora_rank - col), out);
+  }
+}
+
+void attend_bf16(const AttendArgs& args) {
+  if (args.num_rows == 1) return attend_rows_bf16<1>(args);
+  if (args.num_rows == 2) return attend_rows_bf16<2>(args);
+  attend_rows_bf16<4>(args);
+}
+
+}  // namespace
+}  // namespace rodin

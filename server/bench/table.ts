@@ -1,0 +1,61 @@
+import type { BenchReport } from './step.js';
+
+/** The report as text for a terminal. */
+export function formatReport(report: BenchReport): string {
+  const { ceilings } = report;
+  const head = [
+    `${report.model} (${report.weights} weights, ${report.numLayers} layers, ${gb(report.weightBytes)} GB)`,
+    `${report.device}, ${report.numThreads} threads; loaded in ${report.loadSeconds.toFixed(1)} s`,
+    `ceilings: reads ${known(ceilings.readBytesPerSecond, gb)} GB/s, products ${known(ceilings.flopsPerSecond, tera)} TFLOP/s`,
+  ];
+  const rows = report.cases.map((one) => [
+    one.kind === 'decode' ? `decode ${one.numSequences} @ ${one.context}` : `prefill ${one.numTokens}`,
+    String(one.numSteps),
+    one.minMs.toFixed(3),
+    one.medianMs.toFixed(3),
+    one.p90Ms.toFixed(3),
+    one.tokensPerSecond.toFixed(1),
+    (one.bytesPerStep / 1e6).toFixed(1),
+    gb(one.bytesPerSecond),
+    percent(one.bandwidthShare),
+    tera(one.flopsPerSecond),
+    percent(one.flopsShare),
+  ]);
+  const titles = [
+    'case',
+    'steps',
+    'min ms',
+    'median ms',
+    'p90 ms',
+    'tokens/s',
+    'MB/step',
+    'GB/s',
+    'of reads',
+    'TFLOP/s',
+    'of products',
+  ];
+  const table = [titles, ...rows];
+  const widths = titles.map((_, column) => Math.max(...table.map((row) => row[column]!.length)));
+  const lines = table.map((row) => row.map((cell, column) => pad(cell, widths[column]!, column === 0)).join('  '));
+  return [...head, '', ...lines].join('\n');
+}
+
+function pad(cell: string, width: number, isLeft: boolean): string {
+  return isLeft ? cell.padEnd(width) : cell.padStart(width);
+}
+
+function gb(value: number): string {
+  return (value / 1e9).toFixed(2);
+}
+
+function tera(value: number): string {
+  return (value / 1e12).toFixed(3);
+}
+
+function known(value: number, format: (value: number) => string): string {
+  return value > 0 ? format(value) : '(not measured)';
+}
+
+function percent(share: number | null): string {
+  return share === null ? '-' : `${(100 * share).toFixed(1)} %`;
+}

@@ -1,0 +1,131 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { runBenchStep } from '../../server/bench/step.js';
+import { formatReport } from '../../server/bench/table.js';
+import { TrafficModel } from '../../server/bench/traffic.js';
+import { readCommandLine, type BenchConfig } from '../../server/config.js';
+import { readSyntheticModel } from '../../server/model/synthetic.js';
+import { POCKET_R1 } from '../helpers/checkpoint-copy.js';
+
+const CONFIGS = fileURLToPath(new URL('../bench/configs', import.meta.url));
+
+function benchConfig(...flags: string[]): BenchConfig {
+  const command = readCommandLine(['bench', 'step', ...flags], {});
+  assert.ok(command.kind === 'bench');
+  return command.config;
+}
+
+test('every config of tests/bench/configs is read, and its slice has one dense layer at most', () => {
+  const files = readdirSync(CONFIGS);
+  assert.ok(files.length >= 5);
+  for (const file of files) {
+    const { spec, tensors } = readSyntheticModel(join(CONFIGS, file), 3);
+    assert.equal(spec.numHiddenLayers, 3);
+    assert.ok(tensors.some(({ name }) => name === 'model.layers.0.mlp.gate_proj.weight'));
+    assert.ok(tensors.some(({ name }) => name === 'model.layers.1.mlp.experts.63.down_proj.weight'));
+    assert.ok(tensors.every(({ name, file: shard }) => shard === '' && !name.startsWith('model.layers.3.')));
+    assert.equal(
+      tensors.some(({ dtype }) => dtype === 'F8_E4M3'),
+      /fp8|r1/.test(file),
+    );
+  }
+});
+
+test('sizes of published models: R1 has 671 billion weights, Moonlight 16', () => {
+  const r1 = readSyntheticModel(join(CONFIGS, 'deepseek-r1.json'), null);
+  const moonlight = readSyntheticModel(join(CONFIGS, 'moonlight-16b-a3b.json'), null);
+  const count = (tensors: typeof r1.tensors): number =>
+    tensors
+      .filter(({ name }) => !name.endsWith('_scale_inv'))
+      .reduce((sum, { shape }) => sum + shape.reduce((product, size) => product * size, 1), 0);
+  assert.equal((count(r1.tensors) / 1e9).toFixed(0), '671');
+  assert.equal((count(moonlight.tensors) / 1e9).toFixed(0), '16');
+});
+
+test('bytes and flops of a step, by hand', () => {
+  const { spec } = readSyntheticModel(join(CONFIGS, 'moonlight-16b-a3b.json'), 2);
+  const tensors = [
+    { name: 'model.embed_tokens.weight', dtype: 'BF16' as const, shape: [1000, 10], bytes: 20000 },
+    { name: 'model.layers.0.mlp.down_proj.weight', dtype: 'F8_E4M3' as const, shape: [10, 20], bytes: 200 },
+    { name: 'model.layers.0.mlp.down_proj.weight_scale_inv', dtype: 'F32' as const, shape: [1, 1], bytes: 4 },
+    { name: 'model.layers.1.mlp.experts.0.up_proj.weight', dtype: 'BF16' as const, shape: [64, 10], bytes: 1280 },
+    { name: 'model.layers.2.mlp.down_proj.weight', dtype: 'BF16' as const, shape: [10, 20], bytes: 400 },
+    { name: 'lm_head.weight', dtype: 'BF16' as const, shape: [1000, 10], bytes: 20000 },
+  ].map((tensor) => ({ ...tensor, file: '', offset: 0 }));
+  const { bytes, flops } = new TrafficModel(spec, tensors, 7).of({ numSequences: 2, numTokens: 1, context: 9 });
+  const experts = 1280 * (1 - (58 / 64) ** 2);
+  assert.ok(Math.abs(bytes - (204 + 20000 + experts + 2 * 10 * 7)) < 1e-6);
+  const products = 2 * (200 + 640 * (6 / 64)) + 2 * 10000;
+  const perKey = (2 * 512 + 64) * 16 * 2;
+  assert.ok(Math.abs(flops - 2 * (products + 2 * 10 * perKey)) < 1e-6);
+});
+
+test('synthetic weights run: a tiny model is timed, its figures agree with one another', async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'rodin-bench-'));
+  try {
+    const file = join(folder, 'config.json');
+    const config = {
+      model_type: 'deepseek_v3',
+      hidden_act: 'silu',
+      vocab_size: 300,
+      hidden_size: 128,
+      intermediate_size: 192,
+      moe_intermediate_size: 64,
+      num_hidden_layers: 3,
+      num_attention_heads: 2,
+      n_shared_experts: 1,
+      n_routed_experts: 8,
+      num_experts_per_tok: 2,
+      n_group: 1,
+      topk_group: 1,
+      norm_topk_prob: true,
+      routed_scaling_factor: 2.5,
+      first_k_dense_replace: 1,
+      kv_lora_rank: 64,
+      qk_nope_head_dim: 32,
+      qk_rope_head_dim: 16,
+      v_head_dim: 32,
+      max_position_embeddings: 512,
+      rope_theta: 10000,
+      quantization_config: { quant_method: 'fp8', weight_block_size: [128, 128] },
+    };
+    writeFileSync(file, JSON.stringify(config));
+    const flags = ['--model', file, '--weights', 'synthetic', '--device', 'cpu', '--threads', '1'];
+    const report = await runBenchStep(benchConfig(...flags, '--batch', '1,3', '--context', '100', '--prompt', '50'));
+    assert.deepEqual(
+      report.cases.map(({ kind, numSequences, numTokens }) => [kind, numSequences, numTokens]),
+      [
+        ['decode', 1, 1],
+        ['decode', 3, 1],
+        ['prefill', 1, 50],
+      ],
+    );
+    assert.ok(report.ceilings.readBytesPerSecond > 1e8 && report.ceilings.flopsPerSecond > 1e9);
+    for (const one of report.cases) {
+      assert.ok(one.numSteps >= 5 && one.minMs > 0 && one.medianMs >= one.minMs && one.p90Ms >= one.medianMs);
+      const tokens = one.numSequences * one.numTokens;
+      assert.ok(Math.abs(one.tokensPerSecond * one.medianMs - 1000 * tokens) < 1e-6 * tokens * 1000);
+      const share = one.bytesPerSecond / report.ceilings.readBytesPerSecond;
+      assert.ok(Math.abs(one.bandwidthShare! - share) < 1e-9);
+    }
+    assert.match(formatReport(report), /decode 3 @ 100 .*\n *prefill 50 /);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+});
+
+test('what cannot be measured is refused with a sentence', async () => {
+  const refused = (pattern: RegExp, ...flags: string[]): Promise<void> =>
+    assert.rejects(runBenchStep(benchConfig('--device', 'cpu', ...flags)), { name: 'StartupError', message: pattern });
+  const r1 = join(CONFIGS, 'deepseek-r1.json');
+  await refused(/has no weights; give --weights synthetic/, '--model', r1);
+  await refused(/--layers takes a slice of synthetic weights/, '--model', POCKET_R1, '--layers', '2');
+  await refused(/has only 61 layers/, '--model', r1, '--weights', 'synthetic', '--layers', '62');
+  await refused(/reach position 5001; the model has 4096/, '--model', POCKET_R1, '--context', '5000');
+  assert.throws(() => readCommandLine(['bench', 'serve'], {}), /write 'rodin bench step'/);
+  assert.throws(() => benchConfig('--batch', '1,x'), /--batch must be a whole number/);
+});
