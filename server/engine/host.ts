@@ -3,6 +3,8 @@ import type { Engine } from './engine.js';
 import type { ChildMessage, ParentMessage, ParentRequest } from './messages.js';
 import type { EngineConfig, LoadProgress } from './start-engine.js';
 
+type StepMessage = Extract<ChildMessage, { type: 'step' }>;
+
 export type StartEngine = (config: EngineConfig, onProgress: LoadProgress) => Promise<Engine>;
 
 const HEARTBEAT_MS = 1000;
@@ -19,14 +21,11 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     if (process.connected) process.send!(message, undefined, undefined, onSent);
   };
   const fail = (message: string, isStartup: boolean) => send({ type: 'failed', message, isStartup }, () => exit(1));
-  const sendEvents = (events: Extract<ChildMessage, { type: 'step' }>['events']) => {
+  const sendEvents = (events: StepMessage['events'], rest: Pick<StepMessage, 'progress'> = {}) => {
     if (engine === null) return;
     const cacheEvents = engine.takeCacheEvents();
-    send({ type: 'step', events, stats: engine.stats(), ...(cacheEvents.length > 0 ? { cacheEvents } : {}) });
-  };
-
-  const sendHeartbeat = () => {
-    if (engine !== null) send({ type: 'step', events: [], stats: engine.stats(), progress: engine.allProgress() });
+    const cached = cacheEvents.length > 0 ? { cacheEvents } : {};
+    send({ type: 'step', events, stats: engine.stats(), ...cached, ...rest });
   };
 
   process.on('disconnect', () => process.kill(process.pid, 'SIGKILL'));
@@ -57,11 +56,12 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
     engine.onFailed = (reason) => fail(reason, false);
     const state = engine.state();
     if (state.status !== 'ready') return fail('The engine stopped before its first request.', false);
+    const running = engine;
     const { device, deviceNote, weightBytes, cacheBytes } = state;
     const note = deviceNote === undefined ? {} : { deviceNote };
     sendEvents([]); // stats are known before anybody is told that it is ready
     send({ type: 'ready', info: { device, ...note, weightBytes, cacheBytes, limits: engine.limits } });
-    setInterval(sendHeartbeat, HEARTBEAT_MS);
+    setInterval(() => sendEvents([], { progress: running.allProgress() }), HEARTBEAT_MS);
   }
 
   /** Nothing that one request does may end the process. */
