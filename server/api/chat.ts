@@ -3,9 +3,8 @@ import { ChatBodies, wholeChat } from './chat-body.js';
 import { jobOfChoice, readChatRequest, type ChatBody } from './chat-request.js';
 import { Choices } from './choices.js';
 import { ChunkDialect } from './chunk-dialect.js';
-import { abortWithClient, checkReady } from './client.js';
+import { checkReady } from './client.js';
 import type { ApiContext } from './context.js';
-import { MAX_LOG_BYTES } from './resumable.js';
 import { ChoiceStream } from './stream.js';
 import { sendWhole } from './whole.js';
 
@@ -21,15 +20,13 @@ export async function createChatCompletion(
   const jobs = Array.from({ length: job.numChoices }, (_, index) => jobOfChoice(job, index));
   const choices = new Choices([jobs], context, request, startedAt);
   if (!job.isStream) {
-    abortWithClient(context, request, reply, choices);
-    return sendWhole(context, choices, () => wholeChat(job, context, choices), reply);
+    return sendWhole(context, choices, () => wholeChat(job, context, choices), request, reply);
   }
   const bodies = jobs.map((own, index) => new ChatBodies(own, context, index));
   const { resumable } = context;
   const isKept = resumable.seconds > 0;
-  const options = isKept ? { kept: { id: job.id, maxBytes: MAX_LOG_BYTES } } : {};
+  const options = isKept ? { keptAs: job.id } : {};
   const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, job), options);
-  if (isKept) resumable.enter(job.id, { stream, choices, tenant: request.tenant }, reply);
-  abortWithClient(context, request, reply, choices, () => stream.leave(reply));
-  return stream.begin(reply);
+  if (isKept) resumable.enter(job.id, { stream, tenant: request.tenant }, reply);
+  return stream.begin(request, reply);
 }

@@ -34,9 +34,13 @@ export class EventLog {
     this.#numDropped += numOver;
   }
 
-  /** Numbers and events behind number `last`; null where some of them are not kept any more. */
-  after(last: number): [number, StreamEvent][] | null {
-    if (last + 1 < this.#numDropped) return null;
+  /** Whether event number `last` was made, and all behind it are kept. */
+  has(last: number): boolean {
+    return last < this.length && last + 1 >= this.#numDropped;
+  }
+
+  /** Numbers and events behind number `last`; has(last) is true. */
+  after(last: number): [number, StreamEvent][] {
     return this.#events.slice(last + 1 - this.#numDropped).map((event, index) => [last + 1 + index, event]);
   }
 }

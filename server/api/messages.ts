@@ -1,6 +1,6 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { ApiError } from '../errors.js';
-import { abortWithClient, checkReady } from './client.js';
+import { checkReady } from './client.js';
 import type { ChatOutput, Piece } from './chat-output.js';
 import { Choices, type Choice } from './choices.js';
 import type { ApiContext } from './context.js';
@@ -35,14 +35,13 @@ export async function createMessage(
   if (job.chat.isStream) {
     const dialect = new MessagesDialect(context, job, choices, requestIdOf(reply));
     const stream = new ChoiceStream(context, choices, dialect, { heartbeat: PING });
-    abortWithClient(context, request, reply, choices, () => stream.leave(reply));
-    return stream.begin(reply);
+    return stream.begin(request, reply);
   }
-  abortWithClient(context, request, reply, choices);
   return sendWhole(
     context,
     choices,
     () => JSON.stringify(wholeMessage(context, job, choices)),
+    request,
     reply,
     (error) => toMessagesError(error, requestIdOf(reply)),
   );

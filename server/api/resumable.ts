@@ -1,18 +1,15 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { LRUCache } from 'lru-cache';
 import { ApiError } from '../errors.js';
-import { abortWithClient, checkReady } from './client.js';
-import type { Choices } from './choices.js';
+import { checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import type { ChoiceStream } from './stream.js';
 
-/** of all kept streams together, and of one */
+/** of all streams that were left together */
 const MAX_TOTAL_BYTES = 64 * 2 ** 20;
-export const MAX_LOG_BYTES = 4 * 2 ** 20;
 
 interface Kept {
   stream: ChoiceStream;
-  choices: Choices;
   tenant: string;
 }
 
@@ -69,6 +66,5 @@ export function resumeChatCompletion(context: ApiContext, request: FastifyReques
   }
   // The entry is a new one, so that the end of the response before does not take it away.
   resumable.enter(id!, { ...kept }, reply);
-  abortWithClient(context, request, reply, kept.choices, () => kept.stream.leave(reply));
-  return kept.stream.resume(reply, Number(number));
+  return kept.stream.resume(request, reply, Number(number));
 }

@@ -1,18 +1,23 @@
-import type { FastifyReply } from 'fastify';
+import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { Choices } from './choices.js';
+import { abortWithClient } from './client.js';
 import type { ApiContext } from './context.js';
 import { toApiError } from './error-handler.js';
 import { EventLog } from './event-log.js';
 import { ChoiceFeed, type Dialect, type EventSink, type StreamEvent } from './feed.js';
+import { orLate } from './late.js';
 import { keepAlive } from './progress.js';
 import { SseWriter } from './sse.js';
+
+/** of one stream's events that are kept */
+const MAX_LOG_BYTES = 4 * 2 ** 20;
 
 /** How a stream is sent, beyond what its dialect says. */
 export interface StreamOptions {
   /** what is sent when nothing else is; a comment where it is left out */
   heartbeat?: string;
-  /** events are kept under this id, up to so many bytes */
-  kept?: { id: string; maxBytes: number };
+  /** events are kept, and have ids that begin so */
+  keptAs?: string;
 }
 
 /** One reader of the stream: its response, and where its events go. */
@@ -43,7 +48,7 @@ export class ChoiceStream implements EventSink {
     this.#choices = choices;
     this.#feed = new ChoiceFeed(choices, dialect);
     this.#options = options;
-    this.#log = options.kept ? new EventLog(options.kept.maxBytes) : null;
+    this.#log = options.keptAs === undefined ? null : new EventLog(MAX_LOG_BYTES);
   }
 
   get numBytes(): number {
@@ -54,14 +59,11 @@ export class ChoiceStream implements EventSink {
    * Serves the first reader. The response begins with the first event, so that an early error still has a status; or
    * when that takes too long.
    */
-  async begin(reply: FastifyReply): Promise<unknown> {
-    let timer: NodeJS.Timeout | undefined;
-    const isLate = new Promise<'late'>((resolve) => {
-      timer = setTimeout(() => resolve('late'), this.#context.sse.heartbeatMs);
-    });
-    const hasBegun = new Promise<'begun'>((resolve) => (this.#hasBegun = () => resolve('begun')));
+  async begin(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
+    this.#leaveWith(request, reply);
+    const hasBegun = new Promise<'begun' | void>((resolve) => (this.#hasBegun = () => resolve('begun')));
     const run = this.#start();
-    const started = await Promise.race([hasBegun, isLate, run]).finally(() => clearTimeout(timer));
+    const started = await orLate(this.#context.sse.heartbeatMs, [hasBegun, run]);
     if (started === undefined && this.#choices.isAborted) return reply.hijack(); // the client has left
     const { writer } = this.#attach(reply);
     this.#feed.attach(this);
@@ -72,15 +74,16 @@ export class ChoiceStream implements EventSink {
 
   /** Whether what comes behind event number `last` can still be had. */
   has(last: number): boolean {
-    return this.#log !== null && last < this.#log.length && this.#log.after(last) !== null;
+    return this.#log !== null && this.#log.has(last);
   }
 
   /** Serves a reader that has had the events up to number `last`; has(last) is true. */
-  resume(reply: FastifyReply, last: number): FastifyReply {
+  resume(request: FastifyRequest, reply: FastifyReply, last: number): FastifyReply {
+    this.#leaveWith(request, reply);
     const before = this.#reader;
     const { writer } = this.#attach(reply);
     before?.writer.stream.destroy();
-    for (const [number, event] of this.#log!.after(last)!) writer.write(event, this.#idOf(number));
+    for (const [number, event] of this.#log!.after(last)) writer.write(event, this.#idOf(number));
     if (this.#isOver) {
       writer.end();
     } else if (before !== null) {
@@ -96,13 +99,6 @@ export class ChoiceStream implements EventSink {
     return reply;
   }
 
-  /** The reader of this response is gone: nobody reads, unless another one has taken over. */
-  leave(reply: FastifyReply): void {
-    if (this.#reader !== null && this.#reader.reply !== reply) return;
-    this.#reader = null;
-    if (!this.#isOver) this.#choices.abort();
-  }
-
   get isReady(): boolean {
     return this.#reader?.writer.isReady ?? false;
   }
@@ -113,7 +109,19 @@ export class ChoiceStream implements EventSink {
   }
 
   #idOf(number: number): string | undefined {
-    return this.#options.kept && `${this.#options.kept.id}:${number}`;
+    const { keptAs } = this.#options;
+    return keptAs === undefined ? undefined : `${keptAs}:${number}`;
+  }
+
+  #leaveWith(request: FastifyRequest, reply: FastifyReply): void {
+    abortWithClient(this.#context, request, reply, this.#choices, () => this.#leave(reply));
+  }
+
+  /** The reader of this response is gone: nobody reads, unless another one has taken over. */
+  #leave(reply: FastifyReply): void {
+    if (this.#reader !== null && this.#reader.reply !== reply) return;
+    this.#reader = null;
+    if (!this.#isOver) this.#choices.abort();
   }
 
   #attach(reply: FastifyReply): Reader {
@@ -121,7 +129,7 @@ export class ChoiceStream implements EventSink {
     const comment = (): string => `: ${keepAlive(this.#context.engine, this.#choices.requestIds())}\n\n`;
     const writer = new SseWriter(this.#context.sse, heartbeat === undefined ? comment : () => heartbeat);
     this.#reader = { reply, writer };
-    writer.stream.once('close', () => this.leave(reply));
+    writer.stream.once('close', () => this.#leave(reply));
     writer.onReady = () => this.onReady();
     reply.header('cache-control', 'no-cache').header('x-accel-buffering', 'no');
     void reply.type('text/event-stream; charset=utf-8').send(writer.stream);

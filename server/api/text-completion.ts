@@ -4,7 +4,7 @@ import type { ChatOutput, Piece, Usage } from './chat-output.js';
 import { jobOfChoice } from './chat-request.js';
 import { Choices } from './choices.js';
 import { ChunkDialect, type ChunkBodies } from './chunk-dialect.js';
-import { abortWithClient, checkReady } from './client.js';
+import { checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import type { TokenLogprob } from './logprobs.js';
 import type { components } from './openapi.js';
@@ -31,10 +31,8 @@ export async function createCompletion(
   const bodies = groups.flat().map((job, index) => new TextBodies(job, context, index));
   if (jobs[0]!.isStream) {
     const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, jobs[0]!));
-    abortWithClient(context, request, reply, choices, () => stream.leave(reply));
-    return stream.begin(reply);
+    return stream.begin(request, reply);
   }
-  abortWithClient(context, request, reply, choices);
   const bodyOf = (): string => {
     const body = {
       ...headOf(jobs[0]!, context, 'text_completion'),
@@ -43,7 +41,7 @@ export async function createCompletion(
     };
     return withSeed(JSON.stringify(body), jobs[0]!);
   };
-  return sendWhole(context, choices, bodyOf, reply);
+  return sendWhole(context, choices, bodyOf, request, reply);
 }
 
 /** Bodies of one choice; text offsets count from the choice's own beginning. */

@@ -1,9 +1,11 @@
 import { Readable } from 'node:stream';
-import type { FastifyReply } from 'fastify';
+import type { FastifyReply, FastifyRequest } from 'fastify';
 import type { ApiError } from '../errors.js';
 import type { Choices } from './choices.js';
+import { abortWithClient } from './client.js';
 import type { ApiContext } from './context.js';
 import { toApiError } from './error-handler.js';
+import { orLate } from './late.js';
 
 const TYPE = 'application/json; charset=utf-8';
 
@@ -15,16 +17,14 @@ export async function sendWhole(
   context: ApiContext,
   choices: Choices,
   bodyOf: () => string,
+  request: FastifyRequest,
   reply: FastifyReply,
   errorBodyOf: (error: ApiError) => object = (error) => error.toBody(),
 ): Promise<unknown> {
   const { heartbeatMs } = context.sse;
+  abortWithClient(context, request, reply, choices);
   const run = choices.run(() => {});
-  let timer: NodeJS.Timeout | undefined;
-  const isLate = new Promise<'late'>((resolve) => {
-    timer = setTimeout(() => resolve('late'), heartbeatMs);
-  });
-  const started = await Promise.race([run, isLate]).finally(() => clearTimeout(timer));
+  const started = await orLate(heartbeatMs, [run]);
   if (choices.isAborted) return reply.hijack(); // the client has left
   if (started !== 'late') return reply.type(TYPE).send(bodyOf());
 

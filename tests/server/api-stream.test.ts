@@ -4,6 +4,7 @@ import { connect, type Socket } from 'node:net';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Drain } from '../../server/api/drain.js';
+import { EventLog } from '../../server/api/event-log.js';
 import { SseWriter } from '../../server/api/sse.js';
 import type { EngineEvent } from '../../server/engine/request.js';
 import { oneByOne, type Script } from '../contract/fake-engine.js';
@@ -219,6 +220,22 @@ test('a whole answer that takes long is kept alive by empty lines; an error then
   assert.equal(failed.status, 200);
   assert.equal(JSON.parse(failed.text).error.code, 'engine_failed');
   await harness.close();
+});
+
+test('a log keeps the latest events, up to a number of bytes', () => {
+  const log = new EventLog(1000);
+  for (let number = 0; number < 50; number++) log.add({ data: String(number).padEnd(100) });
+  assert.equal(log.length, 50);
+  assert.ok(log.numBytes <= 1000);
+  const first = Array.from({ length: 50 }, (_, last) => last).find((last) => log.has(last))!;
+  assert.ok(first >= 39 && first < 46, `what is behind event ${first} is kept`);
+  const kept = log.after(first);
+  assert.deepEqual(
+    kept.map(([number, { data }]) => [number, Number(data)]),
+    Array.from({ length: 49 - first }, (_, index) => [first + 1 + index, first + 1 + index]),
+  );
+  assert.deepEqual([log.has(49), log.has(50)], [true, false]);
+  assert.deepEqual(log.after(49), []);
 });
 
 test('the writer says when its reader is behind and when it has caught up', async () => {
