@@ -6,6 +6,7 @@ import type { LogitsConfig } from './config.js';
 import type { NativeAddon, RunnerOptions, StepRunner } from './engine/addon.js';
 import { loadAddon } from './engine/load-addon.js';
 import { chooseDevice } from './engine/device.js';
+import { plainBatch } from './engine/plain-batch.js';
 import { loadRunner, type LoadProgress } from './engine/start-engine.js';
 import type { StepBatch } from './engine/step-batch.js';
 import { StartupError } from './errors.js';
@@ -118,7 +119,7 @@ function makeBatch(
 ): StepBatch {
   const positions = range(start, end);
   const numBlocks = Math.ceil(end / BLOCK_SIZE);
-  return {
+  const tokens = {
     tokenIds: Int32Array.from(ids.slice(start, end)), // [T]
     positions: Int32Array.from(positions), // [T]
     slotMapping: Int32Array.from(positions, (position) => (position < written ? -1 : position)), // [T]
@@ -126,29 +127,11 @@ function makeBatch(
     blockTableStart: Int32Array.of(0, numBlocks), // [2]
     blockTable: Int32Array.from(range(0, numBlocks)), // [num_blocks]
     numSampled: Int32Array.of(0), // [1]
-    runMtp: Uint8Array.of(0), // [1]
-    numDrafts: Int32Array.of(0), // [1]
-    temperature: Float32Array.of(0), // [1]
-    topP: Float32Array.of(1), // [1]
-    topK: Int32Array.of(0), // [1]
-    minP: Float32Array.of(0), // [1]
-    seedLow: Uint32Array.of(0), // [1]
-    seedHigh: Uint32Array.of(0), // [1]
-    presencePenalty: Float32Array.of(0), // [1]
-    frequencyPenalty: Float32Array.of(0), // [1]
-    repetitionPenalty: Float32Array.of(1), // [1]
-    numLogprobs: Int32Array.of(-1), // [1]
-    historyStart: Int32Array.of(0, 0), // [2]
-    historyIds: new Int32Array(0), // [0]
-    historyCounts: new Int32Array(0), // [0]
-    biasStart: Int32Array.of(0, 0), // [2]
-    biasIds: new Int32Array(0), // [0]
-    biasValues: new Float32Array(0), // [0]
-    maskStart: Int32Array.of(0, 0), // [2]
-    masks: new Int32Array(0), // [0]
+  };
+  return plainBatch(tokens, {
     logitRows: Int32Array.from(logitRows), // [L]
     draftLogitRows: Int32Array.from(draftLogitRows), // [D]
-  };
+  });
 }
 
 async function readPrompts(file: string, vocabSize: number, maxLength: number): Promise<number[][]> {

@@ -22,6 +22,23 @@ export interface SamplingParams {
   numLogprobs: number;
 }
 
+/** The most likely token, one of them, and nothing that changes it. */
+export const GREEDY: Readonly<SamplingParams> = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  minP: 0,
+  seed: 0n,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  repetitionPenalty: 1,
+  logitBias: [],
+  stopTokenIds: [],
+  minTokens: 0,
+  maxTokens: 1,
+  numLogprobs: -1,
+};
+
 /**
  * What a token is part of, decided from token ids alone. 'control' tokens (think and tool markers, stop tokens)
  * switch phases and carry no text for the client.
@@ -35,6 +52,8 @@ export interface PhaseMarkers {
   toolCallsBegin: number;
   toolCallsEnd: number;
 }
+
+export const NO_MARKERS: PhaseMarkers = { thinkStart: -1, thinkEnd: -1, toolCallsBegin: -1, toolCallsEnd: -1 };
 
 /** A grammar that the answer follows: everything behind the reasoning, calls of tools included. */
 export interface RequestGrammar {

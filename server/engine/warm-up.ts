@@ -3,6 +3,7 @@ import type { Checkpoint } from '../model/spec.js';
 import type { AdaptiveDrafts } from './adaptive-drafts.js';
 import type { NativeRunner, RunnerOptions } from './addon.js';
 import { packStep } from './pack-step.js';
+import { GREEDY, NO_MARKERS } from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
 
@@ -60,22 +61,8 @@ function runStep(runner: NativeRunner, ids: number[], numDrafts: number, blockSi
     {
       requestId: 'warm-up',
       promptIds: ids,
-      sampling: {
-        temperature: 0,
-        topP: 1,
-        topK: 0,
-        minP: 0,
-        seed: 0n,
-        presencePenalty: 0,
-        frequencyPenalty: 0,
-        repetitionPenalty: 1,
-        logitBias: [],
-        stopTokenIds: [],
-        minTokens: 0,
-        maxTokens: 1,
-        numLogprobs: -1,
-      },
-      markers: { thinkStart: -1, thinkEnd: -1, toolCallsBegin: -1, toolCallsEnd: -1 },
+      sampling: GREEDY,
+      markers: NO_MARKERS,
       startPhase: 'answer',
       cacheSalt: '',
     },

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { setImmediate as turn } from 'node:timers/promises';
 import type { StepRunner } from '../../server/engine/addon.js';
-import type { EngineRequest } from '../../server/engine/request.js';
+import { GREEDY, NO_MARKERS, type EngineRequest } from '../../server/engine/request.js';
 import type { StepBatch, StepResult } from '../../server/engine/step-batch.js';
 
 export interface FakeRunnerOptions {
@@ -272,8 +272,6 @@ export function expectedTokens(request: EngineRequest, vocabSize: number, maxCon
   return tokens.slice(promptIds.length);
 }
 
-export const NO_MARKERS = { thinkStart: -1, thinkEnd: -1, toolCallsBegin: -1, toolCallsEnd: -1 };
-
 /** A greedy request; override what the test is about. */
 export function makeRequest(
   requestId: string,
@@ -284,22 +282,7 @@ export function makeRequest(
   return {
     requestId,
     promptIds,
-    sampling: {
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      minP: 0,
-      seed: 0n,
-      presencePenalty: 0,
-      frequencyPenalty: 0,
-      repetitionPenalty: 1,
-      logitBias: [],
-      stopTokenIds: [],
-      minTokens: 0,
-      maxTokens: 8,
-      numLogprobs: -1,
-      ...sampling,
-    },
+    sampling: { ...GREEDY, maxTokens: 8, ...sampling },
     markers: NO_MARKERS,
     startPhase: 'answer',
     cacheSalt: '',
