@@ -1,6 +1,18 @@
 /** Every flag and RODIN_* variable: one table, from which parsing, checking and --help come. */
-import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import {
+  nonEmpty,
+  folder,
+  origin,
+  zmqAddress,
+  httpUrl,
+  device,
+  choice,
+  integer,
+  share,
+  boolean,
+  bytes,
+} from './flag-values.js';
 
 export type CommandName = 'serve' | 'logits' | 'bench' | 'doctor' | 'build';
 export type FlagValue = string | number | boolean | string[] | null;
@@ -371,85 +383,4 @@ export const FLAGS: readonly Flag[] = [
 
 export function variableOf(flag: Flag): string {
   return `RODIN_${flag.name.replaceAll('-', '_').toUpperCase()}`;
-}
-
-function nonEmpty(text: string): string {
-  if (text.trim() === '') throw new Error('must not be empty');
-  return text;
-}
-
-function folder(text: string): string {
-  return resolve(nonEmpty(text));
-}
-
-function origin(text: string): string {
-  if (text !== '*' && !/^https?:\/\/[^/]+$/.test(text))
-    throw new Error("must be an origin such as https://example.org, or '*'");
-  return text;
-}
-
-function zmqAddress(text: string): string {
-  const port = Number(/^tcp:\/\/(?:\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})$/.exec(text)?.[1] ?? NaN);
-  if (!(port <= 65535))
-    throw new Error('must be an address to listen on, such as tcp://*:5557 or tcp://127.0.0.1:5557');
-  return text;
-}
-
-function httpUrl(text: string): string {
-  const protocol = URL.canParse(text) ? new URL(text).protocol : '';
-  if (protocol !== 'http:' && protocol !== 'https:') throw new Error('must be an http or https address with its path');
-  return text;
-}
-
-function device(text: string): string {
-  if (!/^(auto|cpu|cuda:\d{1,3})$/.test(text)) throw new Error('must be auto, cpu or cuda:N');
-  return text;
-}
-
-function choice(choices: readonly string[]): (text: string) => string {
-  return (text) => {
-    if (!choices.includes(text)) throw new Error(`must be one of ${choices.join(', ')}`);
-    return text;
-  };
-}
-
-function integer(min: number, max: number, orElse = ''): (text: string) => number {
-  return (text) => {
-    const value = /^\d+$/.test(text) ? Number(text) : NaN;
-    if (!(value >= min && value <= max)) throw new Error(`must be ${orElse}a whole number from ${min} to ${max}`);
-    return value;
-  };
-}
-
-function share(text: string): number {
-  const value = /^\d*\.?\d+$/.test(text) ? Number(text) : NaN;
-  if (!(value > 0 && value <= 1)) throw new Error('must be a number above 0 and at most 1');
-  return value;
-}
-
-function boolean(text: string): boolean {
-  if (text === 'true' || text === '1') return true;
-  if (text === 'false' || text === '0') return false;
-  throw new Error('must be true or false');
-}
-
-const UNITS: Record<string, number> = {
-  '': 1,
-  B: 1,
-  KIB: 2 ** 10,
-  MIB: 2 ** 20,
-  GIB: 2 ** 30,
-  TIB: 2 ** 40,
-  KB: 1e3,
-  MB: 1e6,
-  GB: 1e9,
-  TB: 1e12,
-};
-
-function bytes(text: string): number {
-  const match = /^(\d+(?:\.\d+)?)\s*([a-z]*)$/i.exec(text.trim());
-  const unit = match && UNITS[match[2]!.toUpperCase()];
-  const value = match && unit ? Math.floor(Number(match[1]) * unit) : 0;
-  if (!Number.isSafeInteger(value) || value < 1) throw new Error('must be a size such as 512MiB or 8GiB');
-  return value;
 }

@@ -9,7 +9,8 @@ const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 /** What each part may import of ours. A part is a file of the top folder or a folder; 'type:' allows types alone. */
 const SERVER_RULES: Record<string, string[]> = {
   errors: [],
-  flags: [],
+  'flag-values': [],
+  flags: ['flag-values'],
   config: ['errors', 'flags'],
   log: [],
   progress: [],
