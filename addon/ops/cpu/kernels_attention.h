@@ -6,6 +6,15 @@
 namespace rodin {
 namespace {
 
+// The largest score of the keys first .. end - 1; the others become -inf.
+inline float largest_score(float* scores, int64_t first, int64_t end) {
+  for (int64_t j = 0; j < first; ++j) scores[j] = -__builtin_inff();
+  for (int64_t j = end; j < kKeyTile; ++j) scores[j] = -__builtin_inff();
+  V largest = load(scores);
+  for (int64_t j = kLanes; j < kKeyTile; j += kLanes) largest = max(largest, load(scores + j));
+  return hmax(largest);
+}
+
 template <int R>
 inline void attend_rows(const AttendArgs& args) {
   constexpr int kKeys = kAccumulators / R;
@@ -32,11 +41,7 @@ inline void attend_rows(const AttendArgs& args) {
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int64_t j = 0; j < args.first; ++j) scores[r][j] = -__builtin_inff();
-    for (int64_t j = args.end; j < kKeyTile; ++j) scores[r][j] = -__builtin_inff();
-    V largest = load(scores[r]);
-    for (int64_t j = kLanes; j < kKeyTile; j += kLanes) largest = max(largest, load(scores[r] + j));
-    const float row_max = hmax(largest);
+    const float row_max = largest_score(scores[r], args.first, args.end);
     V sum = zero();
     for (int64_t j = 0; j < kKeyTile; j += kLanes) {
       store(scores[r] + j, exp(sub(load(scores[r] + j), set1(row_max))));

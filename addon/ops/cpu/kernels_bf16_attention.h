@@ -2,6 +2,7 @@
 // too, sums are float32. Included by the units that have AVX512-BF16.
 #pragma once
 
+#include "ops/cpu/kernels_attention.h"
 #include "ops/cpu/kernels_bf16.h"
 
 namespace rodin {
@@ -112,11 +113,7 @@ inline void attend_rows_bf16(const AttendArgs& args) {
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int64_t j = 0; j < args.first; ++j) scores[r][j] = -__builtin_inff();
-    for (int64_t j = args.end; j < kKeyTile; ++j) scores[r][j] = -__builtin_inff();
-    V largest = load(scores[r]);
-    for (int64_t j = kLanes; j < kKeyTile; j += kLanes) largest = max(largest, load(scores[r] + j));
-    const float row_max = hmax(largest);
+    const float row_max = largest_score(scores[r], args.first, args.end);
     V sum = zero();
     for (int64_t j = 0; j < kKeyTile; j += kLanes) {
       const auto inside =
