@@ -299,6 +299,8 @@ export interface components {
             top_logprobs?: number | null;
             /** @description Number of choices. They share the prompt's prefill; choice i has the seed plus i. */
             n?: number | null;
+            /** @description The `n` choices are chains that vote: the answer of most is returned as the only choice, with its share in `vote`. No more chains are begun than can decide it, and those that can change nothing any more are stopped. Two answers are the same where their final parts are: the last `\boxed{}`, else the last `<answer>`, else the whole as JSON, else the last bold text, else what the last line says; case, spacing and the writing of numbers do not count. Calls of tools vote by name and arguments. Not with `stream`. */
+            vote?: boolean | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
@@ -749,6 +751,27 @@ export interface components {
             /** @description With `return_token_ids`, the prompt's tokens. */
             prompt_token_ids?: number[];
             metrics?: components["schemas"]["CompletionMetrics"];
+            vote?: components["schemas"]["Vote"];
+        };
+        /** @description With `vote`, how the chains voted. `usage` counts the tokens of all of them. */
+        Vote: {
+            /** @description What most chains answered; null where none came to an answer. */
+            answer: string | null;
+            /** @description Its part of the chains that have ended. */
+            share: number;
+            /** @description The chain that the choice is from, the first with this answer. Its seed is the response's plus this. */
+            chain: number;
+            /** @description As many as `n`. */
+            num_chains: number;
+            /** @description Chains that were stopped or not begun, because they could change nothing any more. */
+            num_stopped: number;
+            /** @description Answers with the number of their chains, most first. Of equal numbers the lowest chain's comes first. */
+            counts: {
+                /** @description The final part of an answer. */
+                answer: string;
+                /** @description Chains that came to it. */
+                count: number;
+            }[];
         };
         /** @description With `metrics`; in a stream, in the chunk that has the finish reason. */
         CompletionMetrics: {
