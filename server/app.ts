@@ -6,6 +6,7 @@ import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { ResumableStreams } from './api/resumable.js';
+import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -105,6 +106,7 @@ export function buildApp({
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
+    running: new RunningStreams(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

@@ -8,6 +8,7 @@ import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
 import type { ResumableStreams } from './resumable.js';
+import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -32,4 +33,5 @@ export interface ApiContext {
   formats: OutputFormats;
   sse: SseOptions;
   resumable: ResumableStreams;
+  running: RunningStreams;
 }
