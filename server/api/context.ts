@@ -7,6 +7,8 @@ import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { BackgroundResponses } from './response-background.js';
+import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
 import type { SseOptions } from './sse.js';
 
@@ -32,4 +34,6 @@ export interface ApiContext {
   formats: OutputFormats;
   sse: SseOptions;
   resumable: ResumableStreams;
+  responses: ResponseStore;
+  background: BackgroundResponses;
 }

@@ -993,13 +993,13 @@ export interface components {
             instructions?: string | null;
             /** @description A stored response whose conversation goes on. */
             previous_response_id?: string | null;
-            /** @description Keeps the response for GET and previous_response_id, in memory and only as long as there is room. Default true. */
+            /** @description Keeps the response for GET and previous_response_id, where `--response-store` says and as long as there is room. Default true. */
             store?: boolean | null;
-            /** @description Answers at once; GET tells how far it has come. Needs `store`, and no `stream`. */
+            /** @description Answers at once, and goes on when the client leaves; GET tells how far it has come. Needs `store`. With `stream`, GET with `stream=true` goes on with the events. */
             background?: boolean | null;
             /** @description Sends the response as server-sent events while it is made. */
             stream?: boolean | null;
-            /** @description Accepted; has no effect. */
+            /** @description Accepted; deltas are never obfuscated. */
             stream_options?: {
                 [key: string]: unknown;
             } | null;
@@ -1030,7 +1030,12 @@ export interface components {
                  * @description Accepted; the reasoning itself is sent, there are no summaries.
                  * @enum {string|null}
                  */
-                summary?: "auto" | "concise" | "detailed" | null;
+                summary?: "auto" | null;
+                /**
+                 * @description Older name of `summary`.
+                 * @enum {string|null}
+                 */
+                generate_summary?: "auto" | null;
             } | null;
             /** @description Most tokens of reasoning, as in ChatCompletionRequest. */
             thinking_token_budget?: number | null;
@@ -1082,7 +1087,13 @@ export interface components {
             metadata?: {
                 [key: string]: string;
             } | null;
-            /** @description Accepted; prefixes are cached by themselves. */
+            /** @description Accepted; it counts calls of tools that run at the server, of which there are none. */
+            max_tool_calls?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            cache_salt?: string | null;
+            /** @description As in ChatCompletionRequest. */
+            priority?: number | null;
+            /** @description Accepted; prefixes are cached by themselves, it comes back with the response. */
             prompt_cache_key?: string | null;
             /** @description Accepted; comes back with the response. */
             safety_identifier?: string | null;
@@ -1246,6 +1257,8 @@ export interface components {
             instructions: string | null;
             /** @description As it was asked. */
             max_output_tokens?: number | null;
+            /** @description As it was asked. */
+            max_tool_calls?: number | null;
             /** @description The model's first served name. */
             model: string;
             /** @description What was generated, in order. */
@@ -1254,6 +1267,8 @@ export interface components {
             parallel_tool_calls: boolean;
             /** @description As it was asked. */
             previous_response_id: string | null;
+            /** @description As it was asked. */
+            prompt_cache_key?: string | null;
             /** @description As it was asked. */
             reasoning?: {
                 /** @description As it was asked. */
@@ -1281,6 +1296,11 @@ export interface components {
                 format: {
                     [key: string]: unknown;
                 };
+                /**
+                 * @description There is one.
+                 * @enum {string}
+                 */
+                verbosity?: "medium";
             };
             /** @description As it was asked, else auto. */
             tool_choice: string | {
@@ -1309,7 +1329,7 @@ export interface components {
              * @description What has happened.
              * @enum {string}
              */
-            type: "response.created" | "response.in_progress" | "response.output_item.added" | "response.content_part.added" | "response.reasoning_text.delta" | "response.reasoning_text.done" | "response.output_text.delta" | "response.output_text.done" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.content_part.done" | "response.output_item.done" | "response.completed" | "response.incomplete" | "response.failed";
+            type: "response.created" | "response.queued" | "response.in_progress" | "response.output_item.added" | "response.content_part.added" | "response.reasoning_text.delta" | "response.reasoning_text.done" | "response.output_text.delta" | "response.output_text.done" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.content_part.done" | "response.output_item.done" | "response.completed" | "response.incomplete" | "response.failed";
             /** @description Counts the events of a stream, from 0. */
             sequence_number: number;
             response?: components["schemas"]["Response"];
@@ -2122,7 +2142,12 @@ export interface operations {
     };
     getResponse: {
         parameters: {
-            query?: never;
+            query?: {
+                /** @description true sends the events of a response in the background, from the first on, and those to come. */
+                stream?: string;
+                /** @description With `stream`, the sequence number of the last event that has arrived. */
+                starting_after?: string;
+            };
             header?: never;
             path: {
                 /** @description Id of a stored response. */
@@ -2139,6 +2164,7 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Response"];
+                    "text/event-stream": components["schemas"]["ResponsesEvent"];
                 };
             };
             default: components["responses"]["Error"];

@@ -23,12 +23,13 @@ export function toChatMessages(instructions: string | null | undefined, items: r
   const endTurn = (): void => {
     if (turn === null) return;
     chat.push(assistantMessage(turn));
-    callIds = turn.calls.map(({ id }) => id!);
+    callIds = turn.calls.map(({ id }) => id);
     turn = null;
   };
   const endOutputs = (): void => {
     chat.push(...callIds.map((id) => toolMessage(id, outputs)));
-    [callIds, outputs] = [[], new Map()];
+    callIds = [];
+    outputs = new Map();
   };
   for (const item of items) {
     if (item.type === 'function_call_output') {

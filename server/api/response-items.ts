@@ -51,7 +51,7 @@ function userMessage(text: string): Item {
 
 function readItem(item: unknown, param: string, find: (id: string) => Item | undefined): Item {
   if (!isObject(item)) throw new ApiError('invalid_type', `'${param}' must be an object.`, param);
-  const type = item['type'] ?? ('role' in item ? 'message' : 'item_reference');
+  const type: unknown = item['type'] ?? ('role' in item ? 'message' : 'item_reference');
   switch (type) {
     case 'message':
       return readMessage(item, param);
@@ -59,7 +59,7 @@ function readItem(item: unknown, param: string, find: (id: string) => Item | und
       return readReasoning(item, param);
     case 'function_call':
       return {
-        type,
+        type: 'function_call',
         id: idOf(item, 'fc'),
         call_id: textOf(item, 'call_id', param),
         name: textOf(item, 'name', param),
@@ -69,7 +69,7 @@ function readItem(item: unknown, param: string, find: (id: string) => Item | und
     case 'function_call_output': {
       const output = item['output'];
       return {
-        type,
+        type: 'function_call_output',
         id: idOf(item, 'fco'),
         call_id: textOf(item, 'call_id', param),
         output: typeof output === 'string' ? output : partsOf(output, ['input_text'], `${param}.output`).join('\n'),
@@ -93,17 +93,17 @@ function readItem(item: unknown, param: string, find: (id: string) => Item | und
 
 function readMessage(item: Json, param: string): Item {
   const { role, content } = item;
-  const [isOutput, isInput] = [role === 'assistant', role === 'user' || role === 'system' || role === 'developer'];
-  if (!isOutput && !isInput) {
+  const isOutput = role === 'assistant';
+  if (!isOutput && role !== 'user' && role !== 'system' && role !== 'developer') {
     const message = `'${param}.role' must be one of user, assistant, system, developer.`;
     throw new ApiError('invalid_value', message, `${param}.role`);
   }
   const types = isOutput ? ['output_text', 'input_text'] : ['input_text'];
   const texts = typeof content === 'string' ? [content] : partsOf(content, types, `${param}.content`);
   const shared = { type: 'message', id: idOf(item, 'msg'), status: 'completed' } as const;
-  if (isInput) return { ...shared, role, content: texts.map((text) => ({ type: 'input_text', text })) };
+  if (!isOutput) return { ...shared, role, content: texts.map((text) => ({ type: 'input_text', text })) };
   const parts = texts.map((text) => ({ type: 'output_text' as const, text, annotations: [], logprobs: [] }));
-  return { ...shared, role: 'assistant', content: parts };
+  return { ...shared, role, content: parts };
 }
 
 /** Its own text; where a client has dropped that, what it kept beside it. */

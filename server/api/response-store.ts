@@ -1,65 +1,84 @@
 import { LRUCache } from 'lru-cache';
-import type { Choices } from './choices.js';
+import { ApiError } from '../errors.js';
+import type { components } from './openapi.js';
 import type { Item } from './response-items.js';
-import type { ResponseRecord } from './response-record.js';
 
-/** A response that can be found again. */
+/** A response that can be found again. Its conversation is its own items behind those of the response before it. */
 export interface StoredResponse {
-  record: ResponseRecord;
+  id: string;
   tenant: string;
-  /** items of the request */
-  input: readonly Item[];
-  /** all that the response answers, from the first turn on */
-  conversation: readonly Item[];
-  /** while it is made in the background */
-  running: Choices | null;
+  previousId: string | null;
+  status: components['schemas']['ResponseStatus'];
+  /** items of the request, as JSON */
+  input: string;
+  /** the response, as JSON */
+  body: string;
 }
 
-export interface StoreLimits {
-  maxResponses: number;
-  maxBytes: number;
+/** Where a response may be found that another one goes on with. */
+export interface ResponseSource {
+  get(id: string, tenant: string): StoredResponse | undefined;
 }
-
-const LIMITS: StoreLimits = { maxResponses: 4096, maxBytes: 256 * 2 ** 20 };
 
 /** Responses by id, of each API key its own; the ones used longest ago make room for others. */
-export class ResponseStore {
+export interface ResponseStore extends ResponseSource {
+  /** Also in place of an earlier state of the same response. */
+  put(response: StoredResponse): void;
+  delete(id: string): void;
+  close(): void;
+}
+
+/** Responses in memory: at most so many bytes of them. */
+export class MemoryResponses implements ResponseStore {
   readonly #stored: LRUCache<string, StoredResponse>;
 
-  constructor({ maxResponses, maxBytes }: StoreLimits = LIMITS) {
-    this.#stored = new LRUCache({
-      max: maxResponses,
-      maxSize: maxBytes,
-      sizeCalculation: sizeOf,
-      dispose: ({ running }, _id, reason) => {
-        if (reason !== 'set') running?.abort();
-      },
-    });
+  constructor(maxBytes: number) {
+    this.#stored = new LRUCache({ maxSize: maxBytes, sizeCalculation: sizeOf });
   }
 
-  /** Also takes over what an entry has grown by. */
-  put(entry: StoredResponse): void {
-    this.#stored.set(entry.record.id, entry);
+  put(response: StoredResponse): void {
+    this.#stored.set(response.id, response);
   }
 
   get(id: string, tenant: string): StoredResponse | undefined {
-    const entry = this.#stored.get(id);
-    return entry?.tenant === tenant ? entry : undefined;
+    const response = this.#stored.get(id);
+    return response?.tenant === tenant ? response : undefined;
   }
 
   delete(id: string): void {
     this.#stored.delete(id);
   }
+
+  close(): void {
+    this.#stored.clear();
+  }
 }
 
-/** About the bytes that a response keeps alive: what it shares with others counts for each of them. */
-function sizeOf({ conversation, record }: StoredResponse): number {
-  let size = 1024;
-  for (const item of [...conversation, ...record.output]) {
-    size += 256;
-    if (item.type === 'function_call') size += 2 * item.arguments.length;
-    else if (item.type === 'function_call_output') size += 2 * item.output.length;
-    else for (const { text } of item.content) size += 2 * text.length;
+/** About the bytes that a response takes: texts of more than Latin letters have two a character. */
+export function sizeOf({ input, body }: StoredResponse): number {
+  return 512 + 2 * (input.length + body.length);
+}
+
+/**
+ * Everything that a conversation holds up to the end of a response. Walks from the last response to the first, so that
+ * a store that forgets what was used longest ago forgets ends of conversations before their beginnings.
+ */
+export function itemsBefore(previousId: string, tenant: string, source: ResponseSource): Item[] {
+  const turns: Item[][] = [];
+  for (let id: string | null = previousId; id !== null;) {
+    const stored = source.get(id, tenant);
+    if (stored === undefined) {
+      const shown = id.slice(0, 100);
+      const why = id === previousId ? `There is no response '${shown}'` : `'${shown}', which it goes on with, is gone`;
+      const message = `${why}: it was not stored, was deleted or had to make room. Send the whole conversation as input.`;
+      throw new ApiError('previous_response_not_found', message, 'previous_response_id');
+    }
+    if (stored.status === 'queued' || stored.status === 'in_progress') {
+      const message = `The response '${id}' is still being made; go on with it when it has ended.`;
+      throw new ApiError('invalid_value', message, 'previous_response_id');
+    }
+    turns.push([...(JSON.parse(stored.input) as Item[]), ...(JSON.parse(stored.body) as { output: Item[] }).output]);
+    id = stored.previousId;
   }
-  return size;
+  return turns.reverse().flat();
 }
