@@ -11,6 +11,7 @@ export const ERROR_CODES = {
   context_length_exceeded: [400, 'invalid_request_error'],
   token_out_of_vocabulary: [400, 'invalid_request_error'],
   template_error: [400, 'invalid_request_error'],
+  previous_response_not_found: [400, 'invalid_request_error'],
   invalid_api_key: [401, 'authentication_error'],
   model_not_found: [404, 'invalid_request_error'],
   not_found: [404, 'invalid_request_error'],

@@ -7,6 +7,8 @@ import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { BackgroundResponses } from './response-background.js';
+import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
 import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
@@ -34,4 +36,6 @@ export interface ApiContext {
   sse: SseOptions;
   resumable: ResumableStreams;
   running: RunningStreams;
+  responses: ResponseStore;
+  background: BackgroundResponses;
 }

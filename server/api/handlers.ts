@@ -8,6 +8,14 @@ import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
 import { controlChatCompletion } from './running.js';
+import {
+  cancelResponse,
+  countResponseTokens,
+  createResponse,
+  deleteResponse,
+  getResponse,
+  listInputItems,
+} from './responses.js';
 import { createCompletion } from './text-completion.js';
 import { detokenize, tokenize } from './tokens.js';
 
@@ -30,6 +38,12 @@ export function makeHandlers(context: ApiContext) {
     controlChatCompletion: (request) => controlChatCompletion(context, request),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
+    createResponse: (request, reply) => createResponse(context, request, reply),
+    countResponseTokens: (request) => countResponseTokens(context, request),
+    getResponse: (request, reply) => getResponse(context, request, reply),
+    deleteResponse: (request) => deleteResponse(context, request),
+    cancelResponse: (request, reply) => cancelResponse(context, request, reply),
+    listInputItems: (request) => listInputItems(context, request),
     createCompletion: (request, reply) => createCompletion(context, request, reply),
     tokenize: (request) => tokenize(context, request),
     detokenize: (request) => detokenize(context, request),
