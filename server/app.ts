@@ -7,6 +7,7 @@ import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
 import { MemoryResponses } from './api/response-store.js';
+import { FinishedCompletions } from './api/finished.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
@@ -109,6 +110,7 @@ export function buildApp({
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
     running: new RunningStreams(),
+    finished: new FinishedCompletions(),
     responses: new MemoryResponses(256 * 2 ** 20),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

@@ -22,6 +22,7 @@ export class Choices {
   readonly all: readonly Choice[];
   readonly #groups: readonly (readonly Choice[])[];
   readonly #submit: (job: ChatJob, earlier?: Completion) => Completion;
+  readonly #keep: (choice: Choice) => void;
   /** times that all were aborted: a run of before must not go on when they are resumed */
   #numAborts = 0;
   #isAborted = false;
@@ -33,6 +34,12 @@ export class Choices {
   /** Submits the first of each group. Throws ApiError where the engine does not take one. */
   constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, origin: RequestOrigin, startedAt: number) {
     this.#submit = (job, earlier) => new Completion(job, context, origin, startedAt, earlier);
+    const first = groups[0]![0]!;
+    const responseId = first.isPlain ? first.id : first.engineRequest.requestId;
+    this.#keep = ({ index, job, completion }) => {
+      const { ids: tokenIds, marks: controls } = completion!;
+      context.finished.add(responseId, index, { job, tenant: origin.tenant, tokenIds, controls });
+    };
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
     this.all = this.#groups.flat();
@@ -135,6 +142,7 @@ export class Choices {
       const goesOn = await completion.advance();
       if (numAborts !== this.#numAborts) return false;
       if (goesOn || completion.output.finishReason !== null) {
+        if (!goesOn) this.#keep(choice);
         onEvent(choice, completion.output);
         this.onProgress(choice);
       }

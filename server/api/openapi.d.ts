@@ -39,6 +39,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/replay": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Generates a completion again and tells the first token that differs, or that none does. */
+        post: operations["replayCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/completions": {
         parameters: {
             query?: never;
@@ -885,6 +902,48 @@ export interface components {
          * @enum {string}
          */
         ReasoningEnded: "budget" | "answer_reserve" | "loop" | "client";
+        ReplayRequest: {
+            /** @description Of a response that has ended. The latest few million tokens of prompts and completions are kept. */
+            id?: string;
+            /** @description With `id`, the choice; of a vote the chain. */
+            index?: number;
+            request?: components["schemas"]["ChatCompletionRequest"];
+            /** @description With `request`, the seed that its response said. */
+            seed?: number;
+            /** @description With `request`, the completion's tokens as `return_token_ids` gave them. Without them the request is generated twice, and the two are compared. */
+            token_ids?: number[];
+        };
+        Replay: {
+            /**
+             * @description What this is.
+             * @enum {string}
+             */
+            object: "replay";
+            /** @description Of the response that was generated again; null where its request was given. */
+            id: string | null;
+            /** @description Whether every token is the same. */
+            is_identical: boolean;
+            /** @description Tokens that are the same, from the first on. */
+            num_tokens: number;
+            /** @description The first token that differs; null where none does. */
+            difference: {
+                /** @description Of the token, from 0 on. */
+                position: number;
+                expected: components["schemas"]["ReplayedToken"];
+                actual: components["schemas"]["ReplayedToken"];
+            } | null;
+            /** @description The seed that was used. */
+            seed: number;
+            /** @description Names the weights that it was generated with now. */
+            system_fingerprint: string;
+        };
+        /** @description A token; null where the completion had ended before. */
+        ReplayedToken: {
+            /** @description Id in the vocabulary. */
+            token_id: number;
+            /** @description What it says; control tokens as they are written. */
+            text: string;
+        } | null;
         ControlRequest: {
             /**
              * @description `end_thinking`: reasoning ends where it is, and the answer follows. `extend_thinking`: it goes on for at least `tokens` more, and where the model would end it, it goes on behind `--thinking-extend-phrase`; a budget that is smaller gives way, the tokens kept for the answer do not.
@@ -2103,6 +2162,31 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Control"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    replayCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ReplayRequest"];
+            };
+        };
+        responses: {
+            /** @description How the two compare. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Replay"];
                 };
             };
             default: components["responses"]["Error"];
