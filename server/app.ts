@@ -7,6 +7,7 @@ import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
 import { MemoryResponses } from './api/response-store.js';
+import { AnswerMemory } from './api/answer-memory.js';
 import { FinishedCompletions } from './api/finished.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
@@ -111,6 +112,7 @@ export function buildApp({
     resumable: new ResumableStreams(config.streamResume),
     running: new RunningStreams(),
     finished: new FinishedCompletions(),
+    answers: new AnswerMemory(),
     responses: new MemoryResponses(256 * 2 ** 20),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

@@ -21,6 +21,8 @@ export interface ChatJob {
   /** of the response, the same for all choices */
   id: string;
   engineRequest: EngineRequest;
+  /** names the conversation up to this answer; null where no conversation comes back with it */
+  answerKey: string | null;
   stops: readonly string[];
   stopScope: StopScope;
   /** the field that said the answer's format; null where the answer is free */
@@ -71,7 +73,8 @@ export async function readChatRequest(
   const wish = readThinking(body);
   checkThinking(wish, body, context);
   checkTurn(body);
-  const { ids: promptIds, startPhase } = await readConversation(body, wish, context);
+  const cacheSalt = cacheSaltOf(tenant, body.cache_salt);
+  const { ids: promptIds, startPhase, answerKey } = await readConversation(body, wish, context, cacheSalt);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
   const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
@@ -84,11 +87,12 @@ export async function readChatRequest(
       sampling,
       markers: context.prompts.markers,
       startPhase,
-      cacheSalt: cacheSaltOf(tenant, body.cache_salt),
+      cacheSalt,
       priority: body.priority ?? 0,
       ...(thinking ? { thinking } : {}),
       ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
+    answerKey,
     stops,
     stopScope: body.stop_scope ?? 'answer',
     formatParam: format?.param ?? null,

@@ -39,6 +39,9 @@ export class Choices {
     this.#keep = ({ index, job, completion }) => {
       const { ids: tokenIds, marks: controls } = completion!;
       context.finished.add(responseId, index, { job, tenant: origin.tenant, tokenIds, controls });
+      const { answerKey, engineRequest } = job;
+      if (answerKey === null) return;
+      context.answers.add(answerKey, engineRequest, tokenIds, completion!.output.callIds, context.prompts);
     };
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));

@@ -5,6 +5,7 @@ import type { Metrics } from '../metrics.js';
 import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
+import type { AnswerMemory } from './answer-memory.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
@@ -38,6 +39,7 @@ export interface ApiContext {
   resumable: ResumableStreams;
   running: RunningStreams;
   finished: FinishedCompletions;
+  answers: AnswerMemory;
   responses: ResponseStore;
   background: BackgroundResponses;
 }

@@ -72,12 +72,22 @@ export class PrefixCache {
     }
   }
 
-  /**
-   * The longest run of published blocks for `tokens`, each with a reference taken. `hashes` are those of all its
-   * full blocks. A hit counts only where the stored token ids and the stored parent are the same too, and the MTP
-   * module's entries are there if they are needed.
-   */
+  /** findPrefix(), with a reference taken of each block. */
   takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
+    const blockIds = this.findPrefix(hashes, rootHash, tokens, needsMtp); // [num_hit]
+    for (const blockId of blockIds) {
+      this.#idle.delete(blockId);
+      this.#pool.retain(blockId);
+    }
+    return blockIds;
+  }
+
+  /**
+   * The longest run of published blocks for `tokens`. `hashes` are those of all its full blocks. A hit counts only where
+   * the stored token ids and the stored parent are the same too, and the MTP module's entries are there if they are
+   * needed.
+   */
+  findPrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
     const blockIds: number[] = []; // [num_hit]
     for (const [index, hash] of hashes.entries()) {
       const block = this.#byHash.get(hash);
@@ -85,8 +95,6 @@ export class PrefixCache {
       if (needsMtp && !block.hasMtp) break;
       const start = index * this.#blockSize;
       if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
-      this.#idle.delete(block.blockId);
-      this.#pool.retain(block.blockId);
       blockIds.push(block.blockId);
     }
     return blockIds;

@@ -327,8 +327,12 @@ export class Scheduler {
     const { blockSize } = this.#options;
     const { tokens, rootHash, blockHashes } = sequence;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
+    const numHits = [true, false].map(
+      (needsMtp) => this.#cache.findPrefix(blockHashes, rootHash, tokens, needsMtp).length,
+    );
     const runsMtp = this.#drafts.wantsMtp(
       Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
+      blockSize * (numHits[1]! - numHits[0]!),
     );
     const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens, runsMtp);
     const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
