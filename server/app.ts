@@ -9,6 +9,7 @@ import { BackgroundResponses } from './api/response-background.js';
 import { MemoryResponses } from './api/response-store.js';
 import { AnswerMemory } from './api/answer-memory.js';
 import { FinishedCompletions } from './api/finished.js';
+import { Prewarm } from './api/prewarm.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
@@ -90,6 +91,7 @@ export function buildApp({
       );
     },
   });
+  const answers = new AnswerMemory();
   const modelNames = config.servedModelNames.length ? config.servedModelNames : [name];
   registerRoutes(app, {
     config,
@@ -112,7 +114,8 @@ export function buildApp({
     resumable: new ResumableStreams(config.streamResume),
     running: new RunningStreams(),
     finished: new FinishedCompletions(),
-    answers: new AnswerMemory(),
+    answers,
+    prewarm: new Prewarm(config.prewarm, engine, prompts, answers),
     responses: new MemoryResponses(256 * 2 ** 20),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

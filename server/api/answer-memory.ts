@@ -105,7 +105,7 @@ function restored(message: TemplateMessage, turn: Turn, index: number, sampled: 
 }
 
 /** The texts between control tokens, by what they are part of. */
-function turnOf(
+export function turnOf(
   { markers, startPhase, sampling }: EngineRequest,
   tokenIds: readonly number[],
   prompts: PromptEncoder,

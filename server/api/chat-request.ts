@@ -3,7 +3,7 @@ import type { EngineRequest, SamplingParams } from '../engine/request.js';
 import { ApiError } from '../errors.js';
 import type { StopScope } from '../text/output-parser.js';
 import type { ApiContext } from './context.js';
-import { readConversation, tooLong } from './conversation.js';
+import { readConversation, tooLong, type AskedConversation } from './conversation.js';
 import { toRequestGrammar } from './output-format.js';
 import { answerFormat } from './tool-grammar.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
@@ -21,8 +21,8 @@ export interface ChatJob {
   /** of the response, the same for all choices */
   id: string;
   engineRequest: EngineRequest;
-  /** names the conversation up to this answer; null where no conversation comes back with it */
-  answerKey: string | null;
+  /** what this answers; null where no conversation comes back with it */
+  asked: AskedConversation | null;
   stops: readonly string[];
   stopScope: StopScope;
   /** the field that said the answer's format; null where the answer is free */
@@ -74,7 +74,7 @@ export async function readChatRequest(
   checkThinking(wish, body, context);
   checkTurn(body);
   const cacheSalt = cacheSaltOf(tenant, body.cache_salt);
-  const { ids: promptIds, startPhase, answerKey } = await readConversation(body, wish, context, cacheSalt);
+  const { ids: promptIds, startPhase, asked } = await readConversation(body, wish, context, cacheSalt);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
   const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
@@ -92,7 +92,7 @@ export async function readChatRequest(
       ...(thinking ? { thinking } : {}),
       ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
     },
-    answerKey,
+    asked,
     stops,
     stopScope: body.stop_scope ?? 'answer',
     formatParam: format?.param ?? null,

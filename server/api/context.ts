@@ -12,6 +12,7 @@ import type { OutputFormats } from './output-format.js';
 import type { BackgroundResponses } from './response-background.js';
 import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
+import type { Prewarm } from './prewarm.js';
 import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
@@ -40,6 +41,7 @@ export interface ApiContext {
   running: RunningStreams;
   finished: FinishedCompletions;
   answers: AnswerMemory;
+  prewarm: Prewarm;
   responses: ResponseStore;
   background: BackgroundResponses;
 }

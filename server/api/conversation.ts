@@ -17,9 +17,17 @@ type ConversationBody = Pick<
   'messages' | 'tools' | 'tool_choice' | 'continue_final_message' | 'add_generation_prompt'
 >;
 
+/** A conversation up to an answer. */
+export interface AskedConversation {
+  /** names it */
+  key: string;
+  messages: readonly TemplateMessage[];
+  tools: unknown[] | null;
+}
+
 export interface Conversation extends EncodedPrompt {
-  /** names the conversation up to the next answer; null where that has been begun in the request */
-  answerKey: string | null;
+  /** what the next answer answers; null where that has been begun in the request */
+  asked: AskedConversation | null;
 }
 
 /** Messages, tools and switches of a request -> prompt ids. What another salt has been answered is not known here. */
@@ -62,7 +70,7 @@ export async function readConversation(
     // Only /tokenize gets here with it: a completion needs the opening of its turn.
     ...(body.add_generation_prompt === false && !prefix ? { noGenerationPrompt: true } : {}),
   });
-  return { ...encoded, answerKey: prefix ? null : recalled.key };
+  return { ...encoded, asked: prefix ? null : { key: recalled.key, messages: recalled.messages, tools } };
 }
 
 /** The last message where the completion goes on with it: an assistant's, without tool calls. */

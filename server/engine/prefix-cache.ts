@@ -154,6 +154,17 @@ export class PrefixCache {
     this.#onChange({ kind: 'stored', hash, parentHash: index === 0 ? null : parentHash, tokenIds: block.tokenIds });
   }
 
+  /** Gives up the content of those of these blocks that are found and have no reference. */
+  drop(hashes: readonly string[]): void {
+    for (const hash of hashes.toReversed()) {
+      const block = this.#byHash.get(hash);
+      if (block === undefined || !this.#idle.delete(block.blockId)) continue;
+      this.#forget(block);
+      this.#pool.free(block.blockId);
+      this.#onChange({ kind: 'removed', hash });
+    }
+  }
+
   isPublished(blockId: number): boolean {
     return this.#byBlock.has(blockId);
   }

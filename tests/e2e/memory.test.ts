@@ -19,6 +19,7 @@ after(async () => {
 const questions: string[] = fixture('eval.jsonl').flatMap(({ messages }) =>
   messages.filter(({ role }: any) => role === 'user').map(({ content }: any) => content),
 );
+const { thinkStart, toolCallsBegin } = prompts.markers;
 const { tools } = fixture('greedy.jsonl').find((line) => line.tools);
 
 /** Most tokens of an answer: temperature 2 makes texts that are no words, in tokens that no tokenizer would take. */
@@ -55,8 +56,8 @@ async function converse(index: number, tally: Tally): Promise<void> {
       ...(isCall ? {} : { thinking: { type: 'disabled' }, max_tokens: MAX_TOKENS }),
       seed: 1000 * index + turn,
       return_token_ids: true,
-      // An answer that thinks again is not shown to the model as it was.
-      logit_bias: { [prompts.markers.thinkStart]: -100 },
+      // An answer that thinks again, or opens a call and breaks it off, is not shown to the model as it was.
+      logit_bias: { [thinkStart]: -100, ...(isCall ? {} : { [toolCallsBegin]: -100 }) },
     });
     const cached = usage.prompt_tokens_details.cached_tokens;
     const [{ message, token_ids: ids }] = choices;
