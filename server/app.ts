@@ -8,6 +8,7 @@ import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
 import { MemoryResponses, type ResponseStore } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
+import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -110,6 +111,7 @@ export function buildApp({
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
+    running: new RunningStreams(),
     responses: responses ?? new MemoryResponses(config.responseStoreSize),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

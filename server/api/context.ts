@@ -10,6 +10,7 @@ import type { OutputFormats } from './output-format.js';
 import type { BackgroundResponses } from './response-background.js';
 import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
+import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -34,6 +35,7 @@ export interface ApiContext {
   formats: OutputFormats;
   sse: SseOptions;
   resumable: ResumableStreams;
+  running: RunningStreams;
   responses: ResponseStore;
   background: BackgroundResponses;
 }

@@ -7,6 +7,7 @@ import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
+import { controlChatCompletion } from './running.js';
 import {
   cancelResponse,
   countResponseTokens,
@@ -34,6 +35,7 @@ export function makeHandlers(context: ApiContext) {
   return {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
     resumeChatCompletion: (request, reply) => resumeChatCompletion(context, request, reply),
+    controlChatCompletion: (request) => controlChatCompletion(context, request),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
     createResponse: (request, reply) => createResponse(context, request, reply),

@@ -22,6 +22,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/chat/completions/{id}/control": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Steers the reasoning of a chat stream that runs; it ends now, or goes on for longer. */
+        post: operations["controlChatCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/completions": {
         parameters: {
             query?: never;
@@ -841,10 +858,37 @@ export interface components {
             reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
         /**
-         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, or it went round in circles. Absent where it ended by itself.
+         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, it went round in circles, or the client asked for it. Absent where it ended by itself.
          * @enum {string}
          */
-        ReasoningEnded: "budget" | "answer_reserve" | "loop";
+        ReasoningEnded: "budget" | "answer_reserve" | "loop" | "client";
+        ControlRequest: {
+            /**
+             * @description `end_thinking`: reasoning ends where it is, and the answer follows. `extend_thinking`: it goes on for at least `tokens` more, and where the model would end it, it goes on behind `--thinking-extend-phrase`; a budget that is smaller gives way, the tokens kept for the answer do not.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking";
+            /** @description With extend_thinking, reasoning tokens from now on. */
+            tokens?: number;
+            /** @description The choice that is meant; all of them where it is left out. */
+            index?: number;
+        };
+        Control: {
+            /** @description Of the completion. */
+            id: string;
+            /**
+             * @description What this is.
+             * @enum {string}
+             */
+            object: "chat.completion.control";
+            /**
+             * @description As it was asked for.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking";
+            /** @description Indices of the choices that were reasoning, and are steered. */
+            choices: number[];
+        };
         /**
          * @description stop is an end token or a stop string, length the token limit, tool_calls a call of a tool.
          * @enum {string}
@@ -2008,6 +2052,34 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["ChatCompletion"];
                     "text/event-stream": components["schemas"]["ChatCompletionChunk"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    controlChatCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Id of the completion, as its chunks have it. */
+                id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ControlRequest"];
+            };
+        };
+        responses: {
+            /** @description It has been told to the engine, and takes effect within two steps. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Control"];
                 };
             };
             default: components["responses"]["Error"];

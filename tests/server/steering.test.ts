@@ -122,7 +122,7 @@ function checkLimits(request: EngineRequest, { tokens, last }: Outcome): void {
 }
 
 test('forced tokens are the same alone, in chunks, in a crowd, after preemptions and with drafts', () => {
-  const seen = { budget: 0, answer_reserve: 0, loop: 0, none: 0 };
+  const seen = { budget: 0, answer_reserve: 0, loop: 0, none: 0, client: Infinity };
   let numPreemptions = 0;
   fc.assert(
     fc.property(
