@@ -5,7 +5,10 @@ import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
+import { BackgroundResponses } from './api/response-background.js';
+import { MemoryResponses } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
+import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -105,6 +108,9 @@ export function buildApp({
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
+    running: new RunningStreams(),
+    responses: new MemoryResponses(256 * 2 ** 20),
+    background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

@@ -37,6 +37,7 @@ export interface ServeConfig {
   readonly reasoningField: ReasoningField;
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
+  readonly thinkingExtendPhrase: string;
   readonly thinkingLoopTokens: number;
   /** where traces go; null: there are none */
   readonly otlpTracesEndpoint: string | null;
@@ -204,6 +205,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningField: values['reasoning-field'] as ReasoningField,
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
+    thinkingExtendPhrase: values['thinking-extend-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
     otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,

@@ -42,6 +42,7 @@ const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.u
 /** what a step batch can carry for one sequence */
 const MAX_SPECULATIVE_TOKENS = 4;
 const THINKING_END_PHRASE = '\nThat is enough thinking, so I answer now.\n';
+const THINKING_EXTEND_PHRASE = '\nWait, let me check that again.\n';
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
 
 export const FLAGS: readonly Flag[] = [
@@ -219,6 +220,15 @@ export const FLAGS: readonly Flag[] = [
     defaultText: JSON.stringify(THINKING_END_PHRASE),
     parse: (text) => text.replaceAll('\\n', '\n'),
     help: 'what the model is made to think where its reasoning is ended; \\n is a line break',
+  },
+  {
+    name: 'thinking-extend-phrase',
+    commands: SERVE,
+    value: 'TEXT',
+    default: THINKING_EXTEND_PHRASE,
+    defaultText: JSON.stringify(THINKING_EXTEND_PHRASE),
+    parse: (text) => nonEmpty(text).replaceAll('\\n', '\n'),
+    help: 'what the model is made to think where it would end reasoning that a client has extended',
   },
   {
     name: 'thinking-loop-tokens',

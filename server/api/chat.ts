@@ -27,6 +27,7 @@ export async function createChatCompletion(
   const isKept = resumable.seconds > 0;
   const options = isKept ? { keptAs: job.id } : {};
   const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, job), options);
+  context.running.enter(job.id, choices, request, reply);
   if (isKept) resumable.enter(job.id, { stream, tenant: request.tenant }, reply);
   return stream.begin(request, reply);
 }

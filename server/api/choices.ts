@@ -1,3 +1,4 @@
+import type { ThinkingControl } from '../engine/request.js';
 import type { ChatOutput, Usage } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
 import { Completion, type RequestOrigin } from './completion.js';
@@ -64,6 +65,12 @@ export class Choices {
       this.abort();
       throw error;
     }
+  }
+
+  /** Steers the reasoning of all choices, or of one; returns the indices of those in which reasoning goes on. */
+  control(control: ThinkingControl, index?: number): number[] {
+    const asked = index === undefined ? this.all : this.all.filter((choice) => choice.index === index);
+    return asked.filter(({ completion }) => completion?.control(control)).map((choice) => choice.index);
   }
 
   /** Ids of the engine's requests that have been submitted. */

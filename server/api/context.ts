@@ -7,7 +7,10 @@ import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { BackgroundResponses } from './response-background.js';
+import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
+import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -32,4 +35,7 @@ export interface ApiContext {
   formats: OutputFormats;
   sse: SseOptions;
   resumable: ResumableStreams;
+  running: RunningStreams;
+  responses: ResponseStore;
+  background: BackgroundResponses;
 }

@@ -4,7 +4,15 @@ import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import { EventStream } from './event-stream.js';
 import { packStep, unpackStep } from './pack-step.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
+import type {
+  EngineEvent,
+  EngineHandle,
+  EngineRequest,
+  EngineState,
+  EngineStats,
+  RequestProgress,
+  ThinkingControl,
+} from './request.js';
 import { Scheduler, type SchedulerOptions } from './scheduler.js';
 import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
@@ -87,6 +95,10 @@ export class Engine implements EngineHandle {
   abort(requestId: string): void {
     const event = this.#scheduler.end(requestId, 'abort');
     if (event !== null) this.onEvents([event]);
+  }
+
+  control(requestId: string, control: ThinkingControl): void {
+    this.#scheduler.control(requestId, control);
   }
 
   progress(requestId: string): RequestProgress | null {
