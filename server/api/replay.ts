@@ -8,7 +8,7 @@ import { checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
 import type { components } from './openapi.js';
-import { refuseUnsupported, type Json } from './unsupported.js';
+import { refuseUnsupported } from './unsupported.js';
 import { sendWhole } from './whole.js';
 
 type Schemas = components['schemas'];
