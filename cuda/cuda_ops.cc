@@ -51,7 +51,8 @@ void list_cuda_devices(std::vector<std::string>& usable,
   }
 }
 
-std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype) {
+std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype,
+                                   bool is_deterministic) {
   const std::string prefix = "cuda:";
   int device_id = -1;
   const char* end = device.data() + device.size();
@@ -68,7 +69,7 @@ std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string&
   check(device_id < count, "the device ", device, " does not exist; this machine has ", count, " GPU(s)");
   const std::string reason = reason_against(device_id);
   check(reason.empty(), "the device ", device, " cannot be used: ", reason);
-  return std::make_unique<cuda::CudaOps>(device_id, cache_dtype);
+  return std::make_unique<cuda::CudaOps>(device_id, cache_dtype, is_deterministic);
 }
 
 }  // namespace rodin
@@ -83,7 +84,8 @@ constexpr int64_t kMaxDecodeTokens = 512;
 
 }  // namespace
 
-CudaOps::CudaOps(int device_id, Dtype cache_dtype) : device_id_(device_id), cache_dtype_(cache_dtype) {
+CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
+    : device_id_(device_id), cache_dtype_(cache_dtype), is_deterministic_(is_deterministic) {
   RODIN_CUDA(cudaSetDevice(device_id));
   RODIN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   prepare_linear();

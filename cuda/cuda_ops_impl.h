@@ -38,7 +38,7 @@ struct PlacedMla {
 
 class CudaOps final : public Ops {
  public:
-  CudaOps(int device_id, Dtype cache_dtype);
+  CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic);
   ~CudaOps() override;
 
   std::string name() const override;
@@ -128,6 +128,7 @@ class CudaOps final : public Ops {
 
   const int device_id_;
   const Dtype cache_dtype_;
+  const bool is_deterministic_;  // one regime of kernels for any number of tokens
   cudaStream_t stream_ = nullptr;
   OpsLimits limits_;
   bool is_reserved_ = false;

@@ -154,12 +154,13 @@ RunnerOptions runner_options(const Checkpoint& checkpoint) {
 }
 
 std::unique_ptr<Runner> load(const Checkpoint& checkpoint, const std::string& device = "cuda:0",
-                             const std::string& compute = "auto",
-                             const std::string& kv_cache_dtype = "auto") {
+                             const std::string& compute = "auto", const std::string& kv_cache_dtype = "auto",
+                             bool is_deterministic = true) {
   RunnerOptions options = runner_options(checkpoint);
   options.device = device;
   options.compute = compute;
   options.kv_cache_dtype = kv_cache_dtype;
+  options.is_deterministic = is_deterministic;
   auto runner = std::make_unique<Runner>(options);
   std::atomic<int64_t> loaded{0};
   runner->load(loaded);
