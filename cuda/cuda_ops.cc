@@ -88,7 +88,9 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
     : device_id_(device_id), cache_dtype_(cache_dtype), is_deterministic_(is_deterministic) {
   RODIN_CUDA(cudaSetDevice(device_id));
   RODIN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
+  prepare_linear_wgmma();
   prepare_mla();
 }
 
@@ -169,6 +171,7 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
   limits_ = limits;
   finish_placing();
   reserve_moe();
+  reserve_quantized();
   reserve_attention();
   reserve_sample();
   // Index arrays: seven of a step's tokens, the tiles of attention, the block tables; grown where that is too

@@ -105,6 +105,21 @@ void CudaOps::place(Weight& weight) {
   weight.packed = &view;
 }
 
+void CudaOps::place_maps(const MoeWeights& moe, PlacedMoe& placed) {
+  std::vector<TensorMap> gate, up, down;  // [E]
+  for (const MlpWeights& expert : moe.experts) {
+    for (const Weight* weight : {&expert.gate, &expert.up, &expert.down}) {
+      if (weight->bias || !is_quantizing(view_of(*weight), kMinQuantizedTokens)) return;
+    }
+    gate.push_back(weight_map(view_of(expert.gate)));
+    up.push_back(weight_map(view_of(expert.up)));
+    down.push_back(weight_map(view_of(expert.down)));
+  }
+  placed.gate_maps = upload_table(gate);
+  placed.up_maps = upload_table(up);
+  placed.down_maps = upload_table(down);
+}
+
 void CudaOps::place(MoeWeights& moe) {
   Ops::place(moe);
   PlacedMoe& placed = moes_.emplace_back();
@@ -133,6 +148,7 @@ void CudaOps::place(MoeWeights& moe) {
     up.push_back(shared_up);
     down.push_back(shared_down);
   }
+  place_maps(moe, placed);
   placed.gate = upload_table(gate);
   placed.up = upload_table(up);
   placed.down = upload_table(down);
