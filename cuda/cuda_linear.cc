@@ -50,9 +50,12 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
   }
   if (out0.dtype == Dtype::kBF16 && is_quantizing(params.weight[0], x.rows) && is_quantizing(view1, x.rows)) {
     WgmmaParams both = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, params.weight[0]);
-    both.is_pair = true;
     both.weight[1] = view1;
     both.maps[1] = weight_map(view1);
+    both.x[1] = both.x[0];
+    both.x_scale[1] = both.x_scale[0];
+    both.max_rows[1] = view1.rows;
+    both.cols[1] = view1.cols;
     both.outs[0] = params.io[0];
     both.outs[1] = io_of(x, out1);
     return run_linear_wgmma(both, stream_);

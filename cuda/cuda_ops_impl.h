@@ -14,6 +14,7 @@
 #include "cuda/device_memory.h"
 #include "cuda/kernels.h"
 #include "cuda/mla_plan.h"
+#include "cuda/mla_prefill_plan.h"
 #include "cuda/quantized.h"
 #include "cuda/step_graph.h"
 #include "cuda/uploader.h"
@@ -30,10 +31,11 @@ struct PlacedMoe {
   Dtype gate_dtype = Dtype::kBF16;
   Dtype down_dtype = Dtype::kBF16;
   // Boxes of the same matrices; null where the layer has no kernels for many tokens.
-  const TensorMap* gate_maps = nullptr;  // [E]
-  const TensorMap* up_maps = nullptr;    // [E]
-  const TensorMap* down_maps = nullptr;  // [E]
-  bool is_shared_grouped = false;        // the shared expert has the routed ones' dtypes and runs with them
+  const TensorMap* gate_maps = nullptr;  // [E + 1] as the tables above, if has_shared_maps
+  const TensorMap* up_maps = nullptr;    // [E + 1]
+  const TensorMap* down_maps = nullptr;  // [E + 1]
+  bool has_shared_maps = false;
+  bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
 };
 
 // What place() makes of an attention layer.
@@ -90,9 +92,12 @@ class CudaOps final : public Ops {
   struct Step {
     StepArrays arrays;
     MlaPlan plan;
-    const MlaTile* tiles = nullptr;    // device
-    const int32_t* q_start = nullptr;  // device; tells whose StepIndex one is
-    bool is_decode = false;            // every sequence has a token and at most its drafts
+    MlaPrefillPlan prefill;
+    const MlaTile* tiles = nullptr;              // device
+    const PrefillTile* prefill_tiles = nullptr;  // device
+    const int32_t* prefill_slots = nullptr;      // device
+    const int32_t* q_start = nullptr;            // device; tells whose StepIndex one is
+    bool is_decode = false;                      // every sequence has a token and at most its drafts
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
@@ -131,10 +136,14 @@ class CudaOps final : public Ops {
   WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
   WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);
   void run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
-  void run_quantized_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
   void reserve_quantized();
   void reserve_moe();
   void reserve_attention();
+  // Whether prompts may attend over keys and values that kv_b has expanded.
+  bool is_expandable(const WeightView& kv_b, const MlaShape& shape) const;
+  void reserve_prefill();
+  void prefill_attention(const Tensor& q, const MlaWeights& mla, const Step& step, const CacheLayer& cache,
+                         const Tensor& out);
   void reserve_sample();
   void moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                  const Tensor& expert_weights, const Tensor& out);
@@ -196,6 +205,14 @@ class CudaOps final : public Ops {
   float* partial_ = nullptr;     // [partial_rows, lora_rank]
   float* partial_ml_ = nullptr;  // [partial_rows, 2]
 
+  // Attention of prompts in its naive form.
+  bool has_prefill_weights_ = true;  // every kv_b so far has kernels for many tokens
+  int64_t prefill_keys_ = 0;         // most keys of a step; 0: all attention is absorbed
+  int64_t prefill_head_keys_ = 0;    // most keys * heads at a time
+  QuantizedView prefill_latents_;    // [prefill_keys, lora_rank]
+  void* prefill_rope_ = nullptr;     // bf16 [prefill_keys, rope_dim]
+  void* prefill_kv_ = nullptr;       // bf16 [prefill_head_keys, nope_dim + v_dim]
+
   // Sampling.
   StepArrays sample_arrays_;
   float* adjusted_ = nullptr;                 // [max_logit_rows, V]
@@ -209,6 +226,8 @@ class CudaOps final : public Ops {
 
 // Fewest tokens whose linear layers pay for quantising them.
 constexpr int64_t kMinQuantizedTokens = 64;
+// Fewest tokens of a sequence for which its keys and values are expanded.
+constexpr int64_t kMinPrefillTokens = 64;
 
 TensorMap weight_map(const WeightView& weight);
 

@@ -11,6 +11,26 @@ namespace {
 
 int64_t padded_channels(int64_t cols) { return (cols + kBlockK - 1) / kBlockK * kBlockK; }
 
+TensorMap token_map(const QuantizedView& x, int64_t num_rows) {
+  return make_tensor_map({.data = x.data,
+                          .rows = num_rows,
+                          .cols = x.stride,
+                          .row_bytes = x.stride,
+                          .box_rows = kWgmmaTokens,
+                          .box_cols = kBlockK},
+                         Dtype::kF8E4M3, Swizzle::k128Bytes);
+}
+
+TensorMap scale_map(const QuantizedView& x) {
+  return make_tensor_map({.data = x.scale,
+                          .rows = x.stride / kBlockK,
+                          .cols = x.scale_stride,
+                          .row_bytes = x.scale_stride * 4,
+                          .box_rows = 1,
+                          .box_cols = kWgmmaScales},
+                         Dtype::kF32, Swizzle::kNone);
+}
+
 }  // namespace
 
 TensorMap weight_map(const WeightView& weight) {
@@ -32,7 +52,7 @@ bool CudaOps::is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const {
   for (const Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) {
     if (!is_quantizing(view_of(*weight), num_tokens)) return false;
   }
-  return !mlp.gate.bias && !mlp.up.bias;
+  return !mlp.gate.bias && !mlp.up.bias && !mlp.down.bias;
 }
 
 QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols) {
@@ -74,25 +94,13 @@ QuantizedView CudaOps::quantize(const Tensor& x, QuantizedView out, const int32_
 
 WgmmaParams CudaOps::wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const {
   WgmmaParams params;
-  params.x = make_tensor_map({.data = x.data,
-                              .rows = num_rows,
-                              .cols = x.stride,
-                              .row_bytes = x.stride,
-                              .box_rows = kWgmmaTokens,
-                              .box_cols = kBlockK},
-                             Dtype::kF8E4M3, Swizzle::k128Bytes);
-  params.x_scale = make_tensor_map({.data = x.scale,
-                                    .rows = x.stride / kBlockK,
-                                    .cols = x.scale_stride,
-                                    .row_bytes = x.scale_stride * 4,
-                                    .box_rows = 1,
-                                    .box_cols = kWgmmaTokens},
-                                   Dtype::kF32, Swizzle::kNone);
+  params.x[0] = token_map(x, num_rows);
+  params.x_scale[0] = scale_map(x);
   params.weight[0] = weight;
   params.maps[0] = weight_map(weight);
   params.num_rows = static_cast<int32_t>(num_rows);
-  params.max_rows = weight.rows;
-  params.cols = weight.cols;
+  params.max_rows[0] = weight.rows;
+  params.cols[0] = weight.cols;
   params.num_multiprocessors = num_multiprocessors_;
   return params;
 }
@@ -110,57 +118,51 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
   const PlacedMoe& placed = *static_cast<const PlacedMoe*>(moe.packed);
   const auto k = static_cast<int32_t>(moe.route.experts_per_token);
   const int64_t slots = x.rows * k;
+  const bool has_shared = moe.has_shared() && placed.has_shared_maps;
   const MoePlanParams plan = {.expert_ids = expert_ids.row<int32_t>(0),
                               .ids_stride = expert_ids.stride,
                               .num_tokens = static_cast<int32_t>(x.rows),
                               .experts_per_token = k,
                               .num_experts = static_cast<int32_t>(moe.route.num_experts),
-                              .has_shared = false,
+                              .has_shared = has_shared,
                               .tile_tokens = kWgmmaTokens,
                               .plan = moe_plan_};
   run_moe_plan(plan, stream_);
+  const auto group = [&](WgmmaParams& params, const TensorMap* maps, const WeightView* table) {
+    params.plan = moe_plan_;
+    params.max_tiles = moe_max_tiles(plan);
+    params.num_shared_tiles =
+        has_shared ? static_cast<int32_t>((x.rows + kWgmmaTokens - 1) / kWgmmaTokens) : 0;
+    params.map_table[0] = maps;
+    params.table[0] = table;
+  };
+  const auto add_shared = [&](WgmmaParams& params, const QuantizedView& inputs, const Weight& weight) {
+    params.x[1] = token_map(inputs, x.rows);
+    params.x_scale[1] = scale_map(inputs);
+    params.max_rows[1] = view_of(weight).rows;
+    params.cols[1] = view_of(weight).cols;
+  };
 
   WgmmaParams mid = wgmma_params(quantize(x, expert_quantized_, moe_plan_.order, slots, k), slots,
                                  view_of(moe.experts[0].gate));
+  group(mid, placed.gate_maps, placed.gate);
   mid.is_gated = true;
-  mid.plan = moe_plan_;
-  mid.max_tiles = moe_max_tiles(plan);
-  mid.map_table[0] = placed.gate_maps;
   mid.map_table[1] = placed.up_maps;
-  mid.table[0] = placed.gate;
   mid.table[1] = placed.up;
-  mid.out_quantized = expert_mid_quantized_;
-  mid.out_quantized.stride = padded_channels(mid.max_rows);
+  mid.out_quantized[0] = expert_mid_quantized_;
+  mid.out_quantized[1] = shared_mid_quantized_;
+  if (has_shared) add_shared(mid, quantize(x, quantized_, nullptr, x.rows, 1), moe.shared.gate);
   run_linear_wgmma(mid, stream_);
 
-  WgmmaParams down = wgmma_params(mid.out_quantized, slots, view_of(moe.experts[0].down));
-  down.plan = moe_plan_;
-  down.max_tiles = mid.max_tiles;
-  down.map_table[0] = placed.down_maps;
-  down.table[0] = placed.down;
+  WgmmaParams down = wgmma_params(expert_mid_quantized_, slots, view_of(moe.experts[0].down));
+  group(down, placed.down_maps, placed.down);
+  if (has_shared) add_shared(down, shared_mid_quantized_, moe.shared.down);
   down.outs[0].out = expert_out_.data;
   down.outs[0].out_stride = expert_out_.stride;
-  down.out_rows = moe_plan_.order;
+  down.outs[1].out = shared_out_.data;
+  down.outs[1].out_stride = shared_out_.stride;
   run_linear_wgmma(down, stream_);
-
-  if (!moe.has_shared()) return;
-  if (is_quantizing(moe.shared, x.rows)) {
-    run_quantized_mlp(x, moe.shared, shared_out_.slice_rows(0, x.rows));
-  } else {
-    run_shared(x, moe);
-  }
-}
-
-// The shared expert, its intermediate results quantised.
-void CudaOps::run_quantized_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
-  WgmmaParams mid = gated_params(x, mlp);
-  mid.out_quantized = shared_mid_quantized_;
-  mid.out_quantized.stride = padded_channels(mid.max_rows);
-  run_linear_wgmma(mid, stream_);
-  WgmmaParams down = wgmma_params(mid.out_quantized, x.rows, view_of(mlp.down));
-  down.outs[0].out = out.data;
-  down.outs[0].out_stride = out.stride;
-  run_linear_wgmma(down, stream_);
+  if (moe.has_shared() && !has_shared) run_shared(x, moe);
 }
 
 }  // namespace rodin::cuda

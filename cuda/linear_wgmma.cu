@@ -6,8 +6,7 @@
 // A block of three warpgroups walks over units of 128 tokens and 128 outputs, as many blocks as there are
 // multiprocessors. One thread of the first warpgroup brings boxes of x, its scales and the weights into a
 // ring of shared memory stages; each of the other two computes 64 tokens. Barriers: full (bytes have
-// arrived), empty (every warp that computes has read the stage). Clusters of two take two token tiles of the
-// same outputs and each brings half of the weights to both.
+// arrived), empty (every warp that computes has read the stage).
 //
 // Gated: a unit is two passes over K, each of 64 outputs of gate and the same of up, side by side in one
 // product; 128 outputs together are what a scale of the next layer's inputs covers, so they leave quantised.
@@ -15,6 +14,7 @@
 #include <algorithm>
 
 #include "cuda/hopper.cuh"
+#include "cuda/quad_store.cuh"
 
 namespace rodin::cuda {
 namespace {
@@ -25,9 +25,11 @@ constexpr int kStages = 6;
 constexpr int kBoxBytes = 64 * kBlockK;
 constexpr int kInputBytes = kWgmmaTokens * kBlockK;
 constexpr int kWeightBytes = 2 * kBoxBytes;
-constexpr int kScaleBytes = kWgmmaTokens * 4;
+constexpr int kScaleBytes = kWgmmaScales * 4;
+constexpr int kScalePitch = (kScaleBytes + 127) / 128 * 128;
 constexpr int kStageBytes = kInputBytes + kWeightBytes + kScaleBytes;
-constexpr int kSharedBytes = kStages * kStageBytes + kStages * 16 + 1024;  // 1024: to align the first stage
+constexpr int kRingBytes = kStages * (kInputBytes + kWeightBytes + kScalePitch);
+constexpr int kSharedBytes = kRingBytes + kStages * 16 + 1024;  // 1024: to align the first stage
 constexpr int kBand =
     16;  // token tiles that pass over the outputs together, so that both stay in the L2 cache
 
@@ -41,48 +43,38 @@ struct Unit {
   int rows;
 };
 
-template <int kCluster>
 struct Units {
   const WgmmaParams& p;
-  int tiles;       // of tokens; dense: rounded up to whole clusters
-  int row_units;   // of all outputs
-  int first_rows;  // units of weight[0]
+  int tiles;      // of tokens; grouped: of the routed experts
+  int counts[2];  // [2] units along the outputs of either io
 
   __device__ explicit Units(const WgmmaParams& params) : p(params) {
-    if (p.map_table[0]) {
-      tiles = *p.plan.num_tiles;
-      row_units = first_rows = (p.max_rows + kUnitRows - 1) / kUnitRows;
-    } else {
-      tiles = (p.num_rows + kWgmmaTokens * kCluster - 1) / (kWgmmaTokens * kCluster) * kCluster;
-      first_rows = (p.weight[0].rows + kUnitRows - 1) / kUnitRows;
-      row_units = first_rows + (p.is_pair ? (p.weight[1].rows + kUnitRows - 1) / kUnitRows : 0);
-    }
+    counts[0] = (p.max_rows[0] + kUnitRows - 1) / kUnitRows;
+    counts[1] = (p.max_rows[1] + kUnitRows - 1) / kUnitRows;
+    tiles = p.map_table[0] ? *p.plan.num_tiles - p.num_shared_tiles
+                           : (p.num_rows + kWgmmaTokens - 1) / kWgmmaTokens;
   }
-  // Of clusters.
-  __device__ int count() const { return tiles / kCluster * row_units; }
-  __device__ Unit at(int i, int rank) const {
-    Unit unit;
-    int row_unit;
+  __device__ int count() const {
+    return tiles * counts[0] + (p.map_table[0] ? p.num_shared_tiles : tiles) * counts[1];
+  }
+  __device__ Unit at(int i) const {
     if (p.map_table[0]) {
-      const MoeTile tile = p.plan.tiles[i / row_units];
-      row_unit = i % row_units;
-      unit = {tile.first, tile.count, tile.expert, 0, row_unit * kUnitRows, p.max_rows};
-    } else {
-      constexpr int kBandTiles = kBand / kCluster;
-      const int band = i / (kBandTiles * row_units);
-      const int band_tiles = min(kBandTiles, tiles / kCluster - band * kBandTiles);
-      const int in_band = i - band * kBandTiles * row_units;
-      const int tile = (band * kBandTiles + in_band % band_tiles) * kCluster + rank;
-      row_unit = in_band / band_tiles;
-      const int io = row_unit >= first_rows;
-      unit = {tile * kWgmmaTokens,
-              min(kWgmmaTokens, p.num_rows - tile * kWgmmaTokens),
-              0,
-              io,
-              (row_unit - (io ? first_rows : 0)) * kUnitRows,
-              p.weight[io].rows};
+      // The shared expert first: its units take longer.
+      const int shared = p.num_shared_tiles * counts[1];
+      const int io = i < shared;
+      const int index = io ? i : i - shared;
+      const MoeTile tile = p.plan.tiles[index / counts[io] + (io ? tiles : 0)];
+      return {tile.first, tile.count, tile.expert, io, index % counts[io] * kUnitRows, p.max_rows[io]};
     }
-    return unit;
+    const int row_units = counts[0] + counts[1];
+    const int band = i / (kBand * row_units);
+    const int band_tiles = min(kBand, tiles - band * kBand);
+    const int in_band = i - band * kBand * row_units;
+    const int first = (band * kBand + in_band % band_tiles) * kWgmmaTokens;
+    const int row_unit = in_band / band_tiles;
+    const int io = row_unit >= counts[0];
+    return {first, min(kWgmmaTokens, p.num_rows - first),         0,
+            io,    (row_unit - (io ? counts[0] : 0)) * kUnitRows, p.max_rows[io]};
   }
 };
 
@@ -95,7 +87,7 @@ struct Ring {
   __device__ uint32_t inputs() const { return base + stage * kInputBytes; }
   __device__ uint32_t weights() const { return base + kStages * kInputBytes + stage * kWeightBytes; }
   __device__ uint32_t scales() const {
-    return base + kStages * (kInputBytes + kWeightBytes) + stage * kScaleBytes;
+    return base + kStages * (kInputBytes + kWeightBytes) + stage * kScalePitch;
   }
   __device__ uint32_t full() const { return barriers + stage * 8; }
   __device__ uint32_t empty() const { return barriers + (kStages + stage) * 8; }
@@ -104,13 +96,13 @@ struct Ring {
   }
 };
 
-template <bool kGated, int kCluster>
-__device__ __forceinline__ void bring(const WgmmaParams& p, Ring ring, uint32_t rank) {
-  const Units<kCluster> units(p);
-  const int num_blocks = (p.cols + kBlockK - 1) / kBlockK;
+template <bool kGated>
+__device__ __forceinline__ void bring(const WgmmaParams& p, Ring ring) {
+  const Units units(p);
   const int count = units.count();
-  for (int i = blockIdx.x / kCluster; i < count; i += gridDim.x / kCluster) {
-    const Unit unit = units.at(i, rank);
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    const Unit unit = units.at(i);
+    const int num_blocks = (p.cols[unit.io] + kBlockK - 1) / kBlockK;
     for (int pass = 0; pass < (kGated ? 2 : 1); ++pass) {
       const TensorMap* maps[2];  // [2] of the boxes
       int rows[2];               // [2]
@@ -119,59 +111,19 @@ __device__ __forceinline__ void bring(const WgmmaParams& p, Ring ring, uint32_t 
         const int which = kGated ? box : unit.io;
         maps[box] = p.map_table[0] ? p.map_table[kGated ? box : 0] + unit.expert : p.maps + which;
         rows[box] = unit.row0 + 64 * (kGated ? pass : box);
+        if (p.map_table[0]) map_fence(maps[box]);
       }
       for (int block = 0; block < num_blocks; ++block) {
-        if constexpr (kCluster == 1) {
-          barrier_wait(ring.empty(), ring.parity ^ 1);
-        } else {
-          barrier_wait_cluster(ring.empty(), ring.parity ^ 1);
-        }
+        barrier_wait(ring.empty(), ring.parity ^ 1);
         barrier_expect(ring.full(), kStageBytes);
-        copy_box(ring.inputs(), &p.x, block * kBlockK, unit.first, ring.full());
-        copy_box(ring.scales(), &p.x_scale, unit.first, block, ring.full());
-        if constexpr (kCluster == 1) {
+        copy_box(ring.inputs(), p.x + unit.io, block * kBlockK, unit.first, ring.full());
+        copy_box(ring.scales(), p.x_scale + unit.io, unit.first / 4 * 4, block, ring.full());
 #pragma unroll
-          for (int box = 0; box < 2; ++box)
-            copy_box(ring.weights() + box * kBoxBytes, maps[box], block * kBlockK, rows[box], ring.full());
-        } else {
-          copy_box_to_all(ring.weights() + rank * kBoxBytes, rank ? maps[1] : maps[0], block * kBlockK,
-                          rank ? rows[1] : rows[0], ring.full(), 3);
-        }
+        for (int box = 0; box < 2; ++box)
+          copy_box(ring.weights() + box * kBoxBytes, maps[box], block * kBlockK, rows[box], ring.full());
         ring.advance();
       }
     }
-  }
-}
-
-// w[i] of lane t of four becomes w[t] of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int t) {
-  const bool is_odd = t & 1, is_high = t & 2;
-  uint32_t a = __shfl_xor_sync(kAllLanes, is_odd ? w[0] : w[1], 1);
-  uint32_t b = __shfl_xor_sync(kAllLanes, is_odd ? w[2] : w[3], 1);
-  if (is_odd) {
-    w[0] = a, w[2] = b;
-  } else {
-    w[1] = a, w[3] = b;
-  }
-  a = __shfl_xor_sync(kAllLanes, is_high ? w[0] : w[2], 2);
-  b = __shfl_xor_sync(kAllLanes, is_high ? w[1] : w[3], 2);
-  if (is_high) {
-    w[0] = a, w[1] = b;
-  } else {
-    w[2] = a, w[3] = b;
-  }
-}
-
-// Eight neighbouring bf16 of a row from column `col` on, as far as there are columns.
-__device__ __forceinline__ void store_words(bf16* row, int col, int cols, const uint32_t (&words)[4]) {
-  bf16* to = row + col;
-  if (col + 8 <= cols && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (col + i < cols) to[i] = __ushort_as_bfloat16(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
   }
 }
 
@@ -186,7 +138,8 @@ __device__ __forceinline__ void store_bf16(const WgmmaParams& p, const Unit& uni
     const bool is_there = row < unit.count;
     bf16* out = nullptr;
     if (is_there) {
-      const int64_t at = p.out_rows ? p.out_rows[unit.first + row] : unit.first + row;
+      const bool is_ordered = p.map_table[0] != nullptr && unit.io == 0;
+      const int64_t at = is_ordered ? p.plan.order[unit.first + row] : unit.first + row;
       out = static_cast<bf16*>(p.outs[unit.io].out) + at * p.outs[unit.io].out_stride;
     }
 #pragma unroll
@@ -245,18 +198,17 @@ __device__ __forceinline__ void store_quantized(const QuantizedView& out, const 
   }
 }
 
-template <bool kGated, int kCluster>
+template <bool kGated>
 __device__ __forceinline__ void compute(const WgmmaParams& p, Ring ring) {
-  const Units<kCluster> units(p);
+  const Units units(p);
   const int group = threadIdx.x / 128 - 1;  // of 64 tokens
   const int lane = threadIdx.x % 32;
   const int local_row = 64 * group + threadIdx.x / 32 % 4 * 16 + lane / 4;
-  const int num_blocks = (p.cols + kBlockK - 1) / kBlockK;
   const int count = units.count();
-  const int rank = kCluster == 1 ? 0 : cluster_rank();
   float acc[64] = {};  // [64]
-  for (int unit_at = blockIdx.x / kCluster; unit_at < count; unit_at += gridDim.x / kCluster) {
-    const Unit unit = units.at(unit_at, rank);
+  for (int unit_at = blockIdx.x; unit_at < count; unit_at += gridDim.x) {
+    const Unit unit = units.at(unit_at);
+    const int num_blocks = (p.cols[unit.io] + kBlockK - 1) / kBlockK;
     const bool is_busy = 64 * group < unit.count;
     float held[32];  // gated: what the first pass gave
 #pragma unroll
@@ -295,7 +247,7 @@ __device__ __forceinline__ void compute(const WgmmaParams& p, Ring ring) {
             float scale;
             asm volatile("ld.shared.f32 %0, [%1];"
                          : "=f"(scale)
-                         : "r"(ring.scales() + (local_row + 8 * half) * 4)
+                         : "r"(ring.scales() + (unit.first % 4 + local_row + 8 * half) * 4)
                          : "memory");
             factor[half][0] = scale * weight_scale[0], factor[half][1] = scale * weight_scale[1];
           }
@@ -304,23 +256,19 @@ __device__ __forceinline__ void compute(const WgmmaParams& p, Ring ring) {
           for (int i = 0; i < 64; ++i) total[i] = fmaf(factor[i / 2 % 2][i / 32], acc[i], total[i]);
         }
         __syncwarp();
-        if constexpr (kCluster == 1) {
-          if (lane == 0) barrier_arrive(ring.empty());
-        } else {
-          if (lane < kCluster) barrier_arrive_at(ring.empty(), lane);
-        }
+        if (lane == 0) barrier_arrive(ring.empty());
         ring.advance();
       }
       if constexpr (kGated) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) total[i] = total[i] / (1.0f + expf(-total[i])) * total[i + 32];
-        if (p.out_quantized.data == nullptr) {
+        if (p.out_quantized[0].data == nullptr) {
           store_bf16<8>(p, unit, local_row, unit.row0 + 64 * pass, total);
         } else if (pass == 0) {
 #pragma unroll
           for (int i = 0; i < 32; ++i) held[i] = total[i];
         } else {
-          store_quantized(p.out_quantized, unit, local_row, held, total);
+          store_quantized(p.out_quantized[unit.io], unit, local_row, held, total);
         }
       } else {
         const float* bias = p.map_table[0] ? nullptr : p.weight[unit.io].bias;
@@ -337,74 +285,48 @@ __device__ __forceinline__ void compute(const WgmmaParams& p, Ring ring) {
   }
 }
 
-template <bool kGated, int kCluster>
+template <bool kGated>
 __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const __grid_constant__ WgmmaParams p) {
   extern __shared__ __align__(16) char shared[];
   Ring ring;
   ring.base = (shared_address(shared) + 1023) / 1024 * 1024;
-  ring.barriers = ring.base + kStages * kStageBytes;
+  ring.barriers = ring.base + kRingBytes;
   let_successor_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(ring.barriers + i * 8, 1);
-      barrier_init(ring.barriers + (kStages + i) * 8, 8 * kCluster);
+      barrier_init(ring.barriers + (kStages + i) * 8, 8);
     }
     barrier_init_fence();
   }
-  if constexpr (kCluster == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
+  __syncthreads();
   wait_for_predecessor();
   if (threadIdx.x < 128) {
     give_registers<40>();
-    if (threadIdx.x == 0) bring<kGated, kCluster>(p, ring, kCluster == 1 ? 0 : cluster_rank());
-    __syncwarp();
+    if (threadIdx.x == 0) bring<kGated>(p, ring);
   } else {
     take_registers<232>();
-    compute<kGated, kCluster>(p, ring);
+    compute<kGated>(p, ring);
   }
-  // A block's shared memory and barriers are written to by the other one of its cluster.
-  if constexpr (kCluster > 1) cluster_sync();
-}
-
-template <bool kGated, int kCluster>
-void launch(const WgmmaParams& p, int64_t num_units, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2] = {};  // [2]
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = kCluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>(std::min<int64_t>(num_units, p.num_multiprocessors / kCluster) * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = kCluster == 1 ? 1 : 2;
-  RODIN_CUDA(cudaLaunchKernelEx(&config, wgmma_kernel<kGated, kCluster>, p), " of wgmma_kernel");
 }
 
 template <bool kGated>
-void launch_for(const WgmmaParams& p, cudaStream_t stream) {
-  if (p.map_table[0])
-    return launch<kGated, 1>(p, int64_t{p.max_tiles} * ceil_div(p.max_rows, kUnitRows), stream);
-  const int64_t row_units =
-      ceil_div(p.weight[0].rows, kUnitRows) + (p.is_pair ? ceil_div(p.weight[1].rows, kUnitRows) : 0);
-  const int64_t tiles = ceil_div(p.num_rows, kWgmmaTokens);
-  // Two token tiles share the weights' way to shared memory where few of them lack a partner.
-  if (tiles % 2 == 0 || tiles > 8) return launch<kGated, 2>(p, ceil_div(tiles, 2) * row_units, stream);
-  launch<kGated, 1>(p, tiles * row_units, stream);
+void launch(const WgmmaParams& p, cudaStream_t stream) {
+  const int64_t tiles[2] = {
+      p.map_table[0] ? p.max_tiles - p.num_shared_tiles : ceil_div(p.num_rows, kWgmmaTokens),
+      p.map_table[0] ? p.num_shared_tiles : ceil_div(p.num_rows, kWgmmaTokens)};  // [2]
+  const int64_t num_units =
+      tiles[0] * ceil_div(p.max_rows[0], kUnitRows) + tiles[1] * ceil_div(p.max_rows[1], kUnitRows);
+  launch_overlapped(wgmma_kernel<kGated>,
+                    dim3(static_cast<unsigned>(std::min<int64_t>(num_units, p.num_multiprocessors))),
+                    kThreads, kSharedBytes, stream, p, "wgmma_kernel");
 }
 
 }  // namespace
 
 void run_linear_wgmma(const WgmmaParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  params.is_gated ? launch_for<true>(params, stream) : launch_for<false>(params, stream);
+  params.is_gated ? launch<true>(params, stream) : launch<false>(params, stream);
 }
 
 void prepare_linear_wgmma() {
@@ -412,10 +334,8 @@ void prepare_linear_wgmma() {
     RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                " to ", kSharedBytes);
   };
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<true, 1>));
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<true, 2>));
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<false, 1>));
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<false, 2>));
+  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<true>));
+  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<false>));
 }
 
 }  // namespace rodin::cuda

@@ -90,7 +90,7 @@ const bool linear_speed = [] {
   add(24576, 1536, fp8, {{1, 1450, 0}, {8, 1400, 0}, {16, 1250, 0}, {32, 600, 0}, {64, 0, 65}, {128, 0, 70}});
   add(2112, 7168, fp8, {{1, 700, 0}, {8, 700, 0}, {32, 430, 0}});
   add(7168, 16384, fp8, {{1, 1600, 0}, {8, 1500, 0}, {16, 950, 0}, {32, 850, 0}, {128, 0, 65}});
-  add(3648, 2048, fp8, {{1, 450, 0}, {8, 450, 0}, {32, 400, 0}, {128, 0, 25}});
+  add(3648, 2048, fp8, {{1, 450, 0}, {8, 450, 0}, {32, 400, 0}, {64, 0, 0}, {128, 0, 25}, {256, 0, 0}});
   add(65536, 2048, bf16, {{1, 1900, 0}, {8, 1900, 0}, {32, 1600, 0}, {64, 1300, 0}});
   add(4096, 7168, fp8, {{512, 0, 115}, {4096, 0, 120}});
   return true;
@@ -105,7 +105,8 @@ const bool quantized_speed = [] {
        {Floor{7168, 16384, 4096, 0}, Floor{4096, 7168, 4096, 0}, Floor{4096, 7168, 1024, 0},
         Floor{2112, 7168, 4096, 0}, Floor{24576, 1536, 4096, 0}, Floor{2048, 2048, 1024, 0},
         Floor{3648, 2048, 1024, 0}, Floor{4096, 7168, 128, 0}, Floor{24576, 1536, 64, 0},
-        Floor{24576, 1536, 128, 0}, Floor{3648, 2048, 128, 0}}) {
+        Floor{24576, 1536, 128, 0}, Floor{3648, 2048, 128, 0}, Floor{3648, 2048, 64, 0},
+        Floor{3648, 2048, 256, 0}}) {
     add_cuda_test("speed of quantised linear " + std::to_string(rows) + "x" + std::to_string(cols) + ", " +
                       std::to_string(tokens),
                   [=] {
@@ -173,9 +174,9 @@ const bool quantized_moe_speed = add_cuda_test("speed of a quantised Moonlight M
 });
 
 void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_gb_per_s,
-                    double min_tflops) {
+                    double min_tflops, bool is_deterministic = true) {
   CudaRandom random{1};
-  const std::unique_ptr<Ops> gpu = make_gpu();
+  const std::unique_ptr<Ops> gpu = make_gpu("auto", is_deterministic);
   MlaWeights mla;
   mla.shape = {heads, 128, 64, 128, 512, 0.07f, true};
   std::vector<std::unique_ptr<HostWeight>> hosts;
@@ -233,10 +234,12 @@ void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len
   const DeviceMatrix out(*gpu, tokens, heads * 128, Dtype::kBF16);
   const double seconds = seconds_of(*gpu, [&](int) { gpu->mla_attention(q, mla, index, {cache}, out); });
   const double keys = static_cast<double>(q_len) * static_cast<double>(context - q_len / 2);
-  report("attention, " + std::to_string(heads) + " heads, " + std::to_string(batch) + " x " +
-             std::to_string(q_len) + " of " + std::to_string(context),
+  // The naive form's operations where it is taken.
+  report((is_deterministic ? "attention, " : "naive attention, ") + std::to_string(heads) + " heads, " +
+             std::to_string(batch) + " x " + std::to_string(q_len) + " of " + std::to_string(context),
          seconds, static_cast<double>(batch * context * 1152) + static_cast<double>(heads) * 256 * 512,
-         2.0 * static_cast<double>(batch * heads) * keys * 1088, min_gb_per_s, min_tflops);
+         2.0 * static_cast<double>(batch * heads) * keys * (is_deterministic ? 1088 : 320), min_gb_per_s,
+         min_tflops);
 }
 
 const bool attention_speed = [] {
@@ -255,6 +258,15 @@ const bool attention_speed = [] {
   add(128, 32, 4096, 1, 0, 50);
   add(16, 1, 2048, 2048, 0, 30);
   add(128, 1, 2048, 1024, 0, 38);
+  const auto add_naive = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_tflops) {
+    add_cuda_test("speed of naive attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
+                      std::to_string(q_len) + " of " + std::to_string(context),
+                  [=] { time_attention(heads, batch, context, q_len, 0, min_tflops, false); });
+  };
+  add_naive(16, 1, 1024, 1024, 0);
+  add_naive(16, 1, 2048, 2048, 0);
+  add_naive(16, 1, 8192, 8192, 0);
+  add_naive(128, 1, 4096, 2048, 0);
   return true;
 }();
 
