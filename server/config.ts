@@ -39,6 +39,7 @@ export interface ServeConfig {
   readonly reasoningField: ReasoningField;
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
+  readonly thinkingExtendPhrase: string;
   readonly thinkingLoopTokens: number;
   /** where traces go; null: there are none */
   readonly otlpTracesEndpoint: string | null;
@@ -51,6 +52,15 @@ export interface ServeConfig {
   /** seconds */
   /** seconds in which a stream that was cut off can be gone on with; 0: not at all */
   readonly streamResume: number;
+  /** SQLite file; null: responses are kept in memory */
+  readonly responseStore: string | null;
+  /** bytes */
+  readonly responseStoreSize: number;
+  readonly maxSockets: number;
+  /** of one socket */
+  readonly maxLanes: number;
+  /** seconds */
+  readonly socketIdle: number;
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
@@ -209,6 +219,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningField: values['reasoning-field'] as ReasoningField,
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
+    thinkingExtendPhrase: values['thinking-extend-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
     otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,
@@ -216,6 +227,11 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     streamResume: values['stream-resume'] as number,
+    responseStore: values['response-store'] as string | null,
+    responseStoreSize: values['response-store-size'] as number,
+    maxSockets: values['max-sockets'] as number,
+    maxLanes: values['max-lanes'] as number,
+    socketIdle: values['socket-idle'] as number,
     shutdownTimeout: values['shutdown-timeout'] as number,
     warnings: Object.freeze(
       Object.keys(env)

@@ -9,6 +9,7 @@ import { makeHandlers } from './handlers.js';
 import { keepSeedSource } from './json-body.js';
 import { isMessagesClient, requestIdOf } from './messages-error.js';
 import { refuseUnsupportedInMessages } from './messages-unsupported.js';
+import { refuseUnsupportedInResponses } from './response-unsupported.js';
 import { isObject, refuseUnsupported, type Json } from './unsupported.js';
 import { toApiError } from './validation-error.js';
 
@@ -91,6 +92,8 @@ const REFUSALS: Readonly<Record<string, (body: Json, knownFields: ReadonlySet<st
   createCompletion: (body, knownFields) => refuseUnsupported(body, knownFields, true),
   createMessage: refuseUnsupportedInMessages,
   countMessageTokens: refuseUnsupportedInMessages,
+  createResponse: refuseUnsupportedInResponses,
+  countResponseTokens: refuseUnsupportedInResponses,
 };
 
 /** What the schema cannot say: fields that change results elsewhere. Others are none of ours, and logged. */
