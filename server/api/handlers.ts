@@ -8,6 +8,7 @@ import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
 import { controlChatCompletion } from './running.js';
+import { refusePlainRequest } from './response-sockets.js';
 import {
   cancelResponse,
   countResponseTokens,
@@ -38,6 +39,7 @@ export function makeHandlers(context: ApiContext) {
     controlChatCompletion: (request) => controlChatCompletion(context, request),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
+    connectResponses: () => refusePlainRequest(),
     createResponse: (request, reply) => createResponse(context, request, reply),
     countResponseTokens: (request) => countResponseTokens(context, request),
     getResponse: (request, reply) => getResponse(context, request, reply),
