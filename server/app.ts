@@ -6,6 +6,7 @@ import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
+import { FinishedCompletions } from './api/finished.js';
 import { MemoryResponses, type ResponseStore } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
@@ -112,6 +113,7 @@ export function buildApp({
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
     running: new RunningStreams(),
+    finished: new FinishedCompletions(),
     responses: responses ?? new MemoryResponses(config.responseStoreSize),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
