@@ -6,10 +6,10 @@ import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
-import { MemoryResponses } from './api/response-store.js';
 import { AnswerMemory } from './api/answer-memory.js';
 import { FinishedCompletions } from './api/finished.js';
 import { Prewarm } from './api/prewarm.js';
+import { MemoryResponses, type ResponseStore } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
@@ -31,6 +31,8 @@ export interface AppOptions {
   drain?: Drain;
   /** who wants traces of completions */
   tracer?: CompletionTracer;
+  /** where responses are kept, closed by whoever gave it; in memory where it is left out */
+  responses?: ResponseStore;
   /** how patient streams are; tests are not */
   sse?: SseOptions;
   /** none: nothing is logged */
@@ -55,6 +57,7 @@ export function buildApp({
   engine,
   drain,
   tracer,
+  responses,
   sse,
   logger,
 }: AppOptions): FastifyInstance {
@@ -116,7 +119,7 @@ export function buildApp({
     finished: new FinishedCompletions(),
     answers,
     prewarm: new Prewarm(config.prewarm, engine, prompts, answers),
-    responses: new MemoryResponses(256 * 2 ** 20),
+    responses: responses ?? new MemoryResponses(config.responseStoreSize),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });

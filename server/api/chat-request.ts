@@ -46,15 +46,19 @@ export interface ChatJob {
   created: number;
 }
 
-/**
- * Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. With
- * `mayFillContext`, a limit beyond the context is the context's rest, and the caller says so to its client.
- */
+export interface ReadOptions {
+  /** a limit beyond the context is the context's rest; the caller says so to its client */
+  mayFillContext?: boolean;
+  /** the prompt is computed, up to where an answer would begin, and nothing is generated */
+  isPrefillOnly?: boolean;
+}
+
+/** Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. */
 export async function readChatRequest(
   body: ChatBody,
   tenant: string,
   context: ApiContext,
-  mayFillContext = false,
+  { mayFillContext = false, isPrefillOnly = false }: ReadOptions = {},
 ): Promise<ChatJob> {
   checkModel(body.model, context);
   checkStreamOptions(body);
@@ -74,7 +78,8 @@ export async function readChatRequest(
   checkThinking(wish, body, context);
   checkTurn(body);
   const cacheSalt = cacheSaltOf(tenant, body.cache_salt);
-  const { ids: promptIds, startPhase, asked } = await readConversation(body, wish, context, cacheSalt);
+  const conversation = isPrefillOnly ? { ...body, add_generation_prompt: false } : body;
+  const { ids: promptIds, startPhase, asked } = await readConversation(conversation, wish, context, cacheSalt);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
   const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
@@ -90,9 +95,10 @@ export async function readChatRequest(
       cacheSalt,
       priority: body.priority ?? 0,
       ...(thinking ? { thinking } : {}),
-      ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(format && !isPrefillOnly ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(isPrefillOnly ? { prefillOnly: true } : {}),
     },
-    asked,
+    asked: isPrefillOnly ? null : asked,
     stops,
     stopScope: body.stop_scope ?? 'answer',
     formatParam: format?.param ?? null,

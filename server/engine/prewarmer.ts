@@ -57,6 +57,7 @@ export class Prewarmer {
       markers: NO_MARKERS,
       startPhase: 'answer',
       cacheSalt,
+      prefillOnly: true,
     };
   }
 
