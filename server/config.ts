@@ -41,6 +41,8 @@ export interface ServeConfig {
   readonly thinkingEndPhrase: string;
   readonly thinkingExtendPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** what a conversation's next prompt will begin with is computed in idle time */
+  readonly prewarm: boolean;
   /** where traces go; null: there are none */
   readonly otlpTracesEndpoint: string | null;
   /** ZeroMQ address to publish cache events on; null: none are published */
@@ -221,6 +223,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingExtendPhrase: values['thinking-extend-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    prewarm: values['prewarm'] as boolean,
     otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,
     kvEventsTopic: values['kv-events-topic'] as string | null,
