@@ -50,6 +50,15 @@ export interface ServeConfig {
   /** seconds */
   /** seconds in which a stream that was cut off can be gone on with; 0: not at all */
   readonly streamResume: number;
+  /** SQLite file; null: responses are kept in memory */
+  readonly responseStore: string | null;
+  /** bytes */
+  readonly responseStoreSize: number;
+  readonly maxSockets: number;
+  /** of one socket */
+  readonly maxLanes: number;
+  /** seconds */
+  readonly socketIdle: number;
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
@@ -213,6 +222,11 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     streamResume: values['stream-resume'] as number,
+    responseStore: values['response-store'] as string | null,
+    responseStoreSize: values['response-store-size'] as number,
+    maxSockets: values['max-sockets'] as number,
+    maxLanes: values['max-lanes'] as number,
+    socketIdle: values['socket-idle'] as number,
     shutdownTimeout: values['shutdown-timeout'] as number,
     warnings: Object.freeze(
       Object.keys(env)

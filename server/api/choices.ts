@@ -22,13 +22,24 @@ export class Choices {
   readonly all: readonly Choice[];
   readonly #groups: readonly (readonly Choice[])[];
   readonly #submit: (job: ChatJob, earlier?: Completion) => Completion;
+  readonly #keep: (choice: Choice) => void;
   /** times that all were aborted: a run of before must not go on when they are resumed */
   #numAborts = 0;
   #isAborted = false;
+  /** choices with a lower index may begin; raised in onProgress alone */
+  numToBegin = Infinity;
+  /** told after each event of a choice, its last one included */
+  onProgress: (choice: Choice) => void = () => {};
 
   /** Submits the first of each group. Throws ApiError where the engine does not take one. */
   constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, origin: RequestOrigin, startedAt: number) {
     this.#submit = (job, earlier) => new Completion(job, context, origin, startedAt, earlier);
+    const first = groups[0]![0]!;
+    const responseId = first.isPlain ? first.id : first.engineRequest.requestId;
+    this.#keep = ({ index, job, completion }) => {
+      const { ids: tokenIds, marks: controls } = completion!;
+      context.finished.add(responseId, index, { job, tenant: origin.tenant, tokenIds, controls });
+    };
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
     this.all = this.#groups.flat();
@@ -48,6 +59,11 @@ export class Choices {
   abort(): void {
     this.#isAborted = true;
     this.#numAborts++;
+    for (const { completion } of this.all) completion?.abort();
+  }
+
+  /** Ends those that still run, with what they have. */
+  stop(): void {
     for (const { completion } of this.all) completion?.abort();
   }
 
@@ -125,16 +141,37 @@ export class Choices {
       const completion = choice.completion!;
       const goesOn = await completion.advance();
       if (numAborts !== this.#numAborts) return false;
-      if (goesOn || completion.output.finishReason !== null) onEvent(choice, completion.output);
+      if (goesOn || completion.output.finishReason !== null) {
+        if (!goesOn) this.#keep(choice);
+        onEvent(choice, completion.output);
+        this.onProgress(choice);
+      }
       return goesOn;
     };
     const hasBegun = leader.completion!.tokenIds.length > 0;
     const leaderGoesOn = hasBegun || (await advance(leader));
     if (numAborts !== this.#numAborts) return;
-    for (const choice of others) choice.completion ??= this.#submit(choice.job);
-    const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
-      while (goesOn) goesOn = await advance(choice);
+    const begun = new Set<Choice>();
+    const beginMore = (): Promise<void>[] => {
+      const more = others.filter((choice) => choice.index < this.numToBegin && !begun.has(choice));
+      for (const choice of more) {
+        begun.add(choice);
+        choice.completion ??= this.#submit(choice.job);
+      }
+      return more.map((choice) => {
+        const end = finish(choice, true);
+        end.catch(() => this.abort()); // who has begun it may still be long in coming to see that
+        return end;
+      });
     };
-    await Promise.all([finish(leader, leaderGoesOn), ...others.map((choice) => finish(choice, true))]);
+    const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
+      const ends: Promise<void>[] = []; // [num_begun_here]
+      while (goesOn) {
+        goesOn = await advance(choice);
+        if (numAborts === this.#numAborts) ends.push(...beginMore());
+      }
+      await Promise.all(ends);
+    };
+    await Promise.all([...beginMore(), finish(leader, leaderGoesOn)]);
   }
 }

@@ -6,7 +6,7 @@ import type { ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 
 /** The request that completions belong to. */
-export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers'>;
+export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers' | 'tenant'>;
 
 /**
  * One completion from submission to end: pulls events, feeds the output, keeps time and accounts for it once,
@@ -54,7 +54,7 @@ export class Completion {
     this.#numSubmitted = earlier === undefined ? 1 : earlier.#numSubmitted + 1;
     this.requestId = engineRequest.requestId + (earlier ? `.${this.#numSubmitted}` : '');
     const resumed = this.tokenIds.length ? { resumedIds: this.tokenIds } : {};
-    this.#marks = earlier?.marks ?? [];
+    this.#marks = earlier?.marks ?? engineRequest.controls ?? [];
     const marked = this.#marks.length ? { controls: this.#marks } : {};
     const request = { ...engineRequest, requestId: this.requestId, ...resumed, ...marked };
     this.#submittedAt = performance.now();
@@ -62,6 +62,11 @@ export class Completion {
     // What was asked when the client left, and had not taken effect.
     this.#controls = earlier ? [...earlier.#controls] : [];
     for (const control of this.#controls.slice(this.#marks.length)) context.engine.control(this.requestId, control);
+  }
+
+  /** Token ids that the output is made of: what one event brings behind a stop string is no part of it. */
+  get ids(): number[] {
+    return this.tokenIds.slice(0, this.output.numTokens);
   }
 
   /** Where a client's controls took effect. */

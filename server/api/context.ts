@@ -1,5 +1,6 @@
 import type { ServeConfig } from '../config.js';
 import type { EngineHandle } from '../engine/request.js';
+import type { FinishedCompletions } from './finished.js';
 import type { Metrics } from '../metrics.js';
 import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
@@ -36,6 +37,7 @@ export interface ApiContext {
   sse: SseOptions;
   resumable: ResumableStreams;
   running: RunningStreams;
+  finished: FinishedCompletions;
   responses: ResponseStore;
   background: BackgroundResponses;
 }

@@ -7,6 +7,7 @@ import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
+import { replayCompletion } from './replay.js';
 import { controlChatCompletion } from './running.js';
 import {
   cancelResponse,
@@ -36,6 +37,7 @@ export function makeHandlers(context: ApiContext) {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
     resumeChatCompletion: (request, reply) => resumeChatCompletion(context, request, reply),
     controlChatCompletion: (request) => controlChatCompletion(context, request),
+    replayCompletion: (request, reply) => replayCompletion(context, request, reply),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
     createResponse: (request, reply) => createResponse(context, request, reply),

@@ -39,6 +39,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/replay": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Generates a completion again and tells the first token that differs, or that none does. */
+        post: operations["replayCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/completions": {
         parameters: {
             query?: never;
@@ -385,6 +402,8 @@ export interface components {
             top_logprobs?: number | null;
             /** @description Number of choices. They share the prompt's prefill; choice i has the seed plus i. */
             n?: number | null;
+            /** @description The `n` choices are chains that vote: the answer of most is returned as the only choice, with its share in `vote`. No more chains are begun than can decide it, and those that can change nothing any more are stopped. Two answers are the same where their final parts are: the last `\boxed{}`, else the last `<answer>`, else the whole as JSON, else the last bold text, else what the last line says; case, spacing and the writing of numbers do not count. Calls of tools vote by name and arguments. Not with `stream`. */
+            vote?: boolean | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
@@ -835,6 +854,27 @@ export interface components {
             /** @description With `return_token_ids`, the prompt's tokens. */
             prompt_token_ids?: number[];
             metrics?: components["schemas"]["CompletionMetrics"];
+            vote?: components["schemas"]["Vote"];
+        };
+        /** @description With `vote`, how the chains voted. `usage` counts the tokens of all of them. */
+        Vote: {
+            /** @description What most chains answered; null where none came to an answer. */
+            answer: string | null;
+            /** @description Its part of the chains that have ended. */
+            share: number;
+            /** @description The chain that the choice is from, the first with this answer. Its seed is the response's plus this. */
+            chain: number;
+            /** @description As many as `n`. */
+            num_chains: number;
+            /** @description Chains that were stopped or not begun, because they could change nothing any more. */
+            num_stopped: number;
+            /** @description Answers with the number of their chains, most first. Of equal numbers the lowest chain's comes first. */
+            counts: {
+                /** @description The final part of an answer. */
+                answer: string;
+                /** @description Chains that came to it. */
+                count: number;
+            }[];
         };
         /** @description With `metrics`; in a stream, in the chunk that has the finish reason. */
         CompletionMetrics: {
@@ -862,6 +902,48 @@ export interface components {
          * @enum {string}
          */
         ReasoningEnded: "budget" | "answer_reserve" | "loop" | "client";
+        ReplayRequest: {
+            /** @description Of a response that has ended. The latest few million tokens of prompts and completions are kept. */
+            id?: string;
+            /** @description With `id`, the choice; of a vote the chain. */
+            index?: number;
+            request?: components["schemas"]["ChatCompletionRequest"];
+            /** @description With `request`, the seed that its response said. */
+            seed?: number;
+            /** @description With `request`, the completion's tokens as `return_token_ids` gave them. Without them the request is generated twice, and the two are compared. */
+            token_ids?: number[];
+        };
+        Replay: {
+            /**
+             * @description What this is.
+             * @enum {string}
+             */
+            object: "replay";
+            /** @description Of the response that was generated again; null where its request was given. */
+            id: string | null;
+            /** @description Whether every token is the same. */
+            is_identical: boolean;
+            /** @description Tokens that are the same, from the first on. */
+            num_tokens: number;
+            /** @description The first token that differs; null where none does. */
+            difference: {
+                /** @description Of the token, from 0 on. */
+                position: number;
+                expected: components["schemas"]["ReplayedToken"];
+                actual: components["schemas"]["ReplayedToken"];
+            } | null;
+            /** @description The seed that was used. */
+            seed: number;
+            /** @description Names the weights that it was generated with now. */
+            system_fingerprint: string;
+        };
+        /** @description A token; null where the completion had ended before. */
+        ReplayedToken: {
+            /** @description Id in the vocabulary. */
+            token_id: number;
+            /** @description What it says; control tokens as they are written. */
+            text: string;
+        } | null;
         ControlRequest: {
             /**
              * @description `end_thinking`: reasoning ends where it is, and the answer follows. `extend_thinking`: it goes on for at least `tokens` more, and where the model would end it, it goes on behind `--thinking-extend-phrase`; a budget that is smaller gives way, the tokens kept for the answer do not.
@@ -2080,6 +2162,31 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Control"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    replayCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ReplayRequest"];
+            };
+        };
+        responses: {
+            /** @description How the two compare. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Replay"];
                 };
             };
             default: components["responses"]["Error"];

@@ -31,7 +31,7 @@ export class ResponseRecord {
   }
 
   get id(): string {
-    return this.#head.id;
+    return this.#job.chat.engineRequest.requestId;
   }
 
   get job(): ResponseJob {
@@ -79,11 +79,14 @@ export class ResponseRecord {
   get json(): string {
     const { seed } = this.#job.chat.engineRequest.sampling;
     const isLimited = this.#status === 'incomplete';
+    // The database of responses relies on what comes first.
     const body: Omit<Schemas['Response'], 'seed'> = {
-      ...this.#head,
-      completed_at: this.#completedAt,
+      id: this.id,
+      object: 'response',
       status: this.#status,
       error: this.#error,
+      ...this.#head,
+      completed_at: this.#completedAt,
       incomplete_details: isLimited ? { reason: 'max_output_tokens' } : null,
       output: this.output.items,
       ...(this.#reasoningEnded ? { reasoning_ended: this.#reasoningEnded } : {}),
@@ -112,10 +115,8 @@ export class ResponseRecord {
 }
 
 function headOf({ chat, body, isStored, isInBackground }: ResponseJob, { modelNames }: ApiContext) {
-  const { sampling, requestId } = chat.engineRequest;
+  const { sampling } = chat.engineRequest;
   return {
-    id: requestId,
-    object: 'response' as const,
     created_at: chat.created,
     background: isInBackground,
     instructions: body.instructions ?? null,

@@ -59,10 +59,7 @@ export function sizeOf({ input, body }: StoredResponse): number {
   return 512 + 2 * (input.length + body.length);
 }
 
-/**
- * Everything that a conversation holds up to the end of a response. Walks from the last response to the first, so that
- * a store that forgets what was used longest ago forgets ends of conversations before their beginnings.
- */
+/** Everything that a conversation holds up to the end of a response. Uses all its responses: they are forgotten together. */
 export function itemsBefore(previousId: string, tenant: string, source: ResponseSource): Item[] {
   const turns: Item[][] = [];
   for (let id: string | null = previousId; id !== null;) {
