@@ -65,6 +65,7 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
   const Step& step = step_of(index);
   const PlacedMla& placed = *static_cast<const PlacedMla*>(mla.packed);
   const auto num_heads = static_cast<int32_t>(shape.num_heads);
+  if (!step.prefill.tiles.empty()) prefill_attention(q, mla, step, cache, out);
   const int64_t latent_row = shape.num_heads * latent_stride_;
   for (const MlaChunk& chunk : step.plan.chunks) {
     const Tensor chunk_q = q.slice_rows(chunk.first_token, chunk.num_tokens);

@@ -27,6 +27,8 @@ export interface ServeConfig {
   /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
   readonly gpuMemoryUtilization: number | null;
   readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
+  /** one regime of kernels for any number of tokens */
+  readonly deterministic: boolean;
   readonly blockSize: number;
   /** drafts of the MTP layer a step */
   readonly speculativeTokens: number | 'auto';
@@ -87,6 +89,7 @@ export interface LogitsConfig {
   readonly device: string;
   readonly compute: 'auto' | 'float32';
   readonly threads: number | null;
+  readonly deterministic: boolean;
   readonly last: number;
   readonly draft: boolean;
 }
@@ -111,6 +114,7 @@ export interface BenchConfig {
   readonly compute: 'auto' | 'float32';
   readonly cpuPath: string;
   readonly kvCacheDtype: ServeConfig['kvCacheDtype'];
+  readonly deterministic: boolean;
   readonly threads: number | null;
   readonly json: boolean;
 }
@@ -206,6 +210,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     cacheMemory: values['cache-memory'] as number | null,
     gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    deterministic: values['deterministic'] as boolean,
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
@@ -251,6 +256,7 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     device: values['device'] as string,
     compute: values['compute'] as LogitsConfig['compute'],
     threads: values['threads'] as number | null,
+    deterministic: values['deterministic'] as boolean,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
   });
@@ -276,6 +282,7 @@ function benchConfig(values: Record<string, FlagValue>): BenchConfig {
     compute: values['compute'] as BenchConfig['compute'],
     cpuPath: values['cpu-path'] as string,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    deterministic: values['deterministic'] as boolean,
     threads: values['threads'] as number | null,
     json: values['json'] as boolean,
   });

@@ -155,6 +155,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
+    name: 'deterministic',
+    commands: RUN,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: 'a GPU gives a token the same bits in any batch, and is slower with many tokens; a CPU always does',
+  },
+  {
     name: 'block-size',
     commands: SERVE,
     value: 'N',

@@ -50,6 +50,7 @@ export class Server {
         cacheMemory: config.cacheMemory,
         gpuMemoryUtilization: config.gpuMemoryUtilization,
         kvCacheDtype: config.kvCacheDtype,
+        deterministic: config.deterministic,
         maxModelLen: config.maxModelLen,
         maxStepTokens: config.maxStepTokens,
         maxNumSeqs: config.maxNumSeqs,

@@ -81,6 +81,8 @@ export interface EngineRequest {
   grammar?: RequestGrammar;
   /** first tokens of this completion, given out by an earlier submission that was aborted: it goes on behind them */
   resumedIds?: number[]; // [num_resumed]
+  /** nothing is generated: the prompt's full blocks go to the prefix cache, and the one event has no tokens */
+  prefillOnly?: boolean;
   /** what a client has asked of the reasoning in an earlier submission: it takes effect at the same places */
   controls?: readonly ControlMark[]; // [num_controls]
 }

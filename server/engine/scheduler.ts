@@ -368,6 +368,12 @@ export class Scheduler {
       case 'sampled': {
         this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
+        if (sequence.request.prefillOnly) {
+          // The row vouches for what was computed; what was sampled from it is dropped.
+          sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
+          this.#publish(sequence);
+          return this.#finish(sequence, 'stop', {});
+        }
         const { tokens, numRows, isLastKept } = this.#append(sequence, outcome.tokens);
         this.#counters.generationTokens += tokens.length;
         // Whatever was sampled behind the last row looked at is dropped. So is the MTP entry of a token that was not kept.
