@@ -18,9 +18,7 @@ Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int3
   ops_.linear(at.mtp_input, mtp.eh_proj, at.residual);
   ops_.rms_norm(at.residual, mtp.layer.input_norm, eps_, at.normed);
   attention(mtp.layer, index, cache, at);
-  ops_.add_rms_norm(at.residual, at.delta, mtp.layer.post_attention_norm, eps_, at.normed);
-  mlp(mtp.layer, at);
-  ops_.add_rms_norm(at.residual, at.delta, mtp.head_norm, eps_, at.normed);
+  mlp(mtp.layer, mtp.head_norm, at, at.normed);
   return at.normed;
 }
 
