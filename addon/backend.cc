@@ -27,7 +27,8 @@ void check_names(const std::string& device, const std::string& compute) {
 std::unique_ptr<Ops> make_ops(const BackendOptions& options) {
   [[maybe_unused]] const Dtype dtype = cache_dtype(options.device, options.compute, options.kv_cache_dtype);
 #ifdef WITH_CUDA
-  if (is_cuda(options.device)) return make_cuda_ops(options.device, options.compute, dtype);
+  if (is_cuda(options.device))
+    return make_cuda_ops(options.device, options.compute, dtype, options.is_deterministic);
 #endif
   if (options.compute == "float32") return std::make_unique<ReferenceOps>(options.num_threads);
   return std::make_unique<CpuOps>(options.cpu_path, options.num_threads);

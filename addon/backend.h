@@ -16,6 +16,9 @@ struct BackendOptions {
   std::string cpu_path;  // "auto" | "avx512" | "avx2" | "portable"; of no meaning to other devices
   int num_threads = 1;   // the calling thread included
   std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"; the latter two on GPUs alone
+  // A GPU computes a row by the same kernels whatever the batch, so that its bits are the same; the CPU
+  // always does.
+  bool is_deterministic = false;
 };
 
 // Throws std::runtime_error with one sentence for a device, compute mode or path that does not exist here.

@@ -59,6 +59,20 @@ __device__ __forceinline__ float element_as_float(const void* row, Dtype dtype, 
   }
 }
 
+// The larger one, a NaN where there is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+// Two floats as e4m3, `low` in the low byte; what is too large becomes 448.
+__device__ __forceinline__ uint32_t quantize_pair(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // ---- tensor cores ---------------------------------------------------------------------------------------
 
 // d += a b: a [16, 16] rows of bf16, b [16, 8] columns of bf16, d [16, 8] float32. With g = lane / 4 and

@@ -84,7 +84,9 @@ void CudaOps::mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaW
                                 .q_latent_stride = latent_stride_,
                                 .is_q_aligned = is_aligned(q) && mla.shape.qk_dim() % 8 == 0};
   // One launch where the step is a single chunk.
-  const bool is_entered = is_mla_enter(enter) && step_of(index).plan.chunks.size() == 1;
+  const std::vector<MlaChunk>& chunks = step_of(index).plan.chunks;
+  const bool is_entered =
+      is_mla_enter(enter) && chunks.size() == 1 && chunks[0].num_tokens == index.num_tokens;
   if (is_entered) {
     run_mla_enter(enter, stream_);
   } else {
@@ -104,6 +106,7 @@ void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& in
   const Step& step = step_of(index);
   const PlacedMla& placed = *static_cast<const PlacedMla*>(mla.packed);
   const auto num_heads = static_cast<int32_t>(shape.num_heads);
+  if (!step.prefill.tiles.empty()) prefill_attention(q, mla, step, cache, out);
   const int64_t latent_row = shape.num_heads * latent_stride_;
   for (const MlaChunk& chunk : step.plan.chunks) {
     const Tensor chunk_q = q.slice_rows(chunk.first_token, chunk.num_tokens);

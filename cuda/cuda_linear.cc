@@ -31,6 +31,11 @@ LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const We
 }
 
 void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
+  if (out.dtype == Dtype::kBF16 && is_quantizing(view_of(weight), x.rows)) {
+    WgmmaParams params = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, view_of(weight));
+    params.outs[0] = io_of(x, out);
+    return run_linear_wgmma(params, stream_);
+  }
   run_linear(linear_params(x, out, view_of(weight)), stream_);
 }
 
@@ -42,6 +47,18 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
     run_linear(params, stream_);
     linear(x, weight1, out1);
     return;
+  }
+  if (out0.dtype == Dtype::kBF16 && is_quantizing(params.weight[0], x.rows) && is_quantizing(view1, x.rows)) {
+    WgmmaParams both = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, params.weight[0]);
+    both.weight[1] = view1;
+    both.maps[1] = weight_map(view1);
+    both.x[1] = both.x[0];
+    both.x_scale[1] = both.x_scale[0];
+    both.max_rows[1] = view1.rows;
+    both.cols[1] = view1.cols;
+    both.outs[0] = params.io[0];
+    both.outs[1] = io_of(x, out1);
+    return run_linear_wgmma(both, stream_);
   }
   params.is_pair = true;
   params.weight[1] = view1;
@@ -62,6 +79,11 @@ void CudaOps::run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tenso
 }
 
 void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) {
+  if (is_quantizing(mlp, x.rows)) {
+    WgmmaParams params = gated_params(x, mlp);
+    params.outs[0] = io_of(x, out);
+    return run_linear_wgmma(params, stream_);
+  }
   run_mlp_linear(x, mlp, out);
 }
 
@@ -163,6 +185,11 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
+  if (placed.gate_maps != nullptr && x.rows >= kMinQuantizedTokens) {
+    planned_ids_ = nullptr;
+    run_quantized_moe(x, moe, expert_ids);
+    return combine_params(x, moe, expert_weights, out);
+  }
   const auto tokens_each =
       static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
 
@@ -200,11 +227,19 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   down.max_cols = std::max(down.max_cols, shared_rows);
   run_linear(down, stream_);
 
-  if (moe.has_shared() && !is_shared_grouped) {
-    const Tensor mid = shared_mid_.slice_rows(0, x.rows);
-    run_mlp_linear(x, moe.shared, mid);
-    linear(mid, moe.shared.down, shared_out_.slice_rows(0, x.rows));
-  }
+  if (moe.has_shared() && !is_shared_grouped) run_shared(x, moe);
+  return combine_params(x, moe, expert_weights, out);
+}
+
+// A shared expert that does not run with the routed ones.
+void CudaOps::run_shared(const Tensor& x, const MoeWeights& moe) {
+  const Tensor mid = shared_mid_.slice_rows(0, x.rows);
+  run_mlp_linear(x, moe.shared, mid);
+  linear(mid, moe.shared.down, shared_out_.slice_rows(0, x.rows));
+}
+
+MoeCombineParams CudaOps::combine_params(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights,
+                                         const Tensor& out) const {
   return {.routed = expert_out_.data,
           .shared = moe.has_shared() ? shared_out_.data : nullptr,
           .stride = expert_out_.stride,
@@ -214,7 +249,7 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
           .out_stride = out.stride,
           .num_tokens = static_cast<int32_t>(x.rows),
           .cols = static_cast<int32_t>(out.cols),
-          .experts_per_token = k};
+          .experts_per_token = static_cast<int32_t>(moe.route.experts_per_token)};
 }
 
 }  // namespace rodin::cuda

@@ -51,7 +51,8 @@ void list_cuda_devices(std::vector<std::string>& usable,
   }
 }
 
-std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype) {
+std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype,
+                                   bool is_deterministic) {
   const std::string prefix = "cuda:";
   int device_id = -1;
   const char* end = device.data() + device.size();
@@ -68,7 +69,7 @@ std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string&
   check(device_id < count, "the device ", device, " does not exist; this machine has ", count, " GPU(s)");
   const std::string reason = reason_against(device_id);
   check(reason.empty(), "the device ", device, " cannot be used: ", reason);
-  return std::make_unique<cuda::CudaOps>(device_id, cache_dtype);
+  return std::make_unique<cuda::CudaOps>(device_id, cache_dtype, is_deterministic);
 }
 
 }  // namespace rodin
@@ -83,10 +84,14 @@ constexpr int64_t kMaxDecodeTokens = 512;
 
 }  // namespace
 
-CudaOps::CudaOps(int device_id, Dtype cache_dtype) : device_id_(device_id), cache_dtype_(cache_dtype) {
+CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
+    : device_id_(device_id), cache_dtype_(cache_dtype), is_deterministic_(is_deterministic) {
   RODIN_CUDA(cudaSetDevice(device_id));
   RODIN_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
+  prepare_linear_wgmma();
+  prepare_mla_prefill();
   prepare_mla();
 }
 
@@ -167,7 +172,9 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
   limits_ = limits;
   finish_placing();
   reserve_moe();
+  reserve_quantized();
   reserve_attention();
+  reserve_prefill();
   reserve_sample();
   // Index arrays: seven of a step's tokens, the tiles of attention, the block tables; grown where that is too
   // little.
@@ -192,13 +199,18 @@ StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   check(host.num_tokens <= limits_.max_step_tokens, "a step of ", host.num_tokens,
         " tokens is larger than the ", limits_.max_step_tokens, " reserved");
   Step& step = steps_[which];
-  if (limits_.mla.num_heads > 0)
-    step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_);
+  if (limits_.mla.num_heads > 0) {
+    step.prefill.fill(host, kMinPrefillTokens, prefill_keys_);
+    step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_, step.prefill.is_prefill);
+  }
   const int64_t tokens = host.num_tokens, seqs = host.num_seqs;
   const int64_t num_tiles = static_cast<int64_t>(step.plan.tiles.size());
+  const auto num_prefill_tiles = static_cast<int64_t>(step.prefill.tiles.size());
+  const auto num_prefill_keys = static_cast<int64_t>(step.prefill.slots.size());
   const int64_t table_size = host.block_table_start[seqs];
-  step.arrays.begin(static_cast<size_t>((5 * tokens + 2 * (seqs + 1) + table_size) * 4 +
-                                        num_tiles * static_cast<int64_t>(sizeof(MlaTile)) + 9 * 16));
+  step.arrays.begin(static_cast<size_t>(
+      (5 * tokens + 2 * (seqs + 1) + table_size) * 4 + num_tiles * static_cast<int64_t>(sizeof(MlaTile)) +
+      num_prefill_tiles * static_cast<int64_t>(sizeof(PrefillTile)) + num_prefill_keys * 4 + 11 * 16));
   StepIndex index = host;
   index.token_ids = step.arrays.add(host.token_ids, tokens);
   index.rope_positions = step.arrays.add(host.rope_positions, tokens);
@@ -208,6 +220,8 @@ StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   index.q_start = step.arrays.add(host.q_start, seqs + 1);
   index.block_table_start = step.arrays.add(host.block_table_start, seqs + 1);
   step.tiles = step.arrays.add(step.plan.tiles.data(), num_tiles);
+  step.prefill_tiles = step.arrays.add(step.prefill.tiles.data(), num_prefill_tiles);
+  step.prefill_slots = step.arrays.add(step.prefill.slots.data(), num_prefill_keys);
   index.block_table = step.arrays.add(host.block_table, table_size);
   step.arrays.flush(stream_);
   step.q_start = index.q_start;

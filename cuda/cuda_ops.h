@@ -11,8 +11,9 @@
 namespace rodin {
 
 // device: "cuda:N"; compute: "auto". Throws std::runtime_error with one sentence where that is not possible.
-// cache_dtype: kBF16 or kF8E4M3.
-std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype);
+// cache_dtype: kBF16 or kF8E4M3. is_deterministic: BackendOptions.
+std::unique_ptr<Ops> make_cuda_ops(const std::string& device, const std::string& compute, Dtype cache_dtype,
+                                   bool is_deterministic);
 
 // Appends the GPUs that can be used ("cuda:0", ..) and those that cannot, each with its reason. Without a
 // driver: one entry for cuda:0. Throws nothing.

@@ -14,6 +14,8 @@
 #include "cuda/device_memory.h"
 #include "cuda/kernels.h"
 #include "cuda/mla_plan.h"
+#include "cuda/mla_prefill_plan.h"
+#include "cuda/quantized.h"
 #include "cuda/step_graph.h"
 #include "cuda/uploader.h"
 #include "ops/ops.h"
@@ -28,6 +30,11 @@ struct PlacedMoe {
   const WeightView* down = nullptr;  // [E + 1]
   Dtype gate_dtype = Dtype::kBF16;
   Dtype down_dtype = Dtype::kBF16;
+  // Boxes of the same matrices; null where the layer has no kernels for many tokens.
+  const TensorMap* gate_maps = nullptr;  // [E + 1] as the tables above, if has_shared_maps
+  const TensorMap* up_maps = nullptr;    // [E + 1]
+  const TensorMap* down_maps = nullptr;  // [E + 1]
+  bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
 };
 
@@ -38,7 +45,7 @@ struct PlacedMla {
 
 class CudaOps final : public Ops {
  public:
-  CudaOps(int device_id, Dtype cache_dtype);
+  CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic);
   ~CudaOps() override;
 
   std::string name() const override;
@@ -99,9 +106,12 @@ class CudaOps final : public Ops {
   struct Step {
     StepArrays arrays;
     MlaPlan plan;
-    const MlaTile* tiles = nullptr;    // device
-    const int32_t* q_start = nullptr;  // device; tells whose StepIndex one is
-    bool is_decode = false;            // every sequence has a token and at most its drafts
+    MlaPrefillPlan prefill;
+    const MlaTile* tiles = nullptr;              // device
+    const PrefillTile* prefill_tiles = nullptr;  // device
+    const int32_t* prefill_slots = nullptr;      // device
+    const int32_t* q_start = nullptr;            // device; tells whose StepIndex one is
+    bool is_decode = false;                      // every sequence has a token and at most its drafts
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
@@ -123,6 +133,8 @@ class CudaOps final : public Ops {
   // Waits for the uploads and runs what depends on them.
   void finish_placing();
   void widen_and_transpose(const PendingTranspose& pending);
+  // Of the experts' matrices, where all of them have kernels for many tokens.
+  void place_maps(const MoeWeights& moe, PlacedMoe& placed);
   template <class T>
   const T* upload_table(const std::vector<T>& table);
 
@@ -136,8 +148,24 @@ class CudaOps final : public Ops {
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  // Whether a layer of so many tokens takes the kernels that quantise them.
+  bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
+  bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
+  QuantizedView quantized_view(int64_t max_rows, int64_t cols);
+  // The first `cols` channels of a view for other layers; rows: null or of x, divided by `divisor`.
+  QuantizedView quantize(const Tensor& x, QuantizedView out, const int32_t* rows, int64_t num_rows,
+                         int32_t divisor);
+  WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
+  WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);
+  void run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
+  void reserve_quantized();
   void reserve_moe();
   void reserve_attention();
+  // Whether prompts may attend over keys and values that kv_b has expanded.
+  bool is_expandable(const WeightView& kv_b, const MlaShape& shape) const;
+  void reserve_prefill();
+  void prefill_attention(const Tensor& q, const MlaWeights& mla, const Step& step, const CacheLayer& cache,
+                         const Tensor& out);
   void reserve_sample();
   // delta: null where nothing is added.
   NormParams norm_params(const Tensor& x, const Tensor* delta, const float* weight, float eps,
@@ -147,6 +175,9 @@ class CudaOps final : public Ops {
   // Runs the experts of at most moe_tokens_ tokens; what is returned adds their results up into `out`.
   MoeCombineParams moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                              const Tensor& expert_weights, const Tensor& out);
+  void run_shared(const Tensor& x, const MoeWeights& moe);
+  MoeCombineParams combine_params(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights,
+                                  const Tensor& out) const;
   // The host-side rest of sample(): rows that ask for more likeliest tokens than the GPU selects.
   void select_on_host(const SampleArgs& args, int64_t row, double lse);
   template <class T>
@@ -156,7 +187,9 @@ class CudaOps final : public Ops {
 
   const int device_id_;
   const Dtype cache_dtype_;
+  const bool is_deterministic_;  // one regime of kernels for any number of tokens
   cudaStream_t stream_ = nullptr;
+  int32_t num_multiprocessors_ = 0;
   OpsLimits limits_;
   bool is_reserved_ = false;
 
@@ -187,6 +220,12 @@ class CudaOps final : public Ops {
   Tensor expert_out_;                     // [moe_tokens * k, H]
   Tensor shared_out_;                     // [moe_tokens, H]
 
+  // Layers of many tokens, whose inputs are quantised.
+  QuantizedView quantized_;             // [max_step_tokens, max_linear_inputs]
+  QuantizedView expert_quantized_;      // [moe_tokens * k, H]
+  QuantizedView expert_mid_quantized_;  // [moe_tokens * k, Im]
+  QuantizedView shared_mid_quantized_;  // [moe_tokens, Is]
+
   // Attention, for one chunk of tokens.
   int64_t attention_tokens_ = 0;  // most tokens of a chunk
   int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
@@ -195,6 +234,14 @@ class CudaOps final : public Ops {
   void* out_latent_ = nullptr;   // the same
   float* partial_ = nullptr;     // [partial_rows, lora_rank]
   float* partial_ml_ = nullptr;  // [partial_rows, 2]
+
+  // Attention of prompts in its naive form.
+  bool has_prefill_weights_ = true;  // every kv_b so far has kernels for many tokens
+  int64_t prefill_keys_ = 0;         // most keys of a step; 0: all attention is absorbed
+  int64_t prefill_head_keys_ = 0;    // most keys * heads at a time
+  QuantizedView prefill_latents_;    // [prefill_keys, lora_rank]
+  void* prefill_rope_ = nullptr;     // bf16 [prefill_keys, rope_dim]
+  void* prefill_kv_ = nullptr;       // bf16 [prefill_head_keys, nope_dim + v_dim]
 
   // Sampling.
   StepArrays sample_arrays_;
@@ -206,6 +253,13 @@ class CudaOps final : public Ops {
   float* top_logprobs_ = nullptr;             // [max_logit_rows * kSampleMaxTop]
   SampleOutcome* host_outcomes_ = nullptr;    // pinned [max_logit_rows]
 };
+
+// Fewest tokens whose linear layers pay for quantising them.
+constexpr int64_t kMinQuantizedTokens = 64;
+// Fewest tokens of a sequence for which its keys and values are expanded.
+constexpr int64_t kMinPrefillTokens = 64;
+
+TensorMap weight_map(const WeightView& weight);
 
 // The placed form of a weight; throws for one that place() has not seen.
 const WeightView& view_of(const Weight& weight);

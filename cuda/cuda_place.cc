@@ -105,6 +105,24 @@ void CudaOps::place(Weight& weight) {
   weight.packed = &view;
 }
 
+void CudaOps::place_maps(const MoeWeights& moe, PlacedMoe& placed) {
+  for (const MlpWeights& expert : moe.experts) {
+    if (!is_quantizing(expert, kMinQuantizedTokens)) return;
+  }
+  std::vector<TensorMap> gate, up, down;  // [E + 1]
+  const auto add = [&](const MlpWeights& expert) {
+    gate.push_back(weight_map(view_of(expert.gate)));
+    up.push_back(weight_map(view_of(expert.up)));
+    down.push_back(weight_map(view_of(expert.down)));
+  };
+  for (const MlpWeights& expert : moe.experts) add(expert);
+  placed.has_shared_maps = placed.is_shared_grouped && is_quantizing(moe.shared, kMinQuantizedTokens);
+  if (placed.has_shared_maps) add(moe.shared);
+  placed.gate_maps = upload_table(gate);
+  placed.up_maps = upload_table(up);
+  placed.down_maps = upload_table(down);
+}
+
 void CudaOps::place(MoeWeights& moe) {
   Ops::place(moe);
   PlacedMoe& placed = moes_.emplace_back();
@@ -133,6 +151,7 @@ void CudaOps::place(MoeWeights& moe) {
     up.push_back(shared_up);
     down.push_back(shared_down);
   }
+  place_maps(moe, placed);
   placed.gate = upload_table(gate);
   placed.up = upload_table(up);
   placed.down = upload_table(down);
@@ -151,6 +170,7 @@ void CudaOps::place(MlaWeights& mla) {
         " together); use --device cpu");
   PendingTranspose pending = {};
   pending.kv_b = kv_b;
+  has_prefill_weights_ = has_prefill_weights_ && is_expandable(kv_b, shape);
   TransposeParams& params = pending.params;
   params.num_heads = static_cast<int32_t>(shape.num_heads);
   params.head_rows = static_cast<int32_t>(shape.nope_dim + shape.v_dim);

@@ -6,10 +6,16 @@
 
 namespace rodin::cuda {
 
-void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens, int64_t max_partial_rows) {
+void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens, int64_t max_partial_rows,
+                   const std::vector<char>& is_skipped) {
   tiles.clear();
   chunks.clear();
-  const int64_t most_rows = host.max_q_len * num_heads;
+  int64_t most_tokens = 0;
+  for (int64_t seq = 0; seq < host.num_seqs; ++seq) {
+    if (!is_skipped[static_cast<size_t>(seq)])
+      most_tokens = std::max<int64_t>(most_tokens, host.q_start[seq + 1] - host.q_start[seq]);
+  }
+  const int64_t most_rows = most_tokens * num_heads;
   row_tiles = most_rows <= 16 ? 1 : most_rows <= 32 ? 2 : 4;
   const int64_t tile_rows = 16 * row_tiles;
 
@@ -36,6 +42,11 @@ void MlaPlan::fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens,
   };
 
   for (int64_t seq = 0; seq < host.num_seqs; ++seq) {
+    if (is_skipped[static_cast<size_t>(seq)]) {
+      close_chunk();
+      chunk.first_token = host.q_start[seq + 1];
+      continue;
+    }
     int64_t begin = host.q_start[seq];  // of the tokens not in a tile yet
     for (int64_t token = begin; token < host.q_start[seq + 1]; ++token) {
       const int32_t position = host.cache_positions[token];

@@ -26,7 +26,9 @@ struct MlaPlan {
   int row_tiles = 1;             // 16-row tiles of an MlaTile
 
   // max_tokens, max_partial_rows: of one chunk; the latter counts (token, head, split) triples.
-  void fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens, int64_t max_partial_rows);
+  // Sequences of `is_skipped` [S] are left out.
+  void fill(const StepIndex& host, int64_t num_heads, int64_t max_tokens, int64_t max_partial_rows,
+            const std::vector<char>& is_skipped);
 };
 
 }  // namespace rodin::cuda

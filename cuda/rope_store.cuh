@@ -16,13 +16,6 @@ __host__ __device__ constexpr int rope_store_blocks(int num_heads) {
   return 1 + (num_heads + kHeadsEach - 1) / kHeadsEach;
 }
 
-// The larger one, a NaN where there is one.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-}
-
 // Writes one row of an FP8 cache: thread i holds latents i, i + 128, ..: one of each group.
 __device__ __forceinline__ void store_fp8_latents(const float (&values)[kMlaMaxLora / kFp8Group], uint8_t* to,
                                                   float* scratch) {  // [kMlaMaxLora / kFp8Group * 4]

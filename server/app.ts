@@ -5,7 +5,11 @@ import { Drain } from './api/drain.js';
 import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
+import { BackgroundResponses } from './api/response-background.js';
+import { FinishedCompletions } from './api/finished.js';
+import { MemoryResponses, type ResponseStore } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
+import { RunningStreams } from './api/running.js';
 import { registerRoutes } from './api/routes.js';
 import type { SseOptions } from './api/sse.js';
 import type { ServeConfig } from './config.js';
@@ -25,6 +29,8 @@ export interface AppOptions {
   drain?: Drain;
   /** who wants traces of completions */
   tracer?: CompletionTracer;
+  /** where responses are kept, closed by whoever gave it; in memory where it is left out */
+  responses?: ResponseStore;
   /** how patient streams are; tests are not */
   sse?: SseOptions;
   /** none: nothing is logged */
@@ -49,6 +55,7 @@ export function buildApp({
   engine,
   drain,
   tracer,
+  responses,
   sse,
   logger,
 }: AppOptions): FastifyInstance {
@@ -105,6 +112,10 @@ export function buildApp({
     drain: drain ?? new Drain(),
     formats: new OutputFormats(),
     resumable: new ResumableStreams(config.streamResume),
+    running: new RunningStreams(),
+    finished: new FinishedCompletions(),
+    responses: responses ?? new MemoryResponses(config.responseStoreSize),
+    background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },
   });
   return app;

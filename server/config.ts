@@ -27,6 +27,8 @@ export interface ServeConfig {
   /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
   readonly gpuMemoryUtilization: number | null;
   readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
+  /** one regime of kernels for any number of tokens */
+  readonly deterministic: boolean;
   readonly blockSize: number;
   /** drafts of the MTP layer a step */
   readonly speculativeTokens: number | 'auto';
@@ -37,6 +39,7 @@ export interface ServeConfig {
   readonly reasoningField: ReasoningField;
   readonly reasoningFormat: 'auto' | 'none' | 'r1-zero';
   readonly thinkingEndPhrase: string;
+  readonly thinkingExtendPhrase: string;
   readonly thinkingLoopTokens: number;
   /** where traces go; null: there are none */
   readonly otlpTracesEndpoint: string | null;
@@ -49,6 +52,15 @@ export interface ServeConfig {
   /** seconds */
   /** seconds in which a stream that was cut off can be gone on with; 0: not at all */
   readonly streamResume: number;
+  /** SQLite file; null: responses are kept in memory */
+  readonly responseStore: string | null;
+  /** bytes */
+  readonly responseStoreSize: number;
+  readonly maxSockets: number;
+  /** of one socket */
+  readonly maxLanes: number;
+  /** seconds */
+  readonly socketIdle: number;
   readonly shutdownTimeout: number;
   /** things to log once there is a logger */
   readonly warnings: readonly string[];
@@ -77,6 +89,7 @@ export interface LogitsConfig {
   readonly device: string;
   readonly compute: 'auto' | 'float32';
   readonly threads: number | null;
+  readonly deterministic: boolean;
   readonly last: number;
   readonly draft: boolean;
 }
@@ -101,6 +114,7 @@ export interface BenchConfig {
   readonly compute: 'auto' | 'float32';
   readonly cpuPath: string;
   readonly kvCacheDtype: ServeConfig['kvCacheDtype'];
+  readonly deterministic: boolean;
   readonly threads: number | null;
   readonly json: boolean;
 }
@@ -203,6 +217,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     cacheMemory: values['cache-memory'] as number | null,
     gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    deterministic: values['deterministic'] as boolean,
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
@@ -211,6 +226,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     reasoningField: values['reasoning-field'] as ReasoningField,
     reasoningFormat: values['reasoning-format'] as ServeConfig['reasoningFormat'],
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
+    thinkingExtendPhrase: values['thinking-extend-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
     otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,
@@ -218,6 +234,11 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     logLevel: values['log-level'] as LogLevel,
     logFormat: values['log-format'] as ServeConfig['logFormat'],
     streamResume: values['stream-resume'] as number,
+    responseStore: values['response-store'] as string | null,
+    responseStoreSize: values['response-store-size'] as number,
+    maxSockets: values['max-sockets'] as number,
+    maxLanes: values['max-lanes'] as number,
+    socketIdle: values['socket-idle'] as number,
     shutdownTimeout: values['shutdown-timeout'] as number,
     warnings: Object.freeze(
       Object.keys(env)
@@ -242,6 +263,7 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     device: values['device'] as string,
     compute: values['compute'] as LogitsConfig['compute'],
     threads: values['threads'] as number | null,
+    deterministic: values['deterministic'] as boolean,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
   });
@@ -267,6 +289,7 @@ function benchConfig(values: Record<string, FlagValue>): BenchConfig {
     compute: values['compute'] as BenchConfig['compute'],
     cpuPath: values['cpu-path'] as string,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    deterministic: values['deterministic'] as boolean,
     threads: values['threads'] as number | null,
     json: values['json'] as boolean,
   });

@@ -42,6 +42,7 @@ const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.u
 /** what a step batch can carry for one sequence */
 const MAX_SPECULATIVE_TOKENS = 4;
 const THINKING_END_PHRASE = '\nThat is enough thinking, so I answer now.\n';
+const THINKING_EXTEND_PHRASE = '\nWait, let me check that again.\n';
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
 
 export const FLAGS: readonly Flag[] = [
@@ -154,6 +155,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
+    name: 'deterministic',
+    commands: RUN,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: 'a GPU gives a token the same bits in any batch, and is slower with many tokens; a CPU always does',
+  },
+  {
     name: 'block-size',
     commands: SERVE,
     value: 'N',
@@ -221,6 +230,15 @@ export const FLAGS: readonly Flag[] = [
     help: 'what the model is made to think where its reasoning is ended; \\n is a line break',
   },
   {
+    name: 'thinking-extend-phrase',
+    commands: SERVE,
+    value: 'TEXT',
+    default: THINKING_EXTEND_PHRASE,
+    defaultText: JSON.stringify(THINKING_EXTEND_PHRASE),
+    parse: (text) => nonEmpty(text).replaceAll('\\n', '\n'),
+    help: 'what the model is made to think where it would end reasoning that a client has extended',
+  },
+  {
     name: 'thinking-loop-tokens',
     commands: SERVE,
     value: 'N',
@@ -235,6 +253,48 @@ export const FLAGS: readonly Flag[] = [
     default: 60,
     parse: integer(0, 3600),
     help: 'time in which a chat stream that was cut off can be gone on with; 0 keeps no events',
+  },
+  {
+    name: 'response-store',
+    commands: SERVE,
+    value: 'FILE',
+    default: null,
+    defaultText: 'memory',
+    parse: nonEmpty,
+    help: 'SQLite database that keeps the responses of /v1/responses, made where it is not there; needs Node 22.13 or later',
+  },
+  {
+    name: 'response-store-size',
+    commands: SERVE,
+    value: 'BYTES',
+    default: 256 << 20,
+    defaultText: '256MiB',
+    parse: bytes,
+    help: 'most bytes of stored responses; the ones used longest ago make room',
+  },
+  {
+    name: 'max-sockets',
+    commands: SERVE,
+    value: 'N',
+    default: 256,
+    parse: integer(0, 65536),
+    help: 'most WebSockets at once on /v1/responses; 0 takes none',
+  },
+  {
+    name: 'max-lanes',
+    commands: SERVE,
+    value: 'N',
+    default: 64,
+    parse: integer(1, 4096),
+    help: 'most lanes of one WebSocket, each with its stream_id: responses that run at the same time',
+  },
+  {
+    name: 'socket-idle',
+    commands: SERVE,
+    value: 'SECONDS',
+    default: 3600,
+    parse: integer(1, 86400),
+    help: 'a WebSocket on which nothing runs is closed when no frame has come for so long',
   },
   {
     name: 'shutdown-timeout',

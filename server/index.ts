@@ -58,7 +58,8 @@ export async function createServer(options: ServeOptions & LogOptions = {}): Pro
 /** Options of an engine: those of a server that have to do with more than its port. */
 export type EngineOptions = Omit<ServeOptions, (typeof PORT_OPTIONS)[number]>;
 
-const PORT_OPTIONS = ['host', 'port', 'corsOrigin', 'streamResume'] as const;
+const RESPONSE_OPTIONS = ['responseStore', 'responseStoreSize', 'maxSockets', 'maxLanes', 'socketIdle'] as const;
+const PORT_OPTIONS = ['host', 'port', 'corsOrigin', 'streamResume', ...RESPONSE_OPTIONS] as const;
 
 /** Resolves when the model is loaded. Rejects with StartupError where that cannot be. */
 export async function createEngine(options: EngineOptions & LogOptions = {}): Promise<RodinEngine> {

@@ -2,6 +2,8 @@ import type { AddressInfo } from 'node:net';
 import { hostname } from 'node:os';
 import type { FastifyInstance } from 'fastify';
 import { Drain } from './api/drain.js';
+import { DatabaseResponses } from './api/response-database.js';
+import type { ResponseStore } from './api/response-store.js';
 import { buildApp, type AppOptions } from './app.js';
 import { packageVersion, type ServeConfig } from './config.js';
 import { EngineClient } from './engine/process.js';
@@ -25,13 +27,16 @@ export class Server {
   readonly #prompts: PromptEncoder;
   readonly #kvEvents: KvEvents | null;
   readonly #exporter: OtlpExporter | null;
+  /** null: they are the application's own, in memory */
+  readonly #responses: ResponseStore | null;
 
   private constructor(config: ServeConfig, logger: AppOptions['logger'], parts: Parts) {
-    const { checkpoint, prompts, kvEvents } = parts;
+    const { checkpoint, prompts, kvEvents, responses } = parts;
     this.config = config;
     this.checkpoint = checkpoint;
     this.#prompts = prompts;
     this.#kvEvents = kvEvents;
+    this.#responses = responses;
     const log = (line: string): void => this.app.log.warn(line);
     parts.log = log;
     this.engine = new EngineClient({
@@ -45,6 +50,7 @@ export class Server {
         cacheMemory: config.cacheMemory,
         gpuMemoryUtilization: config.gpuMemoryUtilization,
         kvCacheDtype: config.kvCacheDtype,
+        deterministic: config.deterministic,
         maxModelLen: config.maxModelLen,
         maxStepTokens: config.maxStepTokens,
         maxNumSeqs: config.maxNumSeqs,
@@ -60,7 +66,12 @@ export class Server {
     this.#exporter = url === null ? null : new OtlpExporter({ url, serviceName: 'rodin', serviceVersion, log });
     const tracer = this.#exporter === null ? {} : { tracer: new CompletionTracer(this.#exporter) };
     const { engine, drain } = this;
-    this.app = buildApp({ config, checkpoint, prompts, engine, drain, ...tracer, ...(logger ? { logger } : {}) });
+    this.app = buildApp({
+      ...{ config, checkpoint, prompts, engine, drain },
+      ...(responses ? { responses } : {}),
+      ...tracer,
+      ...(logger ? { logger } : {}),
+    });
     for (const note of [...config.warnings, ...checkpoint.notes]) log(note);
   }
 
@@ -68,13 +79,15 @@ export class Server {
   static async create(config: ServeConfig, logger?: AppOptions['logger']): Promise<Server> {
     const checkpoint = readCheckpoint(config.model);
     const prompts = PromptEncoder.read(config.model, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
-    const parts: Parts = { checkpoint, prompts, kvEvents: null, log: () => {} };
+    const parts: Parts = { checkpoint, prompts, kvEvents: null, responses: null, log: () => {} };
     try {
+      parts.responses = openDatabase(config);
       parts.kvEvents = await publishCache(config, checkpoint.name, (line) => parts.log(line));
       return new Server(config, logger, parts);
     } catch (error) {
       await parts.kvEvents?.close();
       await prompts.close();
+      parts.responses?.close();
       throw error;
     }
   }
@@ -102,6 +115,7 @@ export class Server {
     await this.#kvEvents?.close();
     await this.#exporter?.close();
     await this.#prompts.close();
+    this.#responses?.close();
   }
 }
 
@@ -110,7 +124,13 @@ interface Parts {
   checkpoint: Checkpoint;
   prompts: PromptEncoder;
   kvEvents: KvEvents | null;
+  responses: ResponseStore | null;
   log: (line: string) => void;
+}
+
+/** The database of responses where the config asks for one. Throws StartupError where it cannot be used. */
+function openDatabase({ responseStore, responseStoreSize }: ServeConfig): ResponseStore | null {
+  return responseStore === null ? null : new DatabaseResponses(responseStore, responseStoreSize);
 }
 
 /** Publishes cache events where the config asks for it; null where it does not. */

@@ -11,6 +11,10 @@ void Drafter::run(const StepBatch& batch, const Tensor& hidden, StepResult& resu
   drafts_.resize(num_seqs);
   for (std::vector<int32_t>& drafts : drafts_) drafts.clear();
   add_confirmed_rows(batch, result);
+  if (entries_.num_tokens() > 0) {
+    const StepIndex index = ops_.begin_step(entries_.view(batch, block_size_, 1), 1);
+    forward_.store_mtp(index, hidden, entry_hidden_rows_.data(), cache_);
+  }
   if (index_.num_tokens() > 0) {
     const StepIndex index = ops_.begin_step(index_.view(batch, block_size_, 1), 1);
     Tensor mtp_hidden = forward_.run_mtp(index, hidden, hidden_rows_.data(), cache_);
@@ -28,9 +32,13 @@ void Drafter::run(const StepBatch& batch, const Tensor& hidden, StepResult& resu
 
 void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& result) {
   index_.clear();
+  entries_.clear();
   hidden_rows_.clear();
+  entry_hidden_rows_.clear();
   source_rows_.clear();
   active_.clear();
+  // Logits may be wanted of any row.
+  const bool has_entries_alone = forward_.can_store_mtp() && batch.draft_logit_rows.empty();
   int32_t sampled = 0;  // first sampled row of the sequence
   for (int64_t s = 0; s < batch.num_seqs(); ++s) {
     const auto at = static_cast<size_t>(s);
@@ -45,18 +53,21 @@ void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& resul
       while (num_sampled > 0 && confirmed_end < end && token(confirmed_end) == outcome(confirmed_end - 1)) {
         ++confirmed_end;
       }
-      const auto add = [&](int32_t token_id, int32_t hidden_row) {
+      const auto add = [&](int32_t token_id, int32_t hidden_row, int32_t source_row, bool is_entry_alone) {
         const int32_t position = batch.positions[static_cast<size_t>(hidden_row)] + 1;
-        index_.add_row(token_id, position - 1, position, slot_of_position(batch, s, position));
-        hidden_rows_.push_back(hidden_row);
-        source_rows_.push_back(hidden_row + 1);
+        HostIndex& to = is_entry_alone ? entries_ : index_;
+        to.add_row(token_id, position - 1, position, slot_of_position(batch, s, position));
+        (is_entry_alone ? entry_hidden_rows_ : hidden_rows_).push_back(hidden_row);
+        if (!is_entry_alone) source_rows_.push_back(source_row);
       };
-      for (int32_t row = begin + 1; row < confirmed_end; ++row) add(token(row), row - 1);
+      for (int32_t row = begin + 1; row < confirmed_end; ++row) {
+        add(token(row), row - 1, row, has_entries_alone);
+      }
       const int32_t last = num_sampled > 0 ? outcome(confirmed_end - 1) : -1;
       if (last >= 0) {
-        add(last, confirmed_end - 1);
-        source_rows_.back() = static_cast<int32_t>(batch.num_tokens());
-        if (batch.num_drafts[at] > 0) {
+        const bool drafts = batch.num_drafts[at] > 0;
+        add(last, confirmed_end - 1, static_cast<int32_t>(batch.num_tokens()), has_entries_alone && !drafts);
+        if (drafts) {
           Active active;
           active.seq = s;
           active.row = static_cast<int32_t>(index_.num_tokens()) - 1;
@@ -70,6 +81,7 @@ void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& resul
       }
     }
     index_.end_sequence();
+    entries_.end_sequence();
     sampled += num_sampled;
   }
 }

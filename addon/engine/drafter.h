@@ -54,10 +54,12 @@ class Drafter {
   const int64_t vocab_size_;
 
   // Working memory of run().
-  HostIndex index_;
-  std::vector<int32_t> hidden_rows_;          // [T'] row of the token before each of the module's rows
-  std::vector<int32_t> source_rows_;          // [T'] row of the step that each was made from, or T
-  std::vector<Active> active_;                // [num_active]
+  HostIndex index_;                         // rows whose hidden states are read: most often those that draft
+  HostIndex entries_;                       // rows of which only the cache entry is made
+  std::vector<int32_t> hidden_rows_;        // [T'] row of the token before each of the module's rows
+  std::vector<int32_t> entry_hidden_rows_;  // [rows of entries_] the same of those
+  std::vector<int32_t> source_rows_;        // [T'] row of the step that each was made from, or T
+  std::vector<Active> active_;              // [num_active]
   std::vector<std::vector<int32_t>> drafts_;  // [S, drafts so far]
   RowSampling sampling_;
   std::vector<int32_t> rows_;       // [num_active]

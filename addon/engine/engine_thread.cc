@@ -22,6 +22,10 @@
 namespace rodin {
 namespace {
 
+// How long the thread stays awake for the next call, leaving its core to whoever wants it: between two steps
+// the scheduler runs for tens to hundreds of microseconds, and waking a sleeper costs the caller tens.
+constexpr std::chrono::microseconds kAwakeTime{300};
+
 // Keeps the calling thread on the CPU it is on, where CPUs are left over: pinning on a machine that the
 // compute threads fill leaves the scheduler no way round a CPU that somebody else uses. Threads started later
 // inherit the mask, so this comes after the pool has started.
@@ -65,15 +69,21 @@ struct EngineThread::State {
     {
       std::lock_guard<std::mutex> lock(mutex);
       calls.push_back(std::move(call));
+      num_calls.store(static_cast<int>(calls.size()), std::memory_order_release);
     }
-    changed.notify_all();
+    changed.notify_all();  // makes no system call while nobody sleeps
   }
 
   Call next_call() {
+    const auto end = std::chrono::steady_clock::now() + kAwakeTime;
+    while (num_calls.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::yield();
+    }
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [&] { return !calls.empty(); });
     Call call = std::move(calls.front());
     calls.pop_front();
+    num_calls.store(static_cast<int>(calls.size()), std::memory_order_relaxed);
     return call;
   }
 
@@ -140,10 +150,11 @@ struct EngineThread::State {
   int64_t total_bytes = 0;
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<Call> calls;        // guarded by mutex
-  bool has_ended = false;        // guarded by mutex
-  bool is_close_posted = false;  // caller's side only
-  std::thread thread;            // caller's side only
+  std::deque<Call> calls;         // guarded by mutex
+  std::atomic<int> num_calls{0};  // their number, for a look without the lock
+  bool has_ended = false;         // guarded by mutex
+  bool is_close_posted = false;   // caller's side only
+  std::thread thread;             // caller's side only
 };
 
 EngineThread::EngineThread(RunnerOptions options, OnEvent on_event) {

@@ -143,8 +143,9 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   check(!state_, "the model is loaded already");
   check_spec(spec);
   auto state = std::make_unique<State>();
-  const BackendOptions backend = {options_.device, options_.compute, options_.cpu_path,
-                                  static_cast<int>(options_.num_threads), options_.kv_cache_dtype};
+  const BackendOptions backend = {options_.device,         options_.compute,
+                                  options_.cpu_path,       static_cast<int>(options_.num_threads),
+                                  options_.kv_cache_dtype, options_.is_deterministic};
   state->ops = make_ops(backend);
   check(!spec.is_gqa() || state->ops->has_gqa(), "a checkpoint of type ", spec.model_type,
         " (grouped-query attention) is not supported on ", options_.device, "; use the device cpu");

@@ -54,6 +54,12 @@ class Forward {
   Tensor run_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
                  const CacheLayer& cache);
 
+  // The cache entries that run_mtp() makes of these rows, and nothing else of it: for rows whose hidden
+  // states nobody reads. Only where can_store_mtp().
+  void store_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                 const CacheLayer& cache);
+  bool can_store_mtp() const;
+
   // Logits of some rows of what run() or run_mtp() returned: float32 [num_rows, V], valid until the next
   // call. num_rows is at most max_logit_rows().
   Tensor logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows);
@@ -65,6 +71,8 @@ class Forward {
                  const ForwardBuffers& at);
   // From at.delta of attention to `out`, normed with next_norm.
   void mlp(const LayerWeights& layer, const float* next_norm, const ForwardBuffers& at, const Tensor& out);
+  void join_mtp_input(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                      const ForwardBuffers& at);
   Tensor head(const Weight& weight, const Tensor& hidden, const int32_t* rows, int64_t num_rows);
 
   const ModelSpec& spec_;

@@ -21,4 +21,10 @@ void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& 
   ops.linear(at.attention, mla.o, out);
 }
 
+void store_latents(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+                   const CacheLayer& cache, const Tensor& kv, const Tensor& angles) {
+  ops.linear(x, mla.kv_a, kv);
+  ops.mla_store(kv, mla, kLatentNormEps, angles, index, cache);
+}
+
 }  // namespace rodin

@@ -17,4 +17,9 @@ struct MlaBuffers {
 void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
              const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
 
+// Only writes the latents of x to the cache, through kv [T, latent_dim]; angles [T, rope_dim]. Where
+// ops.has_mla_store().
+void store_latents(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+                   const CacheLayer& cache, const Tensor& kv, const Tensor& angles);
+
 }  // namespace rodin

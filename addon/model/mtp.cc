@@ -2,12 +2,32 @@
 // state). Its cache is shifted by one: the entry made from (token j, hidden j-1) is rotated by position j-1
 // and lies in the slot of token j, so that a block depends on its own tokens and those before it alone.
 #include "model/forward.h"
+#include "model/mla.h"
 
 namespace rodin {
 
 Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
                         const CacheLayer& cache) {
   const ForwardBuffers at = buffers_.first_rows(index.num_tokens);
+  const MtpWeights& mtp = *weights_.mtp;
+  join_mtp_input(index, hidden, hidden_rows, at);
+  attention(mtp.layer, index, cache, at);
+  mlp(mtp.layer, mtp.head_norm, at, at.normed);
+  return at.normed;
+}
+
+void Forward::store_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                        const CacheLayer& cache) {
+  const ForwardBuffers at = buffers_.first_rows(index.num_tokens);
+  join_mtp_input(index, hidden, hidden_rows, at);
+  store_latents(ops_, weights_.mtp->layer.mla, at.normed, index, cache, at.kv, at.angles);
+}
+
+bool Forward::can_store_mtp() const { return ops_.has_mla_store() && !weights_.mtp->layer.is_gqa; }
+
+// Angles, and the input of the module's attention: at.residual and, normed, at.normed.
+void Forward::join_mtp_input(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
+                             const ForwardBuffers& at) {
   const MtpWeights& mtp = *weights_.mtp;
   const int64_t size = spec_.hidden_size;
   ops_.rope_table(index, rope_, at.angles);
@@ -17,9 +37,6 @@ Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int3
   ops_.rms_norm(at.delta, mtp.hnorm, eps_, at.mtp_input.slice_cols(size, size));
   ops_.linear(at.mtp_input, mtp.eh_proj, at.residual);
   ops_.rms_norm(at.residual, mtp.layer.input_norm, eps_, at.normed);
-  attention(mtp.layer, index, cache, at);
-  mlp(mtp.layer, mtp.head_norm, at, at.normed);
-  return at.normed;
 }
 
 Tensor Forward::mtp_logits(const Tensor& hidden, const int32_t* rows, int64_t num_rows) {

@@ -30,6 +30,11 @@ void Ops::place(GqaWeights& gqa) {
   place(gqa.o);
 }
 
+void Ops::mla_store(const Tensor&, const MlaWeights&, float, const Tensor&, const StepIndex&,
+                    const CacheLayer&) {
+  fail("storing latents without queries is not supported on ", name());
+}
+
 void Ops::gqa_rope_store(const Tensor&, const Tensor&, const GqaShape&, const Tensor&, const StepIndex&,
                          const CacheLayer&) {
   fail("grouped-query attention is not supported on ", name(), "; use the device cpu");

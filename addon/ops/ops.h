@@ -169,6 +169,11 @@ class Ops {
   // slots[i], rounded to cache_dtype(), unless the slot is -1. kv may be overwritten.
   virtual void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                               const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) = 0;
+  // What mla_rope_store does with kv, for rows that nobody asks anything; devices that gain by it override
+  // both.
+  virtual bool has_mla_store() const { return false; }
+  virtual void mla_store(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                         const StepIndex& index, const CacheLayer& cache);
   // out [T, A * v_dim] from q [T, A * qk_dim] (rotated) and the cache, this step's rows included:
   //   k_h(p) = [W_UK,h c(p) | k_rope(p)], v_h(p) = W_UV,h c(p),
   //   out_h = sum_p softmax_p(softmax_scale * q_h . k_h(p)) v_h(p).

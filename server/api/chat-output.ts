@@ -45,12 +45,14 @@ export class ChatOutput {
   #cachedTokens = 0;
   #speculative: EngineEvent['speculative'];
   #finishReason: FinishReason | null = null;
+  #isReasoning: boolean;
   #reasoningEnded: ReasoningEnd | null = null;
 
   constructor(job: ChatJob, prompts: PromptEncoder) {
     this.#job = job;
     this.#prompts = prompts;
     this.#parser = prompts.parser(job.stops, job.stopScope, job.isPlain);
+    this.#isReasoning = job.engineRequest.startPhase === 'reasoning';
   }
 
   get finishReason(): FinishReason | null {
@@ -60,6 +62,11 @@ export class ChatOutput {
   /** the stop string that ended the answer */
   get matchedStop(): string | null {
     return this.#parser.matchedStop;
+  }
+
+  /** whether reasoning goes on, as far as is known here */
+  get isReasoning(): boolean {
+    return this.#isReasoning && this.#finishReason === null;
   }
 
   /** why the engine ended the reasoning; null where it ended by itself */
@@ -134,6 +141,9 @@ export class ChatOutput {
     const { phase } = this.#parser;
     if (phase === 'reasoning') this.#numReasoning += 1;
     if (phase === 'answer' || phase === 'tool') this.#numAnswer += 1;
+    const { thinkStart, thinkEnd } = this.#job.engineRequest.markers;
+    if (phase === 'reasoning' || (phase === 'control' && token.id === thinkStart)) this.#isReasoning = true;
+    else if (phase === 'answer' || (phase === 'control' && token.id === thinkEnd)) this.#isReasoning = false;
     const { reasoningView, returnTokenIds } = this.#job;
     if (phase === 'reasoning' && reasoningView === 'hidden') return;
     const { logprobs } = token;

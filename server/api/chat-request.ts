@@ -44,15 +44,19 @@ export interface ChatJob {
   created: number;
 }
 
-/**
- * Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. With
- * `mayFillContext`, a limit beyond the context is the context's rest, and the caller says so to its client.
- */
+export interface ReadOptions {
+  /** a limit beyond the context is the context's rest; the caller says so to its client */
+  mayFillContext?: boolean;
+  /** the prompt is computed, up to where an answer would begin, and nothing is generated */
+  isPrefillOnly?: boolean;
+}
+
+/** Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. */
 export async function readChatRequest(
   body: ChatBody,
   tenant: string,
   context: ApiContext,
-  mayFillContext = false,
+  { mayFillContext = false, isPrefillOnly = false }: ReadOptions = {},
 ): Promise<ChatJob> {
   checkModel(body.model, context);
   checkStreamOptions(body);
@@ -71,7 +75,8 @@ export async function readChatRequest(
   const wish = readThinking(body);
   checkThinking(wish, body, context);
   checkTurn(body);
-  const { ids: promptIds, startPhase } = await readConversation(body, wish, context);
+  const conversation = isPrefillOnly ? { ...body, add_generation_prompt: false } : body;
+  const { ids: promptIds, startPhase } = await readConversation(conversation, wish, context);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
   const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
@@ -87,7 +92,8 @@ export async function readChatRequest(
       cacheSalt: cacheSaltOf(tenant, body.cache_salt),
       priority: body.priority ?? 0,
       ...(thinking ? { thinking } : {}),
-      ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(format && !isPrefillOnly ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(isPrefillOnly ? { prefillOnly: true } : {}),
     },
     stops,
     stopScope: body.stop_scope ?? 'answer',

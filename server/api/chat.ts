@@ -6,6 +6,7 @@ import { ChunkDialect } from './chunk-dialect.js';
 import { checkReady } from './client.js';
 import type { ApiContext } from './context.js';
 import { ChoiceStream } from './stream.js';
+import { checkVote, sendVote } from './vote.js';
 import { sendWhole } from './whole.js';
 
 export async function createChatCompletion(
@@ -17,8 +18,10 @@ export async function createChatCompletion(
   checkReady(context);
   const job = await readChatRequest(request.body, request.tenant, context);
   checkReady(context);
+  if (request.body.vote) checkVote(request.body, job);
   const jobs = Array.from({ length: job.numChoices }, (_, index) => jobOfChoice(job, index));
   const choices = new Choices([jobs], context, request, startedAt);
+  if (request.body.vote) return sendVote(context, job, choices, request, reply);
   if (!job.isStream) {
     return sendWhole(context, choices, () => wholeChat(job, context, choices), request, reply);
   }
@@ -27,6 +30,7 @@ export async function createChatCompletion(
   const isKept = resumable.seconds > 0;
   const options = isKept ? { keptAs: job.id } : {};
   const stream = new ChoiceStream(context, choices, new ChunkDialect(choices, bodies, job), options);
+  context.running.enter(job.id, choices, request, reply);
   if (isKept) resumable.enter(job.id, { stream, tenant: request.tenant }, reply);
   return stream.begin(request, reply);
 }

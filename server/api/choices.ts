@@ -1,3 +1,4 @@
+import type { ThinkingControl } from '../engine/request.js';
 import type { ChatOutput, Usage } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
 import { Completion, type RequestOrigin } from './completion.js';
@@ -21,13 +22,24 @@ export class Choices {
   readonly all: readonly Choice[];
   readonly #groups: readonly (readonly Choice[])[];
   readonly #submit: (job: ChatJob, earlier?: Completion) => Completion;
+  readonly #keep: (choice: Choice) => void;
   /** times that all were aborted: a run of before must not go on when they are resumed */
   #numAborts = 0;
   #isAborted = false;
+  /** choices with a lower index may begin; raised in onProgress alone */
+  numToBegin = Infinity;
+  /** told after each event of a choice, its last one included */
+  onProgress: (choice: Choice) => void = () => {};
 
   /** Submits the first of each group. Throws ApiError where the engine does not take one. */
   constructor(groups: readonly (readonly ChatJob[])[], context: ApiContext, origin: RequestOrigin, startedAt: number) {
     this.#submit = (job, earlier) => new Completion(job, context, origin, startedAt, earlier);
+    const first = groups[0]![0]!;
+    const responseId = first.isPlain ? first.id : first.engineRequest.requestId;
+    this.#keep = ({ index, job, completion }) => {
+      const { ids: tokenIds, marks: controls } = completion!;
+      context.finished.add(responseId, index, { job, tenant: origin.tenant, tokenIds, controls });
+    };
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));
     this.all = this.#groups.flat();
@@ -50,6 +62,11 @@ export class Choices {
     for (const { completion } of this.all) completion?.abort();
   }
 
+  /** Ends those that still run, with what they have. */
+  stop(): void {
+    for (const { completion } of this.all) completion?.abort();
+  }
+
   /** After abort(): those that had not ended are submitted again and go on behind their tokens. Throws ApiError. */
   resume(): void {
     this.#isAborted = false;
@@ -64,6 +81,12 @@ export class Choices {
       this.abort();
       throw error;
     }
+  }
+
+  /** Steers the reasoning of all choices, or of one; returns the indices of those in which reasoning goes on. */
+  control(control: ThinkingControl, index?: number): number[] {
+    const asked = index === undefined ? this.all : this.all.filter((choice) => choice.index === index);
+    return asked.filter(({ completion }) => completion?.control(control)).map((choice) => choice.index);
   }
 
   /** Ids of the engine's requests that have been submitted. */
@@ -118,16 +141,37 @@ export class Choices {
       const completion = choice.completion!;
       const goesOn = await completion.advance();
       if (numAborts !== this.#numAborts) return false;
-      if (goesOn || completion.output.finishReason !== null) onEvent(choice, completion.output);
+      if (goesOn || completion.output.finishReason !== null) {
+        if (!goesOn) this.#keep(choice);
+        onEvent(choice, completion.output);
+        this.onProgress(choice);
+      }
       return goesOn;
     };
     const hasBegun = leader.completion!.tokenIds.length > 0;
     const leaderGoesOn = hasBegun || (await advance(leader));
     if (numAborts !== this.#numAborts) return;
-    for (const choice of others) choice.completion ??= this.#submit(choice.job);
-    const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
-      while (goesOn) goesOn = await advance(choice);
+    const begun = new Set<Choice>();
+    const beginMore = (): Promise<void>[] => {
+      const more = others.filter((choice) => choice.index < this.numToBegin && !begun.has(choice));
+      for (const choice of more) {
+        begun.add(choice);
+        choice.completion ??= this.#submit(choice.job);
+      }
+      return more.map((choice) => {
+        const end = finish(choice, true);
+        end.catch(() => this.abort()); // who has begun it may still be long in coming to see that
+        return end;
+      });
     };
-    await Promise.all([finish(leader, leaderGoesOn), ...others.map((choice) => finish(choice, true))]);
+    const finish = async (choice: Choice, goesOn: boolean): Promise<void> => {
+      const ends: Promise<void>[] = []; // [num_begun_here]
+      while (goesOn) {
+        goesOn = await advance(choice);
+        if (numAborts === this.#numAborts) ends.push(...beginMore());
+      }
+      await Promise.all(ends);
+    };
+    await Promise.all([...beginMore(), finish(leader, leaderGoesOn)]);
   }
 }

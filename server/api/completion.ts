@@ -1,12 +1,12 @@
 import type { FastifyRequest } from 'fastify';
-import type { EngineEvent } from '../engine/request.js';
+import type { ControlMark, EngineEvent, ThinkingControl } from '../engine/request.js';
 import { ApiError } from '../errors.js';
 import { ChatOutput } from './chat-output.js';
 import type { ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 
 /** The request that completions belong to. */
-export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers'>;
+export type RequestOrigin = Pick<FastifyRequest, 'log' | 'headers' | 'tenant'>;
 
 /**
  * One completion from submission to end: pulls events, feeds the output, keeps time and accounts for it once,
@@ -16,6 +16,9 @@ export class Completion {
   readonly output: ChatOutput;
   /** that the output has taken in */
   readonly tokenIds: number[]; // [num_tokens]
+  /** what the client has asked of the reasoning, and where that took effect as far as is told */
+  readonly #controls: ThinkingControl[]; // [num_asked]
+  #marks: readonly ControlMark[]; // [num_marks]
   /** the engine's name of this submission: an aborted one may still have an event on its way */
   readonly requestId: string;
   readonly #numSubmitted: number;
@@ -51,9 +54,32 @@ export class Completion {
     this.#numSubmitted = earlier === undefined ? 1 : earlier.#numSubmitted + 1;
     this.requestId = engineRequest.requestId + (earlier ? `.${this.#numSubmitted}` : '');
     const resumed = this.tokenIds.length ? { resumedIds: this.tokenIds } : {};
-    const request = { ...engineRequest, requestId: this.requestId, ...resumed };
+    this.#marks = earlier?.marks ?? engineRequest.controls ?? [];
+    const marked = this.#marks.length ? { controls: this.#marks } : {};
+    const request = { ...engineRequest, requestId: this.requestId, ...resumed, ...marked };
     this.#submittedAt = performance.now();
     this.#events = context.engine.submit(request)[Symbol.asyncIterator]();
+    // What was asked when the client left, and had not taken effect.
+    this.#controls = earlier ? [...earlier.#controls] : [];
+    for (const control of this.#controls.slice(this.#marks.length)) context.engine.control(this.requestId, control);
+  }
+
+  /** Token ids that the output is made of: what one event brings behind a stop string is no part of it. */
+  get ids(): number[] {
+    return this.tokenIds.slice(0, this.output.numTokens);
+  }
+
+  /** Where a client's controls took effect. */
+  get marks(): readonly ControlMark[] {
+    return this.#marks;
+  }
+
+  /** Steers the reasoning; false where none goes on. */
+  control(control: ThinkingControl): boolean {
+    if (this.#isEnded || !this.output.isReasoning) return false;
+    this.#controls.push(control);
+    this.#context.engine.control(this.requestId, control);
+    return true;
   }
 
   /** Takes in the next event; false when the completion is over. Throws ApiError. */
@@ -66,6 +92,7 @@ export class Completion {
       const { queueMs } = next.value;
       if (queueMs !== undefined) this.#scheduledAt = Math.min(performance.now(), this.#submittedAt + queueMs);
       this.output.accept(next.value);
+      this.#marks = next.value.controls ?? this.#marks;
       for (const { id } of next.value.tokens) this.tokenIds.push(id);
       this.#keepTime();
       if (this.output.finishReason !== null) this.#end(this.output.finishReason);

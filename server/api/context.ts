@@ -1,5 +1,6 @@
 import type { ServeConfig } from '../config.js';
 import type { EngineHandle } from '../engine/request.js';
+import type { FinishedCompletions } from './finished.js';
 import type { Metrics } from '../metrics.js';
 import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
@@ -7,7 +8,10 @@ import type { PromptEncoder } from '../text/prompt-encoder.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
+import type { BackgroundResponses } from './response-background.js';
+import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
+import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
 /** What handlers work with; made once by buildApp(). */
@@ -32,4 +36,8 @@ export interface ApiContext {
   formats: OutputFormats;
   sse: SseOptions;
   resumable: ResumableStreams;
+  running: RunningStreams;
+  finished: FinishedCompletions;
+  responses: ResponseStore;
+  background: BackgroundResponses;
 }

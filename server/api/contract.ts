@@ -4,7 +4,7 @@ import { parse } from 'yaml';
 
 export interface Operation {
   operationId: string;
-  method: 'GET' | 'POST';
+  method: 'GET' | 'POST' | 'DELETE';
   /** as in the document: /v1/models/{model} */
   path: string;
   /** as Fastify writes it: /v1/models/:model */

@@ -51,7 +51,7 @@ export async function readConversation(
     tools,
     ...(thinking === undefined ? {} : { thinking }),
     ...(prefix ? { prefix } : {}),
-    // Only /tokenize gets here with it: a completion needs the opening of its turn.
+    // Only what generates nothing gets here with it: a completion needs the opening of its turn.
     ...(body.add_generation_prompt === false && !prefix ? { noGenerationPrompt: true } : {}),
   });
 }

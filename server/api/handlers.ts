@@ -7,6 +7,17 @@ import { countMessageTokens, createMessage } from './messages.js';
 import { listModels, retrieveModel } from './models.js';
 import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
+import { replayCompletion } from './replay.js';
+import { controlChatCompletion } from './running.js';
+import { refusePlainRequest } from './response-sockets.js';
+import {
+  cancelResponse,
+  countResponseTokens,
+  createResponse,
+  deleteResponse,
+  getResponse,
+  listInputItems,
+} from './responses.js';
 import { createCompletion } from './text-completion.js';
 import { detokenize, tokenize } from './tokens.js';
 
@@ -26,8 +37,17 @@ export function makeHandlers(context: ApiContext) {
   return {
     createChatCompletion: (request, reply) => createChatCompletion(context, request, reply),
     resumeChatCompletion: (request, reply) => resumeChatCompletion(context, request, reply),
+    controlChatCompletion: (request) => controlChatCompletion(context, request),
+    replayCompletion: (request, reply) => replayCompletion(context, request, reply),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
+    connectResponses: () => refusePlainRequest(),
+    createResponse: (request, reply) => createResponse(context, request, reply),
+    countResponseTokens: (request) => countResponseTokens(context, request),
+    getResponse: (request, reply) => getResponse(context, request, reply),
+    deleteResponse: (request) => deleteResponse(context, request),
+    cancelResponse: (request, reply) => cancelResponse(context, request, reply),
+    listInputItems: (request) => listInputItems(context, request),
     createCompletion: (request, reply) => createCompletion(context, request, reply),
     tokenize: (request) => tokenize(context, request),
     detokenize: (request) => detokenize(context, request),

@@ -41,7 +41,7 @@ export async function readMessagesRequest(
     separate_reasoning: true,
   };
   const names = namesOf(body);
-  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, true));
+  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, { mayFillContext: true }));
   const fillsContext = body.max_tokens > chat.engineRequest.sampling.maxTokens;
   chat.engineRequest.requestId = `msg_${randomUUID().replaceAll('-', '')}`;
   chat.formatParam = renamed(chat.formatParam, names);

@@ -22,6 +22,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/chat/completions/{id}/control": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Steers the reasoning of a chat stream that runs; it ends now, or goes on for longer. */
+        post: operations["controlChatCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/replay": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Generates a completion again and tells the first token that differs, or that none does. */
+        post: operations["replayCompletion"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/completions": {
         parameters: {
             query?: never;
@@ -67,6 +101,96 @@ export interface paths {
         put?: never;
         /** Text of token ids. */
         post: operations["detokenize"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Opens a WebSocket, on which any number of responses are made, side by side in lanes.
+         * @description A client sends text frames: a ResponseCreateFrame for each response, a ResponseControlFrame to steer or cancel one that is being made. The server sends the events of streamed responses, ResponsesEvent, each with the `stream_id` of the frame that it answers, and for what cannot be done a ResponsesErrorFrame; a frame that is refused changes nothing else. Requests of one `stream_id` are answered one after the other, those of different ones at the same time. A response can be gone on with by `previous_response_id` on the same connection even when it is not stored. Closing the socket ends what runs on it.
+         */
+        get: operations["connectResponses"];
+        put?: never;
+        /** Makes a response in the form of the Responses API, streamed, whole or in the background. */
+        post: operations["createResponse"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses/input_tokens": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Counts the prompt tokens of a response without making it. */
+        post: operations["countResponseTokens"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses/{response_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** A stored response; one in the background as far as it has come. */
+        get: operations["getResponse"];
+        put?: never;
+        post?: never;
+        /** Forgets a stored response; one in the background ends. */
+        delete: operations["deleteResponse"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses/{response_id}/cancel": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Ends a response in the background; what it has so far is kept. */
+        post: operations["cancelResponse"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses/{response_id}/input_items": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What a stored response was asked, without what came before it. */
+        get: operations["listInputItems"];
+        put?: never;
+        post?: never;
         delete?: never;
         options?: never;
         head?: never;
@@ -282,6 +406,8 @@ export interface components {
             top_logprobs?: number | null;
             /** @description Number of choices. They share the prompt's prefill; choice i has the seed plus i. */
             n?: number | null;
+            /** @description The `n` choices are chains that vote: the answer of most is returned as the only choice, with its share in `vote`. No more chains are begun than can decide it, and those that can change nothing any more are stopped. Two answers are the same where their final parts are: the last `\boxed{}`, else the last `<answer>`, else the whole as JSON, else the last bold text, else what the last line says; case, spacing and the writing of numbers do not count. Calls of tools vote by name and arguments. Not with `stream`. */
+            vote?: boolean | null;
             /** @description Functions that the model may call; the chat template shows them to it. */
             tools?: components["schemas"]["Tool"][] | null;
             /** @description auto, none (hides the tools and bans calls), required (the answer is calls), `{"type": "function", "function": {"name": ...}}` (one call of it), or `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`. */
@@ -732,6 +858,27 @@ export interface components {
             /** @description With `return_token_ids`, the prompt's tokens. */
             prompt_token_ids?: number[];
             metrics?: components["schemas"]["CompletionMetrics"];
+            vote?: components["schemas"]["Vote"];
+        };
+        /** @description With `vote`, how the chains voted. `usage` counts the tokens of all of them. */
+        Vote: {
+            /** @description What most chains answered; null where none came to an answer. */
+            answer: string | null;
+            /** @description Its part of the chains that have ended. */
+            share: number;
+            /** @description The chain that the choice is from, the first with this answer. Its seed is the response's plus this. */
+            chain: number;
+            /** @description As many as `n`. */
+            num_chains: number;
+            /** @description Chains that were stopped or not begun, because they could change nothing any more. */
+            num_stopped: number;
+            /** @description Answers with the number of their chains, most first. Of equal numbers the lowest chain's comes first. */
+            counts: {
+                /** @description The final part of an answer. */
+                answer: string;
+                /** @description Chains that came to it. */
+                count: number;
+            }[];
         };
         /** @description With `metrics`; in a stream, in the chunk that has the finish reason. */
         CompletionMetrics: {
@@ -755,10 +902,79 @@ export interface components {
             reasoning_ended?: components["schemas"]["ReasoningEnded"];
         };
         /**
-         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, or it went round in circles. Absent where it ended by itself.
+         * @description Why reasoning was ended for the model: its budget was used up, the rest was kept for the answer, it went round in circles, or the client asked for it. Absent where it ended by itself.
          * @enum {string}
          */
-        ReasoningEnded: "budget" | "answer_reserve" | "loop";
+        ReasoningEnded: "budget" | "answer_reserve" | "loop" | "client";
+        ReplayRequest: {
+            /** @description Of a response that has ended. The latest few million tokens of prompts and completions are kept. */
+            id?: string;
+            /** @description With `id`, the choice; of a vote the chain. */
+            index?: number;
+            request?: components["schemas"]["ChatCompletionRequest"];
+            /** @description With `request`, the seed that its response said. */
+            seed?: number;
+            /** @description With `request`, the completion's tokens as `return_token_ids` gave them. Without them the request is generated twice, and the two are compared. */
+            token_ids?: number[];
+        };
+        Replay: {
+            /**
+             * @description What this is.
+             * @enum {string}
+             */
+            object: "replay";
+            /** @description Of the response that was generated again; null where its request was given. */
+            id: string | null;
+            /** @description Whether every token is the same. */
+            is_identical: boolean;
+            /** @description Tokens that are the same, from the first on. */
+            num_tokens: number;
+            /** @description The first token that differs; null where none does. */
+            difference: {
+                /** @description Of the token, from 0 on. */
+                position: number;
+                expected: components["schemas"]["ReplayedToken"];
+                actual: components["schemas"]["ReplayedToken"];
+            } | null;
+            /** @description The seed that was used. */
+            seed: number;
+            /** @description Names the weights that it was generated with now. */
+            system_fingerprint: string;
+        };
+        /** @description A token; null where the completion had ended before. */
+        ReplayedToken: {
+            /** @description Id in the vocabulary. */
+            token_id: number;
+            /** @description What it says; control tokens as they are written. */
+            text: string;
+        } | null;
+        ControlRequest: {
+            /**
+             * @description `end_thinking`: reasoning ends where it is, and the answer follows. `extend_thinking`: it goes on for at least `tokens` more, and where the model would end it, it goes on behind `--thinking-extend-phrase`; a budget that is smaller gives way, the tokens kept for the answer do not.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking";
+            /** @description With extend_thinking, reasoning tokens from now on. */
+            tokens?: number;
+            /** @description The choice that is meant; all of them where it is left out. */
+            index?: number;
+        };
+        Control: {
+            /** @description Of the completion. */
+            id: string;
+            /**
+             * @description What this is.
+             * @enum {string}
+             */
+            object: "chat.completion.control";
+            /**
+             * @description As it was asked for.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking";
+            /** @description Indices of the choices that were reasoning, and are steered. */
+            choices: number[];
+        };
         /**
          * @description stop is an end token or a stop string, length the token limit, tool_calls a call of a tool.
          * @enum {string}
@@ -895,6 +1111,474 @@ export interface components {
             owned_by: string;
             /** @description Longest prompt and completion together, in tokens. */
             max_model_len?: number;
+        };
+        ResponsesRequest: {
+            /** @description Id of a served model. */
+            model: string;
+            /** @description What is new in the conversation: a user's text, or items of the types message, reasoning, function_call, function_call_output and item_reference. */
+            input?: string | {
+                [key: string]: unknown;
+            }[] | null;
+            /** @description The system message, of this response alone. */
+            instructions?: string | null;
+            /** @description A stored response whose conversation goes on. */
+            previous_response_id?: string | null;
+            /** @description Keeps the response for GET and previous_response_id, where `--response-store` says and as long as there is room. Default true. */
+            store?: boolean | null;
+            /** @description Answers at once, and goes on when the client leaves; GET tells how far it has come. Needs `store`. With `stream`, GET with `stream=true` goes on with the events. */
+            background?: boolean | null;
+            /** @description Sends the response as server-sent events while it is made. */
+            stream?: boolean | null;
+            /** @description Accepted; deltas are never obfuscated. */
+            stream_options?: {
+                [key: string]: unknown;
+            } | null;
+            /** @description Most tokens of the response, reasoning included. Without it, the rest of the context. */
+            max_output_tokens?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            temperature?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            top_p?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            top_k?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            min_p?: number | null;
+            /** @description As in ChatCompletionRequest; drawn where it is not given, and told in the response. */
+            seed?: number | null;
+            /** @description So many most likely tokens beside each of the text's. */
+            top_logprobs?: number | null;
+            /** @description What comes with the response beside its text. */
+            include?: ("reasoning.encrypted_content" | "message.output_text.logprobs")[] | null;
+            /** @description How long it may think. */
+            reasoning?: {
+                /**
+                 * @description As `reasoning_effort` of chat completions; none switches thinking off.
+                 * @enum {string|null}
+                 */
+                effort?: "none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max" | null;
+                /**
+                 * @description Accepted; the reasoning itself is sent, there are no summaries.
+                 * @enum {string|null}
+                 */
+                summary?: "auto" | null;
+                /**
+                 * @description Older name of `summary`.
+                 * @enum {string|null}
+                 */
+                generate_summary?: "auto" | null;
+            } | null;
+            /** @description Most tokens of reasoning, as in ChatCompletionRequest. */
+            thinking_token_budget?: number | null;
+            /** @description The form of the text. */
+            text?: {
+                /** @description What the text is held to, as `response_format` of chat completions. */
+                format?: {
+                    /**
+                     * @description The format.
+                     * @enum {string}
+                     */
+                    type: "text" | "json_object" | "json_schema";
+                    /** @description Accepted; has no effect. */
+                    name?: string;
+                    /** @description Accepted; has no effect. */
+                    description?: string | null;
+                    /** @description With json_schema, the schema. */
+                    schema?: {
+                        [key: string]: unknown;
+                    };
+                    /** @description Accepted; a schema is always followed. */
+                    strict?: boolean | null;
+                } | null;
+                /**
+                 * @description Only medium, which is what a model does anyway.
+                 * @enum {string|null}
+                 */
+                verbosity?: "medium" | null;
+            } | null;
+            /** @description Functions that the model may call; the chat template shows them to it. */
+            tools?: components["schemas"]["ResponsesTool"][] | null;
+            /** @description auto, none, required, `{"type": "function", "name": ...}`, or `{"type": "allowed_tools", "mode", "tools"}`. */
+            tool_choice?: string | {
+                [key: string]: unknown;
+            } | null;
+            /** @description With false there is at most one call. */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * @description Only disabled; nothing is taken out of a conversation.
+             * @enum {string|null}
+             */
+            truncation?: "disabled" | null;
+            /**
+             * @description Accepted; there is one tier.
+             * @enum {string|null}
+             */
+            service_tier?: "auto" | "default" | null;
+            /** @description Comes back with the response. */
+            metadata?: {
+                [key: string]: string;
+            } | null;
+            /** @description Accepted; it counts calls of tools that run at the server, of which there are none. */
+            max_tool_calls?: number | null;
+            /** @description As in ChatCompletionRequest. */
+            cache_salt?: string | null;
+            /** @description As in ChatCompletionRequest. */
+            priority?: number | null;
+            /** @description Accepted; prefixes are cached by themselves, it comes back with the response. */
+            prompt_cache_key?: string | null;
+            /** @description Accepted; comes back with the response. */
+            safety_identifier?: string | null;
+            /** @description Accepted; has no effect. */
+            user?: string | null;
+        };
+        /** @description Asks for a response over a WebSocket. All fields of ResponsesRequest stand beside these. */
+        ResponseCreateFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "response.create";
+            /** @description The lane. Frames of one lane are answered one after the other; those without it share one. */
+            stream_id?: string;
+            /** @description false computes the prompt alone, for the prefix cache: the response that comes has no output, and the next one goes on with it by `previous_response_id`. */
+            generate?: boolean;
+            /** @description Accepted; every response is streamed here. */
+            stream?: boolean | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /** @description Steers a response that is being made on the same WebSocket. What it does shows in the response's events. */
+        ResponseControlFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "response.control";
+            /**
+             * @description end_thinking has the model answer now; extend_thinking has it think on; cancel ends the response, whose last event is then response.incomplete with the status cancelled.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking" | "cancel";
+            /** @description With extend_thinking, for how many tokens more at least. */
+            tokens?: number;
+            /** @description Which response. Without it, the one that the lane makes. */
+            response_id?: string;
+            /** @description The lane; without it, the one of frames without it. */
+            stream_id?: string;
+        };
+        /** @description Why a frame could not be answered, or the connection ends. */
+        ResponsesErrorFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "error";
+            /** @description The status that HTTP would have. */
+            status: number;
+            /** @description The lane of the frame that it answers. */
+            stream_id?: string;
+            /** @description As in Error. */
+            error: {
+                /** @description What is wrong and what to do. */
+                message: string;
+                /** @description Kind of error. */
+                type: string;
+                /** @description The field that is wrong. */
+                param: string | null;
+                /** @description Names the problem. */
+                code: string;
+            };
+        };
+        ResponsesTool: {
+            /**
+             * @description Only functions that the client runs.
+             * @enum {string}
+             */
+            type: "function";
+            /** @description Name to call it by. */
+            name: string;
+            /** @description What it does. */
+            description?: string | null;
+            /** @description JSON Schema of its arguments. */
+            parameters?: {
+                [key: string]: unknown;
+            } | null;
+            /** @description Whether its arguments are always held to the schema; false without it. */
+            strict?: boolean | null;
+        };
+        /**
+         * @description How far it has come, and how it ended.
+         * @enum {string}
+         */
+        ResponseStatus: "queued" | "in_progress" | "completed" | "incomplete" | "failed" | "cancelled";
+        /**
+         * @description Whether the item is whole.
+         * @enum {string}
+         */
+        ResponseItemStatus: "in_progress" | "completed" | "incomplete";
+        ResponseReasoning: {
+            /**
+             * @description The type of this item.
+             * @enum {string}
+             */
+            type: "reasoning";
+            /** @description Names it. */
+            id: string;
+            /** @description Always empty; the reasoning itself is in content. */
+            summary: Record<string, never>[];
+            /** @description The reasoning. */
+            content: components["schemas"]["ResponseReasoningText"][];
+            /** @description The text of content, encoded; where `include` asks for it. */
+            encrypted_content?: string;
+            status: components["schemas"]["ResponseItemStatus"];
+        };
+        ResponseReasoningText: {
+            /**
+             * @description The type of this part.
+             * @enum {string}
+             */
+            type: "reasoning_text";
+            /** @description What was thought. */
+            text: string;
+        };
+        ResponseText: {
+            /**
+             * @description The type of this part.
+             * @enum {string}
+             */
+            type: "output_text";
+            /** @description What was said. */
+            text: string;
+            /** @description Always empty. */
+            annotations: Record<string, never>[];
+            /** @description Of the text's tokens, where `include` or `top_logprobs` asks for them. */
+            logprobs: components["schemas"]["TokenLogprob"][];
+        };
+        ResponseOutputMessage: {
+            /**
+             * @description The type of this item.
+             * @enum {string}
+             */
+            type: "message";
+            /** @description Names it. */
+            id: string;
+            /**
+             * @description Who speaks.
+             * @enum {string}
+             */
+            role: "assistant";
+            status: components["schemas"]["ResponseItemStatus"];
+            /** @description The text. */
+            content: components["schemas"]["ResponseText"][];
+        };
+        ResponseFunctionCall: {
+            /**
+             * @description The type of this item.
+             * @enum {string}
+             */
+            type: "function_call";
+            /** @description Names it. */
+            id: string;
+            /** @description Names the call; its result says it. */
+            call_id: string;
+            /** @description Which function. */
+            name: string;
+            /** @description JSON, as far as the model wrote JSON. */
+            arguments: string;
+            status: components["schemas"]["ResponseItemStatus"];
+        };
+        /** @description A part of what was generated. */
+        ResponseOutputItem: components["schemas"]["ResponseReasoning"] | components["schemas"]["ResponseOutputMessage"] | components["schemas"]["ResponseFunctionCall"];
+        ResponseUsage: {
+            /** @description Tokens of the prompt. */
+            input_tokens: number;
+            /** @description Of these. */
+            input_tokens_details: {
+                /** @description Taken from the prefix cache. */
+                cached_tokens: number;
+                /** @description Always 0; writing costs nothing. */
+                cache_write_tokens: number;
+            };
+            /** @description Tokens generated, reasoning included. */
+            output_tokens: number;
+            /** @description Of these. */
+            output_tokens_details: {
+                /** @description Of the reasoning. */
+                reasoning_tokens: number;
+            };
+            /** @description Both together. */
+            total_tokens: number;
+        };
+        Response: {
+            /** @description Names this response. */
+            id: string;
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            object: "response";
+            /** @description Unix time in seconds. */
+            created_at: number;
+            /** @description Unix time in seconds of its end. */
+            completed_at: number | null;
+            status: components["schemas"]["ResponseStatus"];
+            /** @description As it was asked. */
+            background?: boolean;
+            /** @description Why it failed. */
+            error: {
+                /**
+                 * @description What kind.
+                 * @enum {string}
+                 */
+                code: "server_error" | "rate_limit_exceeded" | "invalid_prompt";
+                /** @description A sentence. */
+                message: string;
+            } | null;
+            /** @description Why it is incomplete. */
+            incomplete_details: {
+                /**
+                 * @description The token limit.
+                 * @enum {string}
+                 */
+                reason?: "max_output_tokens";
+            } | null;
+            /** @description As it was asked. */
+            instructions: string | null;
+            /** @description As it was asked. */
+            max_output_tokens?: number | null;
+            /** @description As it was asked. */
+            max_tool_calls?: number | null;
+            /** @description The model's first served name. */
+            model: string;
+            /** @description What was generated, in order. */
+            output: components["schemas"]["ResponseOutputItem"][];
+            /** @description As it was asked. */
+            parallel_tool_calls: boolean;
+            /** @description As it was asked. */
+            previous_response_id: string | null;
+            /** @description As it was asked. */
+            prompt_cache_key?: string | null;
+            /** @description As it was asked. */
+            reasoning?: {
+                /** @description As it was asked. */
+                effort?: string | null;
+                /** @description There are none. */
+                summary?: string | null;
+            };
+            reasoning_ended?: components["schemas"]["ReasoningEnded"];
+            /** @description As it was asked. */
+            safety_identifier?: string | null;
+            /** @description What the response was sampled with. */
+            seed?: number;
+            /**
+             * @description There is one.
+             * @enum {string}
+             */
+            service_tier?: "default";
+            /** @description Whether it is kept. */
+            store?: boolean;
+            /** @description What it was sampled with. */
+            temperature: number;
+            /** @description The form that was asked for. */
+            text?: {
+                /** @description As it was asked, else text. */
+                format: {
+                    [key: string]: unknown;
+                };
+                /**
+                 * @description There is one.
+                 * @enum {string}
+                 */
+                verbosity?: "medium";
+            };
+            /** @description As it was asked, else auto. */
+            tool_choice: string | {
+                [key: string]: unknown;
+            };
+            /** @description As they were asked. */
+            tools: components["schemas"]["ResponsesTool"][];
+            /** @description As it was asked, else 0. */
+            top_logprobs?: number;
+            /** @description What it was sampled with. */
+            top_p: number;
+            /**
+             * @description Nothing is taken out of a conversation.
+             * @enum {string}
+             */
+            truncation?: "disabled";
+            usage?: components["schemas"]["ResponseUsage"];
+            /** @description As it was asked. */
+            metadata: {
+                [key: string]: string;
+            };
+        };
+        /** @description One event of a stream; which fields it has depends on its type. */
+        ResponsesEvent: {
+            /**
+             * @description What has happened.
+             * @enum {string}
+             */
+            type: "response.created" | "response.queued" | "response.in_progress" | "response.output_item.added" | "response.content_part.added" | "response.reasoning_text.delta" | "response.reasoning_text.done" | "response.output_text.delta" | "response.output_text.done" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.content_part.done" | "response.output_item.done" | "response.completed" | "response.incomplete" | "response.failed";
+            /** @description Counts the events of a stream, from 0. */
+            sequence_number: number;
+            /** @description Over a WebSocket, the lane of the response where it has a name. */
+            stream_id?: string;
+            response?: components["schemas"]["Response"];
+            /** @description Which item of the output. */
+            output_index?: number;
+            /** @description That item's id. */
+            item_id?: string;
+            item?: components["schemas"]["ResponseOutputItem"];
+            /** @description Which part of the item. */
+            content_index?: number;
+            /** @description The part. */
+            part?: components["schemas"]["ResponseReasoningText"] | components["schemas"]["ResponseText"];
+            /** @description What is new in the text or the arguments. */
+            delta?: string;
+            /** @description The whole text. */
+            text?: string;
+            /** @description Of the function called. */
+            name?: string;
+            /** @description The whole arguments. */
+            arguments?: string;
+            /** @description Of the delta's or the text's tokens. */
+            logprobs?: components["schemas"]["TokenLogprob"][];
+        };
+        ResponseTokenCount: {
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            object: "response.input_tokens";
+            /** @description Tokens of the prompt. */
+            input_tokens: number;
+        };
+        DeletedResponse: {
+            /** @description Which response. */
+            id: string;
+            /**
+             * @description The type of what it was.
+             * @enum {string}
+             */
+            object: "response";
+            /** @description Always true. */
+            deleted: boolean;
+        };
+        ResponseItemList: {
+            /**
+             * @description The type of this object.
+             * @enum {string}
+             */
+            object: "list";
+            /** @description The items. */
+            data: {
+                [key: string]: unknown;
+            }[];
+            /** @description Whether there are others behind these. */
+            has_more: boolean;
+            /** @description Id of the first; empty where there is none. */
+            first_id: string;
+            /** @description Id of the last; empty where there is none. */
+            last_id: string;
         };
         /** @description A model as clients of the Messages API expect it. */
         ModelInfo: {
@@ -1458,6 +2142,8 @@ export interface components {
         };
     };
     parameters: {
+        /** @description Id of a stored response. */
+        ResponseId: string;
         /** @description Any version asks for the form of the Messages API. */
         AnthropicVersion: string;
     };
@@ -1512,6 +2198,59 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["ChatCompletion"];
                     "text/event-stream": components["schemas"]["ChatCompletionChunk"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    controlChatCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Id of the completion, as its chunks have it. */
+                id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ControlRequest"];
+            };
+        };
+        responses: {
+            /** @description It has been told to the engine, and takes effect within two steps. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Control"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    replayCompletion: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ReplayRequest"];
+            };
+        };
+        responses: {
+            /** @description How the two compare. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Replay"];
                 };
             };
             default: components["responses"]["Error"];
@@ -1588,6 +2327,185 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["DetokenizeResponse"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    connectResponses: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description From here on frames. */
+            101: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    createResponse: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ResponsesRequest"];
+            };
+        };
+        responses: {
+            /** @description The response; with `stream` server-sent events, each `data:` line a ResponsesEvent under its type's name. What goes wrong in mid-stream is a response.failed event. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Response"];
+                    "text/event-stream": components["schemas"]["ResponsesEvent"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    countResponseTokens: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ResponsesRequest"];
+            };
+        };
+        responses: {
+            /** @description The count. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ResponseTokenCount"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    getResponse: {
+        parameters: {
+            query?: {
+                /** @description true sends the events of a response in the background, from the first on, and those to come. */
+                stream?: string;
+                /** @description With `stream`, the sequence number of the last event that has arrived. */
+                starting_after?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Id of a stored response. */
+                response_id: components["parameters"]["ResponseId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The response. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Response"];
+                    "text/event-stream": components["schemas"]["ResponsesEvent"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    deleteResponse: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Id of a stored response. */
+                response_id: components["parameters"]["ResponseId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is forgotten. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["DeletedResponse"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    cancelResponse: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Id of a stored response. */
+                response_id: components["parameters"]["ResponseId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The response. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Response"];
+                };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    listInputItems: {
+        parameters: {
+            query?: {
+                /** @description Most items, 1 to 100; 20 without it. */
+                limit?: string;
+                /** @description asc or desc; desc without it. */
+                order?: string;
+                /** @description The list begins behind the item with this id. */
+                after?: string;
+            };
+            header?: never;
+            path: {
+                /** @description Id of a stored response. */
+                response_id: components["parameters"]["ResponseId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The items. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ResponseItemList"];
                 };
             };
             default: components["responses"]["Error"];

@@ -66,5 +66,6 @@ export function resumeChatCompletion(context: ApiContext, request: FastifyReques
   }
   // The entry is a new one, so that the end of the response before does not take it away.
   resumable.enter(id!, { ...kept }, reply);
+  context.running.enter(id!, kept.stream.choices, request, reply);
   return kept.stream.resume(request, reply, Number(number));
 }

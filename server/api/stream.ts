@@ -51,6 +51,10 @@ export class ChoiceStream implements EventSink {
     this.#log = options.keptAs === undefined ? null : new EventLog(MAX_LOG_BYTES);
   }
 
+  get choices(): Choices {
+    return this.#choices;
+  }
+
   get numBytes(): number {
     return this.#log?.numBytes ?? 0;
   }

@@ -153,6 +153,7 @@ export function thinkingLimits(
   return {
     budget: total - (hasPhrase ? phrase.length : 0),
     endIds: [...(hasPhrase ? phrase : []), thinkEnd],
+    extendIds: prompts.tokenizer.encodeText(config.thinkingExtendPhrase),
     minAnswerTokens: reserve,
     loopTokens: body.thinking_loop_tokens ?? config.thinkingLoopTokens,
   };

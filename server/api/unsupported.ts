@@ -38,6 +38,7 @@ export const REFUSED: Readonly<Record<string, Refusal>> = {
 /** The same for /v1/completions, beside what is refused everywhere. */
 export const REFUSED_TEXT: Readonly<Record<string, Refusal>> = {
   suffix: { accepts: [''], advice: 'these models complete at the end alone; put everything into the prompt' },
+  vote: { accepts: [false], advice: 'only answers of conversations are voted on; use /v1/chat/completions' },
   prompt_embeds: { advice: "send 'prompt'" },
   ...Object.fromEntries(
     [

@@ -72,6 +72,7 @@ export async function runBenchStep(
     numBlocks: mostSequences * blocksPerSequence,
     gpuMemoryUtilization: 0,
     kvCacheDtype: config.kvCacheDtype,
+    deterministic: config.deterministic,
     maxStepTokens: Math.max(mostSequences, config.prompt, config.weights === 'checkpoint' ? FILL_TOKENS : 1),
     maxNumSeqs: mostSequences,
     loadMtp: false,

@@ -24,6 +24,8 @@ export interface RunnerOptions {
   gpuMemoryUtilization: number;
   /** the CPU takes 'auto' alone */
   kvCacheDtype: KvCacheDtype;
+  /** a GPU computes a row by the same kernels whatever the batch; a CPU always does */
+  deterministic: boolean;
   /** most tokens in one step: sizes the workspace */
   maxStepTokens: number;
   /** most sequences in one step */

@@ -83,8 +83,8 @@ function checkSampling(sampling: SamplingParams, vocabSize: number): void {
 }
 
 function checkThinking(thinking: ThinkingLimits, thinkEnd: number, vocabSize: number): void {
-  const { budget, endIds, minAnswerTokens, loopTokens } = thinking;
-  for (const id of endIds) checkTokenId(id, vocabSize, 'thinking');
+  const { budget, endIds, extendIds = [], minAnswerTokens, loopTokens } = thinking;
+  for (const id of [...endIds, ...extendIds]) checkTokenId(id, vocabSize, 'thinking');
   const isCount = (value: number) => Number.isInteger(value) && value >= 0;
   const hasLimit = budget !== Infinity || minAnswerTokens > 0 || loopTokens > 0;
   const isEnded = !hasLimit || (thinkEnd >= 0 && endIds.at(-1) === thinkEnd);

@@ -4,7 +4,15 @@ import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
 import { EventStream } from './event-stream.js';
 import { packStep, unpackStep } from './pack-step.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
+import type {
+  EngineEvent,
+  EngineHandle,
+  EngineRequest,
+  EngineState,
+  EngineStats,
+  RequestProgress,
+  ThinkingControl,
+} from './request.js';
 import { Scheduler, type SchedulerOptions } from './scheduler.js';
 import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
@@ -32,6 +40,8 @@ export class Engine implements EngineHandle {
   #wake: () => void = () => {};
   #numFailedSteps = 0;
   #cacheEvents: CacheEvent[] = [];
+  /** of the step that was committed last; null where they are delivered */
+  #undelivered: EngineEvent[] | null = null;
   /** when the step before ended, milliseconds; 0 where the loop was idle since */
   #lastResultAt = 0;
   /** Called with the events of each step, in this process's stead of streams; set before the first request. */
@@ -87,6 +97,10 @@ export class Engine implements EngineHandle {
     if (event !== null) this.onEvents([event]);
   }
 
+  control(requestId: string, control: ThinkingControl): void {
+    this.#scheduler.control(requestId, control);
+  }
+
   progress(requestId: string): RequestProgress | null {
     return this.allProgress().find(([id]) => id === requestId)?.[1] ?? null;
   }
@@ -138,19 +152,26 @@ export class Engine implements EngineHandle {
     try {
       while (this.#state.status === 'ready') {
         const plan = this.#scheduler.schedule();
-        if (plan === null) {
-          await this.#idle();
-          continue;
-        }
-        const outcomes = await this.#step(plan);
-        this.onEvents(this.#scheduler.commit(plan, outcomes));
+        const outcomes = plan === null ? null : this.#step(plan);
+        this.#deliver(); // while the next step runs
+        if (plan === null || outcomes === null) await this.#idle();
+        else this.#undelivered = this.#scheduler.commit(plan, await outcomes);
       }
+      this.#deliver();
     } catch (error) {
+      this.#deliver();
       const reason = `The engine stopped: ${(error as Error).message}`;
       if (this.#state.status !== 'closed') this.#state = { status: 'failed', reason };
       this.#endAll({ code: 'engine_failed', message: reason });
       this.onFailed(reason);
     }
+  }
+
+  /** Passes on the events of the step before. Nothing else runs between its commit and this. */
+  #deliver(): void {
+    const events = this.#undelivered;
+    this.#undelivered = null;
+    if (events !== null) this.onEvents(events);
   }
 
   /** Until the next request, or close(). */

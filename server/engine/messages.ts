@@ -1,6 +1,6 @@
 import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
-import type { EngineEvent, EngineRequest, EngineStats, RequestProgress } from './request.js';
+import type { EngineEvent, EngineRequest, EngineStats, RequestProgress, ThinkingControl } from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 /** What the API process tells the engine process. Structured clone carries bigint, Infinity and typed arrays. */
@@ -10,7 +10,10 @@ export type ParentMessage =
   | { type: 'requests'; requests: ParentRequest[] }
   | { type: 'close' };
 
-export type ParentRequest = { type: 'submit'; request: EngineRequest } | { type: 'abort'; requestId: string };
+export type ParentRequest =
+  | { type: 'submit'; request: EngineRequest }
+  | { type: 'abort'; requestId: string }
+  | { type: 'control'; requestId: string; control: ThinkingControl };
 
 /** What is known of an engine that is ready. */
 export interface EngineInfo {

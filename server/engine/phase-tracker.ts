@@ -20,6 +20,11 @@ export class PhaseTracker {
     return this.#phase;
   }
 
+  /** whether reasoning goes on, in calls of tools too that are made inside it */
+  get isReasoning(): boolean {
+    return (this.#phase === 'tool' ? this.#phaseBeforeTools : this.#phase) === 'reasoning';
+  }
+
   label(tokenId: number, isStop: boolean): TokenPhase {
     if (isStop) return 'control';
     const { thinkStart, thinkEnd, toolCallsBegin, toolCallsEnd } = this.#markers;

@@ -7,7 +7,15 @@ import { checkRequest, type RequestLimits } from './check-request.js';
 import { CounterTotals } from './counter-totals.js';
 import { EventStream } from './event-stream.js';
 import type { ChildMessage, ParentMessage, ParentRequest } from './messages.js';
-import type { EngineEvent, EngineHandle, EngineRequest, EngineState, EngineStats, RequestProgress } from './request.js';
+import type {
+  EngineEvent,
+  EngineHandle,
+  EngineRequest,
+  EngineState,
+  EngineStats,
+  RequestProgress,
+  ThinkingControl,
+} from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 export interface EngineClientOptions {
@@ -89,6 +97,10 @@ export class EngineClient implements EngineHandle {
 
   abort(requestId: string): void {
     if (this.#streams.has(requestId)) this.#post({ type: 'abort', requestId });
+  }
+
+  control(requestId: string, control: ThinkingControl): void {
+    if (this.#streams.has(requestId)) this.#post({ type: 'control', requestId, control });
   }
 
   progress(requestId: string): RequestProgress | null {

@@ -81,13 +81,28 @@ export interface EngineRequest {
   grammar?: RequestGrammar;
   /** first tokens of this completion, given out by an earlier submission that was aborted: it goes on behind them */
   resumedIds?: number[]; // [num_resumed]
+  /** nothing is generated: the prompt's full blocks go to the prefix cache, and the one event has no tokens */
+  prefillOnly?: boolean;
+  /** what a client has asked of the reasoning in an earlier submission: it takes effect at the same places */
+  controls?: readonly ControlMark[]; // [num_controls]
 }
+
+/** What a client asks of reasoning that goes on: to end now, or to go on for at least so many more tokens. */
+export type ThinkingControl = { kind: 'end' } | { kind: 'extend'; numTokens: number };
+
+/**
+ * A thinking control as it took effect, behind `at` tokens of the completion. With its marks a request comes out the
+ * same again. Extended reasoning does not end before it has `untilReasoning` tokens.
+ */
+export type ControlMark = { kind: 'end'; at: number } | { kind: 'extend'; at: number; untilReasoning: number };
 
 export interface ThinkingLimits {
   /** most reasoning tokens; when reached, `endIds` are forced, after the first sampled token at the earliest. Infinity: none */
   budget: number;
   /** the closing phrase, then the think end marker */
   endIds: number[]; // [num_end]
+  /** what takes the place of reasoning's end where a client has extended it; without it, it cannot be extended */
+  extendIds?: number[]; // [num_extend]
   /** tokens kept for the answer: reasoning ends when what is left after `endIds` reaches it. 0: none */
   minAnswerTokens: number;
   /** reasoning ends when an n-gram of 1..64 tokens repeats until the repeated tail has so many tokens. 0: off */
@@ -122,6 +137,8 @@ export interface EngineEvent {
   stopTokenId?: number;
   /** what ended the reasoning, from the event of its end on; absent where it ended by itself or goes on */
   reasoningEnded?: ReasoningEnd;
+  /** what a client has asked of the reasoning so far; absent where nothing */
+  controls?: readonly ControlMark[]; // [num_controls]
   /** with finishReason 'error' */
   error?: { code: string; message: string };
   /** where the engine speculates: drafts verified for this sequence so far, and how many were accepted */
@@ -180,6 +197,11 @@ export type EngineState =
 export interface EngineHandle {
   submit(request: EngineRequest): AsyncIterable<EngineEvent>;
   abort(requestId: string): void;
+  /**
+   * Steers a sequence that is reasoning; the events that follow tell with `controls` where it took effect. Does nothing
+   * to one that reasons no more, is finished or unknown.
+   */
+  control(requestId: string, control: ThinkingControl): void;
   /** where a request without a first event stands, as last heard; null where nothing is known of it */
   progress(requestId: string): RequestProgress | null;
   state(): EngineState;

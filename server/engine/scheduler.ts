@@ -15,10 +15,11 @@ import type {
   FinishReason,
   RequestGrammar,
   RequestProgress,
+  ThinkingControl,
 } from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
-import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
+import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface SchedulerOptions {
   blockSize: number;
@@ -103,6 +104,10 @@ export class Scheduler {
     const sequence = this.#open.get(requestId);
     if (sequence === undefined) return null;
     return this.#finish(sequence, finishReason, { error });
+  }
+
+  control(requestId: string, control: ThinkingControl): void {
+    this.#open.get(requestId)?.control(control);
   }
 
   openIds(): string[] {
@@ -363,22 +368,19 @@ export class Scheduler {
       case 'sampled': {
         this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
         if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
-        const tokens: EmittedToken[] = [];
-        let numTaken = 0;
-        for (const { id, logprobs } of outcome.tokens) {
-          tokens.push(sequence.append(id, logprobs));
-          numTaken++;
-          const forced = sequence.appendForced();
-          tokens.push(...forced);
-          // Behind reasoning each token needs the mask that the one before has led to.
-          if (forced.length > 0 || sequence.finishReason !== null || sequence.followsGrammar) break;
+        if (sequence.request.prefillOnly) {
+          // The row vouches for what was computed; what was sampled from it is dropped.
+          sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
+          this.#publish(sequence);
+          return this.#finish(sequence, 'stop', {});
         }
+        const { tokens, numRows, isLastKept } = this.#append(sequence, outcome.tokens);
         this.#counters.generationTokens += tokens.length;
-        // Rows up to the one that gave the last token taken; whatever was sampled after it is dropped.
-        const numComputed = start + count - draftIds.length + numTaken - 1;
-        sequence.advance(numComputed, part.runMtp ? numComputed + 1 : sequence.numMtp);
+        // Whatever was sampled behind the last row looked at is dropped. So is the MTP entry of a token that was not kept.
+        const numComputed = start + count - draftIds.length + numRows - 1;
+        sequence.advance(numComputed, part.runMtp ? numComputed + Number(isLastKept) : sequence.numMtp);
         // Drafts follow the last token sampled; forced tokens take their place.
-        if (numTaken === tokens.length && !sequence.followsGrammar) sequence.draftIds = outcome.draftIds;
+        if (numRows === tokens.length && isLastKept && !sequence.followsGrammar) sequence.draftIds = outcome.draftIds;
         this.#publish(sequence);
         if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
         if (sequence.finishReason === null) return this.#event(sequence, { tokens });
@@ -386,6 +388,29 @@ export class Scheduler {
         return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
       }
     }
+  }
+
+  /** Appends sampled tokens as far as nothing else is forced. `numRows` of them were looked at, the last was kept or not. */
+  #append(
+    sequence: Sequence,
+    sampled: readonly SampledToken[],
+  ): { tokens: EmittedToken[]; numRows: number; isLastKept: boolean } {
+    // What a client has ended while the step ran takes nothing of what the step has sampled.
+    const tokens = sequence.appendForced();
+    if (tokens.length > 0) return { tokens, numRows: 1, isLastKept: false };
+    let numRows = 0;
+    let isLastKept = true;
+    for (const { id, logprobs } of sampled) {
+      numRows++;
+      const extension = sequence.appendExtension(id);
+      isLastKept = extension.length === 0;
+      if (isLastKept) tokens.push(sequence.append(id, logprobs));
+      const forced = isLastKept ? sequence.appendForced() : extension;
+      tokens.push(...forced);
+      // Behind reasoning each token needs the mask that the one before has led to.
+      if (forced.length > 0 || sequence.finishReason !== null || sequence.followsGrammar) break;
+    }
+    return { tokens, numRows, isLastKept };
   }
 
   /**
@@ -426,6 +451,7 @@ export class Scheduler {
       id,
       cachedTokens,
       reasoningEnded,
+      controls,
       numDraftTokens: draftTokens,
       numAcceptedTokens: acceptedTokens,
       queueMs,
@@ -437,6 +463,7 @@ export class Scheduler {
       cachedTokens: Math.max(0, cachedTokens),
       ...(this.#drafts.isOn ? { speculative: { draftTokens, acceptedTokens } } : {}),
       ...(reasoningEnded === null ? {} : { reasoningEnded }),
+      ...(controls.length === 0 ? {} : { controls: [...controls] }),
       ...(queueMs === null ? {} : { queueMs }),
       ...rest,
     };

@@ -1,6 +1,13 @@
 import type { GrammarCursor } from './grammar-cursor.js';
 import { PhaseTracker } from './phase-tracker.js';
-import type { EmittedToken, EngineRequest, FinishReason, TokenLogprobs } from './request.js';
+import type {
+  ControlMark,
+  EmittedToken,
+  EngineRequest,
+  FinishReason,
+  ThinkingControl,
+  TokenLogprobs,
+} from './request.js';
 import { Steering, type ReasoningEnd } from './steering.js';
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
@@ -62,7 +69,7 @@ export class Sequence {
     this.maxTokens = Math.min(promptIds.length + sampling.maxTokens, maxContext);
     this.rootHash = rootHash;
     this.#phases = new PhaseTracker(request.markers, request.startPhase);
-    this.#steering = request.thinking === undefined ? null : new Steering(request.thinking);
+    this.#steering = request.thinking === undefined ? null : new Steering(request.thinking, request.controls);
     this.#stopIds = new Set(sampling.stopTokenIds);
     const hasPenalty =
       sampling.presencePenalty !== 0 || sampling.frequencyPenalty !== 0 || sampling.repetitionPenalty !== 1;
@@ -193,6 +200,29 @@ export class Sequence {
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
   }
 
+  /** Takes in what a client asks of the reasoning; does nothing where that is over or cannot be steered. */
+  control(control: ThinkingControl): void {
+    const { thinking, markers } = this.request;
+    if (thinking?.endIds.at(-1) !== markers.thinkEnd || !this.#phases.isReasoning) return;
+    this.#steering?.control(control);
+  }
+
+  /**
+   * What is appended in place of a sampled end of reasoning that a client has extended; empty where the token stands.
+   */
+  appendExtension(tokenId: number): EmittedToken[] {
+    const isEnd = tokenId === this.request.markers.thinkEnd || this.#stopIds.has(tokenId);
+    if (this.#steering === null || !isEnd || this.#phases.phase !== 'reasoning') return [];
+    const extension: EmittedToken[] = [];
+    for (const id of this.#steering.extensionIds(this.numLeft, this.#numNeeded)) {
+      extension.push({ ...this.append(id, undefined), forced: true });
+      const forced = this.appendForced();
+      extension.push(...forced);
+      if (forced.length > 0 || this.finishReason !== null) break;
+    }
+    return extension;
+  }
+
   /** Appends what is forced after the tokens so far. Whatever was sampled for the positions after them is void. */
   appendForced(): EmittedToken[] {
     if (this.#steering === null || this.finishReason !== null || this.#phases.phase !== 'reasoning') return [];
@@ -208,8 +238,11 @@ export class Sequence {
   resume(ids: readonly number[]): void {
     let index = 0;
     while (index < ids.length) {
-      this.append(ids[index++]!, undefined);
-      const isForced = this.appendForced().every(({ id }) => ids[index++] === id);
+      // Forced before the first token is a client's end of the reasoning alone.
+      const isBegun = index > 0 || this.appendForced().length === 0;
+      if (isBegun) this.append(ids[index++]!, undefined);
+      const forced = isBegun ? this.appendForced().map(({ id }) => id) : this.tokens.slice(this.promptLength);
+      const isForced = forced.every((id) => ids[index++] === id);
       if (this.finishReason !== null || !isForced) {
         throw new RangeError(`token ${index} of those to go on behind ends this completion or is another one's`);
       }
@@ -223,6 +256,10 @@ export class Sequence {
     return numToEnd + numEnd < this.maxTokens - this.promptLength ? numToEnd : 0;
   }
 
+  get controls(): readonly ControlMark[] {
+    return this.#steering?.marks ?? NO_MARKS;
+  }
+
   get reasoningEnded(): ReasoningEnd | null {
     return this.#steering?.ended ?? null;
   }
@@ -230,3 +267,4 @@ export class Sequence {
 
 const NO_HISTORY: ReadonlyMap<number, number> = new Map();
 const NO_IDS: ReadonlySet<number> = new Set();
+const NO_MARKS: readonly ControlMark[] = [];

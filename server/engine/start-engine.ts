@@ -27,6 +27,8 @@ export interface EngineConfig {
   /** GPU: share of its memory for weights, workspace and cache; null: the usual one, where cacheMemory is null too */
   gpuMemoryUtilization: number | null;
   kvCacheDtype: KvCacheDtype;
+  /** the same bits in any batch on a GPU too */
+  deterministic: boolean;
   /** most tokens of one sequence; null: what the checkpoint and the cache allow */
   maxModelLen: number | null;
   maxStepTokens: number;
@@ -76,6 +78,7 @@ export async function startEngine(
     numThreads,
     blockSize,
     ...cache,
+    deterministic: config.deterministic,
     maxStepTokens,
     maxNumSeqs,
     loadMtp,

@@ -1,6 +1,6 @@
-import type { EngineRequest, TokenPhase } from './request.js';
+import type { ControlMark, EngineRequest, ThinkingControl, TokenPhase } from './request.js';
 
-export type ReasoningEnd = 'budget' | 'answer_reserve' | 'loop';
+export type ReasoningEnd = 'budget' | 'answer_reserve' | 'loop' | 'client';
 
 type Thinking = NonNullable<EngineRequest['thinking']>;
 
@@ -10,11 +10,14 @@ const MAX_NGRAM = 64;
 const NO_IDS: readonly number[] = []; // [0]
 
 /**
- * Ends the reasoning of one sequence: decides from the tokens so far alone which ids are forced next, so that steps,
- * chunks and preemptions change nothing.
+ * Ends the reasoning of one sequence, or keeps it going: decides from the tokens so far, and from the marks of what a
+ * client has asked, which ids are forced next; so that steps, chunks and preemptions change nothing.
  */
 export class Steering {
   readonly #thinking: Thinking;
+  /** what a client has asked, in order of `at`; those of an earlier submission may be ahead of the tokens */
+  readonly marks: ControlMark[]; // [num_controls]
+  #numTokens = 0;
   #numReasoning = 0;
   /** tokens of the present stretch of reasoning */
   #stretch: number[] = []; // [num_tokens]
@@ -22,8 +25,9 @@ export class Steering {
   readonly #repeated = new Int32Array(MAX_NGRAM + 1); // [MAX_NGRAM + 1] entry 0 is unused
   #ended: ReasoningEnd | null = null;
 
-  constructor(thinking: Thinking) {
+  constructor(thinking: Thinking, marks: readonly ControlMark[] = []) {
     this.#thinking = thinking;
+    this.marks = [...marks];
   }
 
   /** why reasoning was ended; null where it ended by itself or goes on */
@@ -33,6 +37,7 @@ export class Steering {
 
   /** Takes in a sampled or forced token. */
   observe(tokenId: number, phase: TokenPhase): void {
+    this.#numTokens++;
     if (phase !== 'reasoning') {
       this.#stretch = [];
       this.#repeated.fill(0);
@@ -49,6 +54,24 @@ export class Steering {
     if (stretch.length > 2 * MAX_NGRAM) this.#stretch = stretch.slice(-MAX_NGRAM);
   }
 
+  /** A client asks for something, behind the tokens so far. */
+  control(control: ThinkingControl): void {
+    const at = this.#numTokens;
+    this.marks.push(
+      control.kind === 'end'
+        ? { kind: 'end', at }
+        : { kind: 'extend', at, untilReasoning: this.#numReasoning + control.numTokens },
+    );
+  }
+
+  /** Ids that take the place of a sampled end of reasoning where it has been extended; mostly none. */
+  extensionIds(numLeft: number, numNeeded: number): readonly number[] {
+    const { extendIds = NO_IDS, endIds, minAnswerTokens } = this.#thinking;
+    if (this.#numReasoning >= this.#extendedTo) return NO_IDS;
+    const kept = Math.max(minAnswerTokens, numNeeded);
+    return numLeft - extendIds.length - endIds.length > kept ? extendIds : NO_IDS;
+  }
+
   /**
    * Ids to append now, where a sequence that is still reasoning has so many tokens left; mostly none. `numNeeded` are
    * kept for an answer that is only complete with so many.
@@ -57,18 +80,30 @@ export class Steering {
     const reason = this.#reason(numLeft, numNeeded);
     if (reason === null) return NO_IDS;
     const { endIds } = this.#thinking;
-    // Who begins to reason again after that gets no second closing phrase.
-    const ids = this.#ended === null ? endIds : endIds.slice(-1);
+    // A client's end leaves the reasoning as it was sent. Who begins to reason again gets no second closing phrase.
+    const ids = this.#ended === null && reason !== 'client' ? endIds : endIds.slice(-1);
     this.#ended ??= reason;
     return ids;
   }
 
   #reason(numLeft: number, numNeeded: number): ReasoningEnd | null {
     const { budget, endIds, minAnswerTokens } = this.#thinking;
-    if (this.#numReasoning >= budget) return 'budget';
+    if (this.marks.some(({ kind, at }) => kind === 'end' && at <= this.#numTokens)) return 'client';
+    if (this.#numTokens === 0) return null;
+    const extendedTo = this.#extendedTo;
+    if (this.#numReasoning >= Math.max(budget, extendedTo)) return 'budget';
     const kept = Math.max(minAnswerTokens, numNeeded);
     if (kept > 0 && numLeft - endIds.length <= kept) return 'answer_reserve';
-    return this.#isLoop() ? 'loop' : null;
+    return this.#numReasoning >= extendedTo && this.#isLoop() ? 'loop' : null;
+  }
+
+  /** reasoning tokens that a client has asked for; 0 where it has not */
+  get #extendedTo(): number {
+    let most = 0;
+    for (const mark of this.marks) {
+      if (mark.kind === 'extend' && mark.at <= this.#numTokens) most = Math.max(most, mark.untilReasoning);
+    }
+    return most;
   }
 
   /** An n-gram counts once it is there twice. */

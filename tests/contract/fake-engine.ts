@@ -6,6 +6,7 @@ import type {
   EngineState,
   EngineStats,
   RequestProgress,
+  ThinkingControl,
 } from '../../server/engine/request.js';
 
 /** What a scripted sequence does: events without requestId; a promise is waited for. */
@@ -15,6 +16,7 @@ export type Script = (request: EngineRequest) => Iterable<Partial<EngineEvent> |
 export class FakeEngine implements EngineHandle {
   readonly requests: EngineRequest[] = [];
   readonly aborted: string[] = [];
+  readonly controls: [requestId: string, control: ThinkingControl][] = [];
   script: Script;
   submitError: Error | null = null;
   engineState: EngineState = { status: 'ready', device: 'fake', weightBytes: 1, cacheBytes: 1, maxContext: 4096 };
@@ -65,6 +67,10 @@ export class FakeEngine implements EngineHandle {
 
   abort(requestId: string): void {
     this.aborted.push(requestId);
+  }
+
+  control(requestId: string, control: ThinkingControl): void {
+    this.controls.push([requestId, control]);
   }
 
   progress(): RequestProgress | null {

@@ -3,6 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { parse } from 'yaml';
 import { REFUSED_MESSAGES } from '../../server/api/messages-unsupported.js';
+import { REFUSED_RESPONSES } from '../../server/api/response-unsupported.js';
 import { REFUSED, REFUSED_TEXT, type Refusal } from '../../server/api/unsupported.js';
 import { DOCUMENT } from './harness.js';
 
@@ -23,6 +24,7 @@ const APIS: [path: string, schema: string, refused: Readonly<Record<string, Refu
   ['/v1/chat/completions', 'ChatCompletionRequest', REFUSED],
   ['/v1/completions', 'CompletionRequest', { ...REFUSED, ...REFUSED_TEXT }],
   ['/v1/messages', 'MessagesRequest', REFUSED_MESSAGES],
+  ['/v1/responses', 'ResponsesRequest', REFUSED_RESPONSES],
 ];
 
 function fieldsOf(schema: string, refused: Readonly<Record<string, Refusal>>): Field[] {

@@ -6,6 +6,7 @@ import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { FLAGS, type Flag } from '../../server/flags.js';
 import { BUDGET_DATA, BUDGET_PLOT, plotOf, tableOf, type BudgetData } from '../bench/budget-plot.js';
+import { tableOf as votesTableOf, VOTE_DATA, type VoteData, type VoteTask } from '../bench/vote-table.js';
 import { Reference, maxDifference } from '../helpers/reference.js';
 import { Server, rodin } from './server.js';
 
@@ -32,6 +33,15 @@ test("README's table of budgets and its picture are the measured ones; no budget
   const numAnswers = data.points.reduce((sum, { total }) => sum + total, 0);
   assert.ok(README.includes(`In all ${numAnswers.toLocaleString('en')} answers`));
   assert.ok(data.points.every(({ broken, empty }) => broken === 0 && empty === 0));
+});
+
+test("README's table of votes is the measured one: more right than one chain, for less than all chains' tokens", () => {
+  const data = JSON.parse(readFileSync(VOTE_DATA, 'utf8')) as VoteData;
+  assert.ok(README.includes(`\n${votesTableOf(data)}\n`));
+  const tasks = Object.values(data.tasks);
+  const sum = (field: keyof VoteTask): number => tasks.reduce((total, task) => total + task[field], 0);
+  assert.ok(sum('rightVotes') > sum('rightChains') / data.n);
+  assert.ok(data.tokens.voting < data.tokens.alone);
 });
 
 test("README's commands are the package's", () => {

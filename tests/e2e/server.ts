@@ -76,7 +76,8 @@ export class Server {
   }
 
   static start(...args: string[]): Promise<Server> {
-    return Server.startWith('--device', TEST_DEVICE, '--cache-memory', `${CACHE_MEMORY_MIB}MiB`, ...args);
+    const cache = ['--cache-memory', `${CACHE_MEMORY_MIB}MiB`];
+    return Server.startWith('--device', TEST_DEVICE, '--deterministic', ...cache, ...args);
   }
 
   /** No device and no cache of the tests' own. */

@@ -13,6 +13,7 @@ const client = new EngineClient({
     cacheMemory: null,
     gpuMemoryUtilization: null,
     kvCacheDtype: 'auto',
+    deterministic: true,
     maxModelLen: null,
     maxStepTokens: 32,
     maxNumSeqs: 16,

@@ -21,6 +21,7 @@ export const ENGINE_CONFIG: EngineConfig = {
   cacheMemory: 64 * 2 ** 20,
   gpuMemoryUtilization: null,
   kvCacheDtype: 'auto',
+  deterministic: true,
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 32,

@@ -20,6 +20,7 @@ const OPTIONS: RunnerOptions = {
   numBlocks: 16,
   gpuMemoryUtilization: 0,
   kvCacheDtype: 'auto',
+  deterministic: true,
   maxStepTokens: 32,
   maxNumSeqs: 4,
   loadMtp: true,

@@ -47,23 +47,27 @@ struct SpeedCase {
   Dtype dtype;
   int64_t tokens;
   double min_gb_per_s, min_tflops;
+  bool is_deterministic = true;
 };
 
 void time_linear(const SpeedCase& c) {
   CudaRandom random{1};
-  const std::unique_ptr<Ops> gpu = make_gpu();
+  const std::unique_ptr<Ops> gpu = make_gpu("auto", c.is_deterministic);
   const auto host = random_weight(random, c.rows, c.cols, c.dtype);
   const int64_t bytes = c.rows * c.cols * dtype_bytes(c.dtype);
   const int64_t copies = std::max<int64_t>(2, (int64_t{160} << 20) / bytes);
   std::vector<Weight> weights(static_cast<size_t>(copies), host->view);
   for (Weight& weight : weights) gpu->place(weight);
-  gpu->reserve(test_limits(small_mla()));
+  OpsLimits limits = test_limits(small_mla());
+  limits.max_step_tokens = std::max<int64_t>(512, c.tokens);
+  gpu->reserve(limits);
   const DeviceMatrix x(*gpu, small_inputs(c.tokens * c.cols), c.tokens, c.cols, Dtype::kBF16);
   const DeviceMatrix out(*gpu, c.tokens, c.rows, Dtype::kBF16);
   const double seconds =
       seconds_of(*gpu, [&](int round) { gpu->linear(x, weights[static_cast<size_t>(round % copies)], out); });
-  report("linear " + std::to_string(c.rows) + "x" + std::to_string(c.cols) +
-             (c.dtype == Dtype::kBF16 ? " bf16" : " fp8") + ", " + std::to_string(c.tokens) + " tokens",
+  report((c.is_deterministic ? "linear " : "quantised linear ") + std::to_string(c.rows) + "x" +
+             std::to_string(c.cols) + (c.dtype == Dtype::kBF16 ? " bf16" : " fp8") + ", " +
+             std::to_string(c.tokens) + " tokens",
          seconds, static_cast<double>(bytes + 2 * c.tokens * (c.rows + c.cols)),
          2.0 * static_cast<double>(c.rows * c.cols * c.tokens), c.min_gb_per_s, c.min_tflops);
 }
@@ -86,15 +90,35 @@ const bool linear_speed = [] {
   add(24576, 1536, fp8, {{1, 1450, 0}, {8, 1400, 0}, {16, 1250, 0}, {32, 600, 0}, {64, 0, 65}, {128, 0, 70}});
   add(2112, 7168, fp8, {{1, 700, 0}, {8, 700, 0}, {32, 430, 0}});
   add(7168, 16384, fp8, {{1, 1600, 0}, {8, 1500, 0}, {16, 950, 0}, {32, 850, 0}, {128, 0, 65}});
-  add(3648, 2048, fp8, {{1, 450, 0}, {8, 450, 0}, {32, 400, 0}, {128, 0, 25}});
+  add(3648, 2048, fp8, {{1, 450, 0}, {8, 450, 0}, {32, 400, 0}, {64, 0, 0}, {128, 0, 25}, {256, 0, 0}});
   add(65536, 2048, bf16, {{1, 1900, 0}, {8, 1900, 0}, {32, 1600, 0}, {64, 1300, 0}});
   add(4096, 7168, fp8, {{512, 0, 115}, {4096, 0, 120}});
   return true;
 }();
 
-const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
+const bool quantized_speed = [] {
+  struct Floor {
+    int64_t rows, cols, tokens;
+    double tflops;
+  };
+  for (const auto& [rows, cols, tokens, tflops] :
+       {Floor{7168, 16384, 4096, 0}, Floor{4096, 7168, 4096, 0}, Floor{4096, 7168, 1024, 0},
+        Floor{2112, 7168, 4096, 0}, Floor{24576, 1536, 4096, 0}, Floor{2048, 2048, 1024, 0},
+        Floor{3648, 2048, 1024, 0}, Floor{4096, 7168, 128, 0}, Floor{24576, 1536, 64, 0},
+        Floor{24576, 1536, 128, 0}, Floor{3648, 2048, 128, 0}, Floor{3648, 2048, 64, 0},
+        Floor{3648, 2048, 256, 0}}) {
+    add_cuda_test("speed of quantised linear " + std::to_string(rows) + "x" + std::to_string(cols) + ", " +
+                      std::to_string(tokens),
+                  [=] {
+                    time_linear({rows, cols, Dtype::kF8E4M3, tokens, 0, tflops, false});
+                  });
+  }
+  return true;
+}();
+
+void time_moe(bool is_deterministic, const std::vector<std::array<double, 3>>& floors) {
   CudaRandom random{1};
-  const std::unique_ptr<Ops> gpu = make_gpu();
+  const std::unique_ptr<Ops> gpu = make_gpu("auto", is_deterministic);
   const int64_t hidden = 2048, size = 1408, experts = 64, k = 6, most = 2048;
   const auto up = random_weight(random, size, hidden, Dtype::kF8E4M3);
   const auto down = random_weight(random, hidden, size, Dtype::kF8E4M3);
@@ -119,8 +143,6 @@ const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
   gpu->reserve(limits);
   const DeviceMatrix ids(*gpu, most, k, Dtype::kI32);
   const DeviceMatrix weights(*gpu, most, k, Dtype::kF32);
-  const std::vector<std::array<double, 3>> floors = {  // tokens, GB/s, TFLOP/s
-      {1, 600, 0}, {8, 1200, 0}, {32, 1400, 0}, {128, 900, 0}, {512, 0, 60}, {2048, 0, 85}};
   for (const auto& [token_count, min_gb_per_s, min_tflops] : floors) {
     const auto tokens = static_cast<int64_t>(token_count);
     // Eight sets of inputs, so that a few tokens' experts do not stay in the cache.
@@ -137,15 +159,24 @@ const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
     });
     const double hit = 64.0 * (1 - std::pow(1 - 6.0 / 64, static_cast<double>(tokens)));
     const double expert_bytes = 3.0 * static_cast<double>(size * hidden);
-    report("moe, " + std::to_string(tokens) + " tokens", seconds, expert_bytes * (hit + 2),
-           2.0 * expert_bytes * static_cast<double>(tokens * (k + 2)), min_gb_per_s, min_tflops);
+    report((is_deterministic ? "moe, " : "quantised moe, ") + std::to_string(tokens) + " tokens", seconds,
+           expert_bytes * (hit + 2), 2.0 * expert_bytes * static_cast<double>(tokens * (k + 2)), min_gb_per_s,
+           min_tflops);
   }
+}
+
+// Tokens, GB/s, TFLOP/s.
+const bool moe_speed = add_cuda_test("speed of a Moonlight MoE layer", [] {
+  time_moe(true, {{1, 600, 0}, {8, 1200, 0}, {32, 1400, 0}, {128, 900, 0}, {512, 0, 60}, {2048, 0, 85}});
+});
+const bool quantized_moe_speed = add_cuda_test("speed of a quantised Moonlight MoE layer", [] {
+  time_moe(false, {{64, 0, 0}, {128, 0, 0}, {512, 0, 0}, {1024, 0, 0}, {2048, 0, 0}});
 });
 
 void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_gb_per_s,
-                    double min_tflops) {
+                    double min_tflops, bool is_deterministic = true) {
   CudaRandom random{1};
-  const std::unique_ptr<Ops> gpu = make_gpu();
+  const std::unique_ptr<Ops> gpu = make_gpu("auto", is_deterministic);
   MlaWeights mla;
   mla.shape = {heads, 128, 64, 128, 512, 0.07f, true};
   std::vector<std::unique_ptr<HostWeight>> hosts;
@@ -203,10 +234,12 @@ void time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len
   const DeviceMatrix out(*gpu, tokens, heads * 128, Dtype::kBF16);
   const double seconds = seconds_of(*gpu, [&](int) { gpu->mla_attention(q, mla, index, {cache}, out); });
   const double keys = static_cast<double>(q_len) * static_cast<double>(context - q_len / 2);
-  report("attention, " + std::to_string(heads) + " heads, " + std::to_string(batch) + " x " +
-             std::to_string(q_len) + " of " + std::to_string(context),
+  // The naive form's operations where it is taken.
+  report((is_deterministic ? "attention, " : "naive attention, ") + std::to_string(heads) + " heads, " +
+             std::to_string(batch) + " x " + std::to_string(q_len) + " of " + std::to_string(context),
          seconds, static_cast<double>(batch * context * 1152) + static_cast<double>(heads) * 256 * 512,
-         2.0 * static_cast<double>(batch * heads) * keys * 1088, min_gb_per_s, min_tflops);
+         2.0 * static_cast<double>(batch * heads) * keys * (is_deterministic ? 1088 : 320), min_gb_per_s,
+         min_tflops);
 }
 
 const bool attention_speed = [] {
@@ -225,6 +258,15 @@ const bool attention_speed = [] {
   add(128, 32, 4096, 1, 0, 50);
   add(16, 1, 2048, 2048, 0, 30);
   add(128, 1, 2048, 1024, 0, 38);
+  const auto add_naive = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_tflops) {
+    add_cuda_test("speed of naive attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
+                      std::to_string(q_len) + " of " + std::to_string(context),
+                  [=] { time_attention(heads, batch, context, q_len, 0, min_tflops, false); });
+  };
+  add_naive(16, 1, 1024, 1024, 0);
+  add_naive(16, 1, 2048, 2048, 0);
+  add_naive(16, 1, 8192, 8192, 0);
+  add_naive(128, 1, 4096, 2048, 0);
   return true;
 }();
 

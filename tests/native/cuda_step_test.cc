@@ -157,12 +157,14 @@ class StepRig {
  public:
   static constexpr int64_t kBlock = 64;
 
-  StepRig(const ModelSpec& spec, int64_t max_batch, int64_t max_context)
-      : spec_(spec), synthetic_(spec), gpu_(make_gpu()) {
+  StepRig(const ModelSpec& spec, int64_t max_batch, int64_t max_context, bool is_deterministic = true,
+          int64_t max_step_tokens = 0)
+      : spec_(spec), synthetic_(spec), gpu_(make_gpu("auto", is_deterministic)) {
     const auto start = std::chrono::steady_clock::now();
     place_weights(synthetic_.weights, *gpu_, spec_);
     OpsLimits limits;
-    limits.max_step_tokens = max_batch;
+    max_step_tokens = std::max(max_step_tokens, max_batch);
+    limits.max_step_tokens = max_step_tokens;
     limits.max_num_seqs = max_batch;
     limits.max_logit_rows = max_batch;
     limits.num_blocks = max_batch * ((max_context + kBlock - 1) / kBlock);
@@ -179,7 +181,7 @@ class StepRig {
     gpu_->reserve(limits);
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     std::printf("%.1f GB placed in %.2f s\n", static_cast<double>(synthetic_.bytes) / 1e9, elapsed.count());
-    forward_ = std::make_unique<Forward>(spec_, synthetic_.weights, *gpu_, max_batch, max_batch);
+    forward_ = std::make_unique<Forward>(spec_, synthetic_.weights, *gpu_, max_step_tokens, max_batch);
     cache_ = std::make_unique<LatentCache>(*gpu_, spec.num_hidden_layers, limits.num_blocks, kBlock,
                                            spec.kv_lora_rank + spec.qk_rope_head_dim);
     CudaRandom random{8};
@@ -208,6 +210,19 @@ class StepRig {
       index_.end_sequence();
       rows_.push_back(static_cast<int32_t>(s));
     }
+  }
+  // A prompt of which one row gets logits.
+  void begin_prompt(int64_t length, uint32_t seed) {
+    CudaRandom random{seed};
+    index_.clear();
+    step_.block_table.clear();
+    for (int64_t b = 0; b * kBlock < length; ++b) step_.block_table.push_back(static_cast<int32_t>(b));
+    step_.block_table_start = {0, static_cast<int32_t>(step_.block_table.size())};
+    for (int32_t position = 0; position < length; ++position) {
+      index_.add_row(static_cast<int32_t>(random.below(spec_.vocab_size)), position, position, position);
+    }
+    index_.end_sequence();
+    rows_ = {static_cast<int32_t>(length - 1)};
   }
   const float* run() {
     const StepIndex index = gpu_->begin_step(index_.view(step_, kBlock, 0), 0);
@@ -267,6 +282,23 @@ const bool step_speed = add_cuda_test("speed of a Moonlight step", [] {
   CHECK(is_fast);
 });
 
+const bool prompt_speed = add_cuda_test("speed of a Moonlight prompt", [] {
+  StepRig rig(moonlight(27), 1, 8192, false, 8192);
+  for (const int64_t length : {256, 512, 1024, 2048, 8192}) {
+    double best = 1e9;
+    for (int round = 0; round < 8; ++round) {
+      rig.begin_prompt(length, static_cast<uint32_t>(round + 1));
+      const auto start = std::chrono::steady_clock::now();
+      rig.wait(rig.run());
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      best = std::min(best, elapsed.count());
+    }
+    std::printf("moonlight, a prompt of %4d tokens: %7.2f ms, %.0f tokens/s\n", static_cast<int>(length),
+                best * 1e3, static_cast<double>(length) / best);
+    std::fflush(stdout);
+  }
+});
+
 // Small enough to be looked at kernel by kernel.
 const bool small_steps = [] {
   for (const int64_t batch : {1, 8, 32, 128}) {
@@ -278,6 +310,12 @@ const bool small_steps = [] {
   }
   return true;
 }();
+
+const bool small_prompt = add_cuda_test("prompt of three layers", [] {
+  StepRig rig(moonlight(3), 1, 1024, false, 1024);
+  rig.begin_prompt(1024, 1);
+  for (const float logit : rig.logits(1)) CHECK(std::isfinite(logit));
+});
 
 const bool recorded_bits = add_cuda_test("step: a recorded step gives the bits of the first", [] {
   StepRig rig(moonlight(2), 36, 700);

@@ -230,8 +230,9 @@ inline void check_same_bits(const std::vector<uint8_t>& a, const std::vector<uin
 constexpr double kBf16Tolerance = 4e-3;  // outputs rounded to bf16
 constexpr double kF32Tolerance = 2e-5;   // float32 sums
 
-inline std::unique_ptr<Ops> make_gpu(const std::string& kv_cache_dtype = "auto") {
-  return make_ops({"cuda:0", "auto", "auto", 1, kv_cache_dtype});
+inline std::unique_ptr<Ops> make_gpu(const std::string& kv_cache_dtype = "auto",
+                                     bool is_deterministic = true) {
+  return make_ops({"cuda:0", "auto", "auto", 1, kv_cache_dtype, is_deterministic});
 }
 
 // Limits that fit every test here.

@@ -27,6 +27,7 @@ const CONFIG: Omit<EngineConfig, 'model'> = {
   cacheMemory: 16 * 2 ** 20,
   gpuMemoryUtilization: null,
   kvCacheDtype: 'auto',
+  deterministic: true,
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 64,

@@ -32,6 +32,7 @@ const CONFIG: EngineConfig = {
   cacheMemory: 64 * 2 ** 20,
   gpuMemoryUtilization: null,
   kvCacheDtype: 'auto',
+  deterministic: true,
   maxModelLen: null,
   maxStepTokens: 256,
   maxNumSeqs: 64,

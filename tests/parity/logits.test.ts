@@ -25,7 +25,14 @@ async function logitsOf(
   try {
     const files = { prompts: join(folder, 'in.jsonl'), out: join(folder, 'out.jsonl') };
     writeFileSync(files.prompts, prompts.map((ids) => `${JSON.stringify({ ids })}\n`).join(''));
-    const defaults = { device: TEST_DEVICE, compute: 'auto' as const, threads: null, last: 16, draft: false };
+    const defaults = {
+      device: TEST_DEVICE,
+      compute: 'auto' as const,
+      threads: null,
+      last: 16,
+      draft: false,
+      deterministic: false,
+    };
     const numPrompts = await runLogits({ ...defaults, ...files, ...options });
     assert.equal(numPrompts, prompts.length);
     return readFileSync(files.out, 'utf8')

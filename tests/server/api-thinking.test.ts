@@ -68,6 +68,7 @@ test('every spelling of thinking comes to the same', async () => {
   assert.deepEqual((await ask({ thinking_budget: 3 })).thinking, {
     budget: 3,
     endIds: [6],
+    extendIds: prompts.tokenizer.encodeText('\nWait, let me check that again.\n'),
     minAnswerTokens: 510,
     loopTokens: 256,
   });

@@ -22,6 +22,7 @@ function makeClient(model: string, options: Partial<EngineClientOptions> = {}): 
     cacheMemory: null,
     gpuMemoryUtilization: null,
     kvCacheDtype: 'auto' as const,
+    deterministic: false,
     maxModelLen: null,
     maxStepTokens: 32,
     maxNumSeqs: 16,

@@ -167,7 +167,7 @@ test('the engine process tells what it caches, and that all is lost when it dies
     config: {
       ...{ model: 'works', device: 'cpu', compute: 'auto', cpuPath: 'auto', numThreads: 1, blockSize: 4 },
       ...{ cacheMemory: null, maxModelLen: null, maxStepTokens: 32, maxNumSeqs: 16, maxQueue: 100 },
-      ...{ speculativeTokens: 0, gpuMemoryUtilization: null, kvCacheDtype: 'auto' },
+      ...{ speculativeTokens: 0, gpuMemoryUtilization: null, kvCacheDtype: 'auto', deterministic: false },
       hasCacheEvents: true,
     },
     onCacheEvents: (events) => heard.push(...events),

@@ -51,13 +51,28 @@ void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights&
         float* rope_part = q.row<float>(t) + head * shape.qk_dim() + shape.nope_dim;
         apply_rope(rope_part, angles, shape.rope_dim, shape.rope_interleave);
       }
-      if (index.slots[t] < 0) continue;
-      float* latent = kv.row<float>(t);
-      kernels_.rms_norm(latent, mla.kv_a_norm, eps, shape.lora_rank, latent);
-      apply_rope(latent + shape.lora_rank, angles, shape.rope_dim, shape.rope_interleave);
-      kernels_.to_cache(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[t]));
+      store_latent(t, kv, mla, eps, angles, index, cache);
     }
   });
+}
+
+void CpuOps::mla_store(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                       const StepIndex& index, const CacheLayer& cache) {
+  for_parts(index.num_tokens, 2 * mla.shape.latent_dim(), [&](int64_t first, int64_t end, Worker&) {
+    for (int64_t t = first; t < end; ++t) {
+      store_latent(t, kv, mla, eps, rope_table.row<float>(t), index, cache);
+    }
+  });
+}
+
+void CpuOps::store_latent(int64_t token, const Tensor& kv, const MlaWeights& mla, float eps,
+                          const float* angles, const StepIndex& index, const CacheLayer& cache) const {
+  if (index.slots[token] < 0) return;
+  const MlaShape& shape = mla.shape;
+  float* latent = kv.row<float>(token);
+  kernels_.rms_norm(latent, mla.kv_a_norm, eps, shape.lora_rank, latent);
+  apply_rope(latent + shape.lora_rank, angles, shape.rope_dim, shape.rope_interleave);
+  kernels_.to_cache(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[token]));
 }
 
 void CpuOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
@@ -130,27 +145,47 @@ void CpuOps::absorb_packed(const Weight& key, const MlaShape& shape, int64_t cou
   kernels_.linear(args);
 }
 
-// Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk.
-void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, Worker& worker,
-                         float* const* out, float* max, float* sum) const {
-  const MlaShape& shape = at.mla.shape;
+// The cache rows of a tile of keys of one token of the chunk; a key before the first or after the last that
+// it attends to stands for the nearest that it does.
+CpuOps::KeyTile CpuOps::key_tile(const Attention& at, int64_t token, int64_t tile) {
+  const StepIndex& index = at.index;
   const int64_t t = at.first_token + token;
-  const int64_t seq = at.index.seq_of_token[t];
   const int64_t begin = tile * kKeyTile;
+  KeyTile result;
+  result.first = std::max<int64_t>(index.first_position - begin, 0);
+  result.end = std::min<int64_t>(kKeyTile, index.cache_positions[t] + 1 - begin);
+  const int32_t* blocks = index.block_table + index.block_table_start[index.seq_of_token[t]];
+  int64_t block = (begin + result.first) / index.block_size;
+  int64_t offset = (begin + result.first) % index.block_size;
+  for (int64_t j = result.first; j < result.end; ++j, ++offset) {
+    if (offset == index.block_size) {
+      offset = 0;
+      ++block;
+    }
+    result.keys[j] = at.cache.latents.row<uint16_t>(blocks[block] * index.block_size + offset);
+  }
+  std::fill(result.keys, result.keys + result.first, result.keys[result.first]);
+  std::fill(result.keys + result.end, result.keys + kKeyTile, result.keys[result.end - 1]);
+  return result;
+}
+
+// Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk; `next` is a
+// tile that is wanted soon, or null.
+void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile,
+                         const KeyTile* next, Worker& worker, float* const* out, float* max,
+                         float* sum) const {
+  const MlaShape& shape = at.mla.shape;
   const float* queries[kQueryTile];  // [kQueryTile]
-  const uint16_t* keys[kKeyTile];    // [kKeyTile]
   AttendArgs args;
   args.num_rows = at.heads_in_tile(head);
   for (int64_t i = 0; i < args.num_rows; ++i) {
     queries[i] = query_latents_ + at.row(token, head + i) * shape.latent_dim();
   }
-  args.first = std::max<int64_t>(at.index.first_position - begin, 0);
-  args.end = std::min<int64_t>(kKeyTile, at.index.cache_positions[t] + 1 - begin);
-  for (int64_t j = args.first; j < args.end; ++j) {
-    keys[j] = at.cache.latents.row<uint16_t>(slot_of(at.index, seq, begin + j));
-  }
   args.q = queries;
-  args.keys = keys;
+  args.keys = tile.keys;
+  args.first = tile.first;
+  args.end = tile.end;
+  args.next_keys = next ? next->keys : nullptr;
   args.latent_dim = shape.latent_dim();
   args.lora_rank = shape.lora_rank;
   args.scratch = worker.queries_bf16;
@@ -162,7 +197,8 @@ void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, int64
 
 void CpuOps::attend_rows_in_order(const Attention& at) {
   const int64_t rank = at.mla.shape.lora_rank;
-  pool_.parallel_for(at.num_tokens * at.tiles_per_token(), [&](int64_t task, int worker_id) {
+  const int64_t num_tasks = at.num_tokens * at.tiles_per_token();
+  pool_.parallel_for(num_tasks, [&](int64_t task, int worker_id) {
     Worker& worker = workers_[static_cast<size_t>(worker_id)];
     const int64_t token = task / at.tiles_per_token();
     const int64_t head = task % at.tiles_per_token() * kQueryTile;
@@ -175,9 +211,23 @@ void CpuOps::attend_rows_in_order(const Attention& at) {
       out[i] = value_latents_ + (row + i) * rank;
       part[i] = worker.part + i * rank;
     }
-    attend_tile(at, token, head, 0, worker, out, softmax_max_ + row, softmax_sum_ + row);
-    for (int64_t tile = 1; tile < at.num_key_tiles(token); ++tile) {
-      attend_tile(at, token, head, tile, worker, part, part_max, part_sum);
+    // What this worker is likely to take next.
+    const int64_t next_token = (task + pool_.num_threads()) / at.tiles_per_token();
+    const bool is_last = next_token >= at.num_tokens;
+    KeyTile tiles[2];  // [2] the one in hand, the one after it
+    tiles[0] = key_tile(at, token, 0);
+    for (int64_t tile = 0; tile < at.num_key_tiles(token); ++tile) {
+      const bool is_end = tile + 1 == at.num_key_tiles(token);
+      const KeyTile& keys = tiles[tile % 2];
+      KeyTile& next = tiles[(tile + 1) % 2];
+      if (!is_end) next = key_tile(at, token, tile + 1);
+      if (is_end && !is_last) next = key_tile(at, next_token, 0);
+      const KeyTile* ahead = is_end && is_last ? nullptr : &next;
+      if (tile == 0) {
+        attend_tile(at, token, head, keys, ahead, worker, out, softmax_max_ + row, softmax_sum_ + row);
+        continue;
+      }
+      attend_tile(at, token, head, keys, ahead, worker, part, part_max, part_sum);
       for (int64_t i = 0; i < at.heads_in_tile(head); ++i) {
         kernels_.combine(out[i], softmax_max_ + row + i, softmax_sum_ + row + i, part[i], part_max[i],
                          part_sum[i], rank);
@@ -204,7 +254,8 @@ void CpuOps::attend_split(const Attention& at) {
       const int64_t part = tile * num_rows + at.row(token, head);
       float* out[kQueryTile];  // [kQueryTile]
       for (int64_t i = 0; i < kQueryTile; ++i) out[i] = parts_ + (part + i) * rank;
-      attend_tile(at, token, head, first + tile, worker, out, parts_max_ + part, parts_sum_ + part);
+      attend_tile(at, token, head, key_tile(at, token, first + tile), nullptr, worker, out, parts_max_ + part,
+                  parts_sum_ + part);
     });
     for_parts(num_rows, tiles * rank, [&](int64_t first_row, int64_t end_row, Worker&) {
       for (int64_t row = first_row; row < end_row; ++row) {

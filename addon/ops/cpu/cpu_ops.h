@@ -44,6 +44,9 @@ class CpuOps final : public HostOps {
   void gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& out) override;
   void mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                       const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
+  bool has_mla_store() const override { return true; }
+  void mla_store(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                 const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
   bool has_gqa() const override { return true; }
@@ -105,14 +108,23 @@ class CpuOps final : public HostOps {
   // Points x_rows_ at the rows of x, and x_bf16_ at those rounded to bf16 where this path takes them.
   void take_inputs(const Tensor& x);
 
+  void store_latent(int64_t token, const Tensor& kv, const MlaWeights& mla, float eps, const float* angles,
+                    const StepIndex& index, const CacheLayer& cache) const;  // [rope_dim]
   struct Attention;  // one chunk of tokens of one mla_attention call
   void absorb_queries(const Attention& at);
   void absorb_packed(const Weight& key, const MlaShape& shape, int64_t count, Worker& worker) const;
   void attend_rows_in_order(const Attention& at);
   void attend_split(const Attention& at);
   void apply_values(const Attention& at);
-  void attend_tile(const Attention& at, int64_t token, int64_t head, int64_t tile, Worker& worker,
-                   float* const* out, float* max, float* sum) const;
+  // Keys of a tile at absolute positions that a token attends to: first .. end - 1 of it.
+  struct KeyTile {
+    const uint16_t* keys[kKeyTile];  // [kKeyTile] cache rows
+    int64_t first;
+    int64_t end;
+  };
+  static KeyTile key_tile(const Attention& at, int64_t token, int64_t tile);
+  void attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile, const KeyTile* next,
+                   Worker& worker, float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
   const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,

@@ -55,10 +55,13 @@ struct AbsorbArgs {
 struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
   int64_t num_rows = 0;             // 1 .. kQueryTile
-  const uint16_t* const* keys =
-      nullptr;  // [kKeyTile] cache rows of [latent_dim]; only first .. end - 1 are read
+  // Cache rows of [latent_dim]; one outside first .. end - 1 stands for a row inside, and its weight becomes
+  // 0.
+  const uint16_t* const* keys = nullptr;  // [kKeyTile]
   int64_t first = 0;
   int64_t end = 0;
+  // Rows that are attended to soon, brought near meanwhile; null: none.
+  const uint16_t* const* next_keys = nullptr;  // [kKeyTile] cache rows of [latent_dim]
   int64_t latent_dim = 0;
   int64_t lora_rank = 0;
   uint16_t* scratch = nullptr;  // [kQueryTile, latent_dim rounded up to 32] working memory

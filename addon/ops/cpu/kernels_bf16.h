@@ -76,9 +76,10 @@ inline __m512bh pair_of(const uint16_t* x) {
 }
 
 // part[p][t] += panel p . x[t] over the inputs begin .. end - 1, in rising order; both are multiples of 4.
+// What lies `ahead` bytes after the panels is asked for on the way.
 template <class Read, int P, int M>
-inline void dot_panels(const Read& read, const char* const* panels, const uint16_t* const* x, int64_t begin,
-                       int64_t end, V (&part)[P][M]) {
+inline void dot_panels(const Read& read, const char* const* panels, int64_t ahead, const uint16_t* const* x,
+                       int64_t begin, int64_t end, V (&part)[P][M]) {
   constexpr bool kIsPipelined = M == 2;
   Wide next[P];  // [P] of a pipelined loop
   if constexpr (kIsPipelined) {
@@ -86,6 +87,7 @@ inline void dot_panels(const Read& read, const char* const* panels, const uint16
   }
   for (int64_t k = begin; k < end; k += kPackInputs) {
     const int64_t at = k / kPackInputs * Read::kBytes;
+    for (int p = 0; p < P; ++p) _mm_prefetch(panels[p] + at + ahead, _MM_HINT_T1);
     if constexpr (M == 1) {  // one panel after another: the inputs stay in registers
       const __m512bh first = pair_of(x[0] + k), second = pair_of(x[0] + k + 2);
       for (int p = 0; p < P; ++p) {
@@ -97,9 +99,9 @@ inline void dot_panels(const Read& read, const char* const* panels, const uint16
     }
     Wide wide[P];
     if constexpr (kIsPipelined) {  // the next weights are widened while these are multiplied
-      const int64_t ahead = k + kPackInputs < end ? at + Read::kBytes : at;
+      const int64_t following = k + kPackInputs < end ? at + Read::kBytes : at;
       for (int p = 0; p < P; ++p) wide[p] = next[p];
-      for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + ahead);
+      for (int p = 0; p < P; ++p) next[p] = read.read(panels[p] + following);
     } else {
       for (int p = 0; p < P; ++p) wide[p] = read.read(panels[p] + at);
     }
@@ -131,6 +133,13 @@ struct PackedRows {
   }
 };
 
+// How far ahead of the panels in hand memory is asked for: the next panels, or where those are long a
+// distance that a core takes some hundred nanoseconds for.
+inline int64_t bytes_ahead(int64_t all_panels_bytes) {
+  constexpr int64_t kFar = 64 * 1024, kNear = 1024;
+  return all_panels_bytes <= kFar ? all_panels_bytes : kNear;
+}
+
 // The outputs row .. row + 16 P - 1 for M tokens from `token` on. Of each output, the sum over a block of
 // inputs, times its scale, is added to those of the blocks before: the one place where this order is written
 // down.
@@ -147,6 +156,7 @@ template <class Read, bool kIsScaled, int P, int M>
   }
   const uint16_t* x[M];  // [M]
   for (int t = 0; t < M; ++t) x[t] = args.x_bf16[min_of(token + t, args.m - 1)];
+  const int64_t ahead = bytes_ahead(P * panel_bytes);
   V total[P][M];
   for (int p = 0; p < P; ++p) {
     for (int t = 0; t < M; ++t) total[p][t] = zero();
@@ -158,14 +168,15 @@ template <class Read, bool kIsScaled, int P, int M>
       for (int p = 0; p < P; ++p) {
         for (int t = 0; t < M; ++t) part[p][t] = zero();
       }
-      dot_panels<Read, P, M>(read, panels, x, begin, min_of(begin + rows.block_inputs, rows.inputs), part);
+      dot_panels<Read, P, M>(read, panels, ahead, x, begin, min_of(begin + rows.block_inputs, rows.inputs),
+                             part);
       for (int p = 0; p < P; ++p) {
         const V by = set1(scale[p][block]);
         for (int t = 0; t < M; ++t) total[p][t] = fma(by, part[p][t], total[p][t]);
       }
     }
   } else {
-    dot_panels<Read, P, M>(read, panels, x, 0, rows.inputs, total);
+    dot_panels<Read, P, M>(read, panels, ahead, x, 0, rows.inputs, total);
   }
   const int64_t end = args.row0 + args.rows;
   const float* bias = args.weight->bias;

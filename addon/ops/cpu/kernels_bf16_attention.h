@@ -18,9 +18,10 @@ inline __m512i load_bf16_row(const uint16_t* p, int64_t left) {
   return left >= kPairLanes ? _mm512_loadu_si512(p) : load_part_bf16(p, left);
 }
 
-// sums[i * R + r] = lane sums of keys[i] . q[r]
+// sums[i * R + r] = lane sums of keys[i] . q[r]; the rows next[i] are asked for on the way.
 template <int K, int R>
-inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* q, int64_t dim, V* sums) {
+inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* next, const uint16_t* const* q,
+                     int64_t dim, V* sums) {
   V part[K][R];
   for (int i = 0; i < K; ++i) {
     for (int r = 0; r < R; ++r) part[i][r] = zero();
@@ -29,6 +30,7 @@ inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* q, int6
   for (; k + kPairLanes <= dim; k += kPairLanes) {
     __m512bh query[R];
     for (int r = 0; r < R; ++r) query[r] = (__m512bh)_mm512_load_si512(q[r] + k);
+    for (int i = 0; i < K; ++i) _mm_prefetch(reinterpret_cast<const char*>(next[i] + k), _MM_HINT_T1);
     for (int i = 0; i < K; ++i) {
       const auto key = (__m512bh)_mm512_loadu_si512(keys[i] + k);
       for (int r = 0; r < R; ++r) part[i][r] = _mm512_dpbf16_ps(part[i][r], key, query[r]);
@@ -98,14 +100,10 @@ inline void attend_rows_bf16(const AttendArgs& args) {
     q[r] = rounded;
     out[r] = args.out[row];
   }
-  // A key outside first .. end - 1 stands for one inside; its weight becomes 0.
-  const uint16_t* keys[kKeyTile];  // [kKeyTile]
-  for (int64_t j = 0; j < kKeyTile; ++j) {
-    keys[j] = args.keys[j < args.first ? args.first : min_of(j, args.end - 1)];
-  }
+  const uint16_t* const* keys = args.keys;
   for (int64_t j = args.first / kKeys * kKeys; j < args.end; j += kKeys) {
     V sums[kAccumulators];
-    dot_keys<kKeys, R>(keys + j, q, args.latent_dim, sums);
+    dot_keys<kKeys, R>(keys + j, (args.next_keys ? args.next_keys : keys) + j, q, args.latent_dim, sums);
     float results[kAccumulators];  // [kKeys, R]
     reduce(sums, results);
     for (int i = 0; i < kKeys; ++i) {
