@@ -299,7 +299,8 @@ void check_fixture(const Checkpoint& checkpoint, double max_kl, bool is_determin
   if (!is_deterministic) max_kl = mean_of(max_kls);
   std::printf("%s: mean KL %.2e\n", checkpoint.folder.c_str(), mean_of(kls));
   CHECK(mean_of(kls) <= max_kl);
-  if (draft_kls.empty()) return;
+  // Nothing says what a draft from quantised inputs would be.
+  if (draft_kls.empty() || !is_deterministic) return;
   // A routing flip in the one MoE layer of a random MTP module changes a row altogether (in float32 too, when
   // the cache alone is bf16), so the mean says little.
   std::nth_element(draft_kls.begin(), draft_kls.begin() + draft_kls.size() / 2, draft_kls.end());
