@@ -5,7 +5,8 @@
 // - Tensors are views of memory from alloc(); outputs never alias inputs unless a comment says so.
 // - Activations have activation_dtype(), the residual stream and logits are float32. Sums are float32.
 // - Batch invariance: what an op computes for a row depends on that row (and the cache rows that it attends
-//   to) alone: not on T, on the row's place in the batch, or on how a prompt was cut into chunks.
+//   to) alone: not on T, on the row's place in the batch, or on how a prompt was cut into chunks. On a GPU
+//   only with BackendOptions::is_deterministic.
 // - Ops may run asynchronously; download() and sample() return when their results are in host memory.
 // - Shapes are the caller's duty and checked cheaply; an op throws std::runtime_error with one sentence.
 #pragma once
@@ -181,6 +182,14 @@ class Ops {
   virtual void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                              const CacheLayer& cache, const Tensor& out) = 0;
 
+  // Both in one call: a device may join their parts.
+  virtual void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                                    const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                                    const Tensor& out) {
+    mla_rope_store(q, kv, mla, eps, rope_table, index, cache);
+    mla_attention(q, mla, index, cache, out);
+  }
+
   // ---- GQA: devices that have it override all three -----------------------------------------------------
   virtual bool has_gqa() const { return false; }
   // Rotates every head of q [T, A * D] and of the keys kv[:, :G * D] in place. The row kv [T, 2 * G * D],
@@ -207,6 +216,20 @@ class Ops {
   // + shared(x[t]) where there is one. x, out [T, H].
   virtual void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                    const Tensor& expert_weights, const Tensor& out) = 0;
+  // add_rms_norm, then route of its result `out`, in one call: a device may join their parts. The next
+  // likewise: moe into `delta`, which holds nothing of use afterwards, then add_rms_norm; out may be x.
+  virtual void add_rms_norm_route(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                                  const Tensor& out, const MoeWeights& moe, const Tensor& expert_ids,
+                                  const Tensor& expert_weights) {
+    add_rms_norm(residual, delta, weight, eps, out);
+    route(out, moe, expert_ids, expert_weights);
+  }
+  virtual void moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
+                                const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
+                                const float* weight, float eps, const Tensor& out) {
+    moe(x, weights, expert_ids, expert_weights, delta);
+    add_rms_norm(residual, delta, weight, eps, out);
+  }
 
   // ---- sampling -----------------------------------------------------------------------------------------
   // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.

@@ -45,7 +45,7 @@ export async function readResponseRequest(
   };
   const names = namesOf(body);
   const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, { isPrefillOnly: !generates }));
-  chat.engineRequest.requestId = newId('resp');
+  chat.id = chat.engineRequest.requestId = newId('resp');
   chat.formatParam = renamed(chat.formatParam, names);
   return { chat, body, input, isStored: body.store !== false, isInBackground: body.background === true };
 }

@@ -42,7 +42,7 @@ for (const isTold of [true, false]) {
       signal: controller.signal,
     });
     const reader = response.body!.getReader();
-    const first = Buffer.from((await reader.read()).value!).toString();
+    const first = Buffer.from((await reader.read()).value).toString();
     const [, lastId, id] = /id: (([^:]+):\d+)/.exec(first)!;
     const answer = await fetch(`${url}/v1/chat/completions/${id}/control`, {
       method: 'POST',

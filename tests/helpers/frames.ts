@@ -20,7 +20,7 @@ export class Frames {
   readonly all: any[] = [];
   /** code and reason of its end */
   readonly closed: Promise<{ code: number; reason: string }>;
-  #onFrame: () => void = () => {};
+  readonly #waiting = new Set<() => void>();
 
   private constructor(socket: Ws) {
     this.socket = socket;
@@ -30,7 +30,7 @@ export class Frames {
     socket.on('error', () => {});
     socket.on('message', (data: Buffer) => {
       this.all.push(JSON.parse(data.toString()));
-      this.#onFrame();
+      for (const wake of [...this.#waiting]) wake();
     });
   }
 
@@ -63,11 +63,15 @@ export class Frames {
       const found = this.all.find(is);
       if (found) return found;
       await new Promise<void>((resolve, reject) => {
-        const timer = setTimeout(() => reject(new Error(`no such frame among ${JSON.stringify(this.all)}`)), 20_000);
-        this.#onFrame = () => {
+        const shown = (): string =>
+          JSON.stringify(this.all.map(({ type, stream_id: lane }) => [type, lane]).slice(-20));
+        const timer = setTimeout(() => reject(new Error(`no such frame; the last ones are ${shown()}`)), 20_000);
+        const wake = (): void => {
           clearTimeout(timer);
+          this.#waiting.delete(wake);
           resolve();
         };
+        this.#waiting.add(wake);
       });
     }
   }
