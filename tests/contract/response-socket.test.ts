@@ -169,6 +169,23 @@ test('frames that cannot be answered get an error frame, and the connection live
     assert.deepEqual([loading.error.code, loading.status], ['model_loading', 503]);
   }));
 
+test('requests that wait may take so many bytes together', () =>
+  withSocket({ args: ['--max-body-size', '4000B'] }, async (client, harness) => {
+    harness.engine.script = function* () {
+      yield new Promise<void>(() => {});
+    };
+    const big = {
+      ...INPUT,
+      metadata: Object.fromEntries(Array.from({ length: 7 }, (_, i) => [`${i}`, 'x'.repeat(500)])),
+    };
+    for (let i = 0; i < 6; i++) client.create({ ...big, stream_id: 'a' });
+    const { error, status } = await client.error();
+    assert.deepEqual([status, error.code, error.param], [429, 'queue_full', null]);
+    client.create({ ...INPUT, stream_id: 'b' });
+    await client.until(({ stream_id, type }) => stream_id === 'b' && type === 'response.in_progress');
+    assert.deepEqual(harness.engine.requests.length, 2);
+  }));
+
 test('a frame far beyond the limit closes the connection', () =>
   withSocket({ args: ['--max-body-size', '2000B'] }, async (client) => {
     client.create({ input: 'x'.repeat(5000) });
