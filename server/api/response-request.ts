@@ -1,5 +1,5 @@
 import { ApiError } from '../errors.js';
-import { readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
+import { cacheSaltOf, readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
 import { renamed, withNames, type FieldName } from './field-names.js';
@@ -62,7 +62,7 @@ export async function countInputTokens(
   return withNames(namesOf(body), async () => {
     const wish = readThinking(conversation);
     checkThinking(wish, conversation, context);
-    return (await readConversation(conversation, wish, unlimited)).ids.length;
+    return (await readConversation(conversation, wish, unlimited, cacheSaltOf(tenant, null))).ids.length;
   });
 }
 

@@ -96,6 +96,14 @@ export type ThinkingControl = { kind: 'end' } | { kind: 'extend'; numTokens: num
  */
 export type ControlMark = { kind: 'end'; at: number } | { kind: 'extend'; at: number; untilReasoning: number };
 
+/** What the next request of a conversation will begin with, to be computed when nothing else is. */
+export interface PrewarmRequest {
+  promptIds: number[]; // [num_prompt]
+  cacheSalt: string;
+  /** tokens of a sequence that nobody will go on from: what it has cached beyond the prompt's beginning is given up */
+  supersededIds: number[]; // [num_superseded]
+}
+
 export interface ThinkingLimits {
   /** most reasoning tokens; when reached, `endIds` are forced, after the first sampled token at the earliest. Infinity: none */
   budget: number;
@@ -162,6 +170,8 @@ export interface EngineStats {
   numPreemptions: number;
   promptTokens: number;
   generationTokens: number;
+  /** prompt tokens computed in idle time */
+  prewarmedTokens: number;
   prefixCacheQueries: number;
   prefixCacheHits: number;
   /** verify rounds: times that drafts of a sequence were verified */
@@ -202,6 +212,8 @@ export interface EngineHandle {
    * to one that reasons no more, is finished or unknown.
    */
   control(requestId: string, control: ThinkingControl): void;
+  /** Has a prompt computed in idle time; does nothing where the engine is not ready or has too much of that to do. */
+  prewarm(prewarm: PrewarmRequest): void;
   /** where a request without a first event stands, as last heard; null where nothing is known of it */
   progress(requestId: string): RequestProgress | null;
   state(): EngineState;

@@ -65,7 +65,7 @@ export async function startEngine(
       `--max-model-len is ${maxModelLen}; the checkpoint has ${spec.maxPositionEmbeddings} positions (max_position_embeddings).`,
     );
   }
-  const { device, note } = chooseDevice(addon, config.device, spec, compute);
+  const { device, note } = chooseDevice(addon, config.device, compute);
   const drafts = draftPolicy(config.speculativeTokens, spec);
   const loadMtp = drafts.isOn;
   const cache = planCache(addon, config, { spec, device, loadMtp });
