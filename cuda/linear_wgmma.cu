@@ -111,7 +111,7 @@ __device__ __forceinline__ void bring(const WgmmaParams& p, Ring ring) {
         const int which = kGated ? box : unit.io;
         maps[box] = p.map_table[0] ? p.map_table[kGated ? box : 0] + unit.expert : p.maps + which;
         rows[box] = unit.row0 + 64 * (kGated ? pass : box);
-        if (p.map_table[0]) map_fence(maps[box]);
+        if (p.map_table[0] && pass == 0) map_fence(maps[box]);
       }
       for (int block = 0; block < num_blocks; ++block) {
         barrier_wait(ring.empty(), ring.parity ^ 1);

@@ -21,7 +21,8 @@ export interface ServeConfig {
   /** null: one per core */
   readonly threads: number | null;
   readonly maxNumSeqs: number;
-  readonly maxStepTokens: number;
+  /** null: what suits the device */
+  readonly maxStepTokens: number | null;
   /** null: what fits into free memory and is of use */
   readonly cacheMemory: number | null;
   /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
@@ -215,7 +216,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     compute: values['compute'] as ServeConfig['compute'],
     threads: values['threads'] as number | null,
     maxNumSeqs: values['max-num-seqs'] as number,
-    maxStepTokens: values['max-step-tokens'] as number,
+    maxStepTokens: values['max-step-tokens'] as number | null,
     cacheMemory: values['cache-memory'] as number | null,
     gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
@@ -249,7 +250,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
         .map((name) => `the environment variable ${name} is none of rodin's; 'rodin serve --help' lists them`),
     ),
   };
-  if (config.maxStepTokens < config.maxNumSeqs) {
+  if (config.maxStepTokens !== null && config.maxStepTokens < config.maxNumSeqs) {
     throw new StartupError(
       `--max-step-tokens (${config.maxStepTokens}) must be at least --max-num-seqs (${config.maxNumSeqs}): ` +
         `each sequence needs a token in every step.`,

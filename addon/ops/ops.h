@@ -5,7 +5,8 @@
 // - Tensors are views of memory from alloc(); outputs never alias inputs unless a comment says so.
 // - Activations have activation_dtype(), the residual stream and logits are float32. Sums are float32.
 // - Batch invariance: what an op computes for a row depends on that row (and the cache rows that it attends
-//   to) alone: not on T, on the row's place in the batch, or on how a prompt was cut into chunks.
+//   to) alone: not on T, on the row's place in the batch, or on how a prompt was cut into chunks. On a GPU
+//   only with BackendOptions::is_deterministic.
 // - Ops may run asynchronously; download() and sample() return when their results are in host memory.
 // - Shapes are the caller's duty and checked cheaply; an op throws std::runtime_error with one sentence.
 #pragma once

@@ -299,7 +299,8 @@ void check_fixture(const Checkpoint& checkpoint, double max_kl, bool is_determin
   if (!is_deterministic) max_kl = mean_of(max_kls);
   std::printf("%s: mean KL %.2e\n", checkpoint.folder.c_str(), mean_of(kls));
   CHECK(mean_of(kls) <= max_kl);
-  if (draft_kls.empty()) return;
+  // Nothing says what a draft from quantised inputs would be.
+  if (draft_kls.empty() || !is_deterministic) return;
   // A routing flip in the one MoE layer of a random MTP module changes a row altogether (in float32 too, when
   // the cache alone is bf16), so the mean says little.
   std::nth_element(draft_kls.begin(), draft_kls.begin() + draft_kls.size() / 2, draft_kls.end());
@@ -400,7 +401,8 @@ void check_greedy(bool is_deterministic) {
   for (const std::vector<int32_t>& own : ids) prompt.push_back(static_cast<int64_t>(own.size()));
   CHECK_EQ(ids.size(), size_t{48});
   const std::unique_ptr<Runner> runner = load(pocket_r1(), "cuda:0", "auto", "auto", is_deterministic);
-  // Prompts in chunks of 48 within steps of 512 tokens, decoding beside them.
+  // Prompts in chunks within steps of 512 tokens, decoding beside them.
+  const int64_t chunk = is_deterministic ? 48 : 100;
   StepResult result;
   for (;;) {
     std::vector<Part> parts;
@@ -408,7 +410,7 @@ void check_greedy(bool is_deterministic) {
     for (size_t s = 0; s < ids.size(); ++s) {
       const auto length = static_cast<int64_t>(ids[s].size());
       if (ids[s].back() == 1 || length >= prompt[s] + 256) continue;
-      const int64_t end = std::min({length, done[s] + 48, done[s] + budget});
+      const int64_t end = std::min({length, done[s] + chunk, done[s] + budget});
       if (end == done[s]) continue;
       parts.push_back({static_cast<int64_t>(s), &ids[s], done[s], end, end == length});
       budget -= end - done[s];
