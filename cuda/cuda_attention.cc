@@ -11,10 +11,21 @@ namespace {
 constexpr int64_t kPartialBudget = int64_t{256} << 20;  // bytes of the splits' results
 constexpr int64_t kLatentBudget = int64_t{128} << 20;   // bytes of one latent per token and head
 
+bool is_aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
+}
+
 }  // namespace
 
 void CudaOps::reserve_attention() {
   const MlaShape& shape = limits_.mla;
+  if (limits_.gqa.num_heads > 0) {  // needs no workspace
+    check(limits_.gqa.head_dim <= kGqaMaxHeadDim, "attention heads of ", limits_.gqa.head_dim,
+          " are longer than the ", kGqaMaxHeadDim, " that the GPU takes; use --device cpu");
+    check(cache_dtype_ == Dtype::kBF16,
+          "an FP8 cache takes multi-head latent attention alone; use --kv-cache-dtype bf16");
+    return;
+  }
   const int64_t max_context = std::max<int64_t>(
       limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size, 1);
   // Of one token. Up to 8192 positions there are at most 8 splits, behind them more at every 1024.
@@ -35,32 +46,62 @@ void CudaOps::reserve_attention() {
   partial_ml_ = workspace<float>(partial_rows_ * 2);
 }
 
+RopeStoreParams CudaOps::rope_store_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla,
+                                           float eps, const Tensor& rope_table, const StepIndex& index,
+                                           const CacheLayer& cache) const {
+  const MlaShape& shape = mla.shape;
+  return {.q = q.data,
+          .q_stride = q.stride,
+          .kv = kv.data,
+          .kv_stride = kv.stride,
+          .norm_weight = mla.kv_a_norm,
+          .eps = eps,
+          .rope_table = rope_table.row<float>(0),
+          .rope_stride = rope_table.stride,
+          .slots = index.slots,
+          .cache = cache.latents.data,
+          .cache_stride = cache.latents.stride,
+          .num_tokens = static_cast<int32_t>(index.num_tokens),
+          .num_heads = static_cast<int32_t>(shape.num_heads),
+          .nope_dim = static_cast<int32_t>(shape.nope_dim),
+          .rope_dim = static_cast<int32_t>(shape.rope_dim),
+          .lora_rank = static_cast<int32_t>(shape.lora_rank),
+          .is_interleaved = shape.rope_interleave,
+          .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3};
+}
+
 void CudaOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                              const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) {
-  const MlaShape& shape = mla.shape;
-  run_rope_store({.q = q.data,
-                  .q_stride = q.stride,
-                  .kv = kv.data,
-                  .kv_stride = kv.stride,
-                  .norm_weight = mla.kv_a_norm,
-                  .eps = eps,
-                  .rope_table = rope_table.row<float>(0),
-                  .rope_stride = rope_table.stride,
-                  .slots = index.slots,
-                  .cache = cache.latents.data,
-                  .cache_stride = cache.latents.stride,
-                  .num_tokens = static_cast<int32_t>(index.num_tokens),
-                  .num_heads = static_cast<int32_t>(shape.num_heads),
-                  .nope_dim = static_cast<int32_t>(shape.nope_dim),
-                  .rope_dim = static_cast<int32_t>(shape.rope_dim),
-                  .lora_rank = static_cast<int32_t>(shape.lora_rank),
-                  .is_interleaved = shape.rope_interleave,
-                  .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3},
-                 stream_);
+  run_rope_store(rope_store_params(q, kv, mla, eps, rope_table, index, cache), stream_);
+}
+
+void CudaOps::mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                                   const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                                   const Tensor& out) {
+  const MlaEnterParams enter = {.rope = rope_store_params(q, kv, mla, eps, rope_table, index, cache),
+                                .w_uk = static_cast<const PlacedMla*>(mla.packed)->w_uk,
+                                .q_latent = q_latent_,
+                                .q_latent_stride = latent_stride_,
+                                .is_q_aligned = is_aligned(q) && mla.shape.qk_dim() % 8 == 0};
+  // One launch where the step is a single chunk.
+  const std::vector<MlaChunk>& chunks = step_of(index).plan.chunks;
+  const bool is_entered =
+      is_mla_enter(enter) && chunks.size() == 1 && chunks[0].num_tokens == index.num_tokens;
+  if (is_entered) {
+    run_mla_enter(enter, stream_);
+  } else {
+    run_rope_store(enter.rope, stream_);
+  }
+  attend(q, mla, index, cache, out, is_entered);
 }
 
 void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                             const CacheLayer& cache, const Tensor& out) {
+  attend(q, mla, index, cache, out, false);
+}
+
+void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out, bool has_q_latent) {
   const MlaShape& shape = mla.shape;
   const Step& step = step_of(index);
   const PlacedMla& placed = *static_cast<const PlacedMla*>(mla.packed);
@@ -80,7 +121,7 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
     absorb.x_batch = shape.qk_dim();
     absorb.out_batch = latent_stride_;
     absorb.is_x_aligned = absorb.is_x_aligned && shape.qk_dim() % 8 == 0;
-    run_linear(absorb, stream_);
+    if (!has_q_latent) run_linear(absorb, stream_);
 
     const MlaParams params = {.q_latent = q_latent_,
                               .q_latent_stride = latent_stride_,
@@ -111,10 +152,21 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
                               .out = out_latent_,
                               .out_stride = latent_stride_};
     run_mla_attention(params, stream_);
+    const Tensor chunk_out = out.slice_rows(chunk.first_token, chunk.num_tokens);
+    const MlaLeaveParams leave = {.mla = params,
+                                  .w_uv = view_of(mla.kv_b),
+                                  .weight_batch = shape.nope_dim + shape.v_dim,
+                                  .weight_offset = shape.nope_dim,
+                                  .v_dim = static_cast<int32_t>(shape.v_dim),
+                                  .out = chunk_out.data,
+                                  .out_stride = chunk_out.stride};
+    if (is_mla_leave(leave)) {
+      run_mla_leave(leave, stream_);
+      continue;
+    }
     run_mla_combine(params, stream_);
 
-    LinearParams values =
-        linear_params(out_latent, out.slice_rows(chunk.first_token, chunk.num_tokens), view_of(mla.kv_b));
+    LinearParams values = linear_params(out_latent, chunk_out, view_of(mla.kv_b));
     values.num_batches = num_heads;
     values.batch_rows = static_cast<int32_t>(shape.v_dim);
     values.max_rows = values.batch_rows;

@@ -106,6 +106,25 @@ void CudaOps::reserve_moe() {
   moe_plan_.order = workspace<int32_t>(moe_tokens_ * k);
   moe_plan_.tiles = workspace<MoeTile>(moe_tokens_ * k + moe_tokens_);
   moe_plan_.num_tiles = workspace<int32_t>(1);
+  gate_done_ = workspace<uint32_t>(kGateFewTokens);
+  RODIN_CUDA(cudaMemsetAsync(gate_done_, 0, kGateFewTokens * sizeof(uint32_t), stream_));
+}
+
+RouteKernelParams CudaOps::route_params(int64_t num_tokens, const MoeWeights& moe, const Tensor& expert_ids,
+                                        const Tensor& expert_weights) {
+  // One token's experts need no sorting: the router makes its plan.
+  const bool is_planned = num_tokens == 1;
+  planned_ids_ = is_planned ? expert_ids.row<int32_t>(0) : nullptr;
+  return {.logits = router_logits_,
+          .correction_bias = moe.correction_bias,
+          .expert_ids = expert_ids.row<int32_t>(0),
+          .ids_stride = expert_ids.stride,
+          .expert_weights = expert_weights.row<float>(0),
+          .weights_stride = expert_weights.stride,
+          .num_tokens = static_cast<int32_t>(num_tokens),
+          .route = moe.route,
+          .plan = is_planned ? moe_plan_ : MoePlan{},
+          .has_shared = moe.has_shared() && static_cast<const PlacedMoe*>(moe.packed)->is_shared_grouped};
 }
 
 void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
@@ -113,33 +132,54 @@ void CudaOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert
   if (x.rows == 0) return;
   const int64_t num_experts = moe.route.num_experts;
   linear(x, moe.router, {router_logits_, Dtype::kF32, x.rows, num_experts, num_experts});
-  // One token's experts need no sorting: the router makes its plan.
-  const bool is_planned = x.rows == 1;
-  planned_ids_ = is_planned ? expert_ids.row<int32_t>(0) : nullptr;
-  run_route({.logits = router_logits_,
-             .correction_bias = moe.correction_bias,
-             .expert_ids = expert_ids.row<int32_t>(0),
-             .ids_stride = expert_ids.stride,
-             .expert_weights = expert_weights.row<float>(0),
-             .weights_stride = expert_weights.stride,
-             .num_tokens = static_cast<int32_t>(x.rows),
-             .route = moe.route,
-             .plan = is_planned ? moe_plan_ : MoePlan{},
-             .has_shared = moe.has_shared() && static_cast<const PlacedMoe*>(moe.packed)->is_shared_grouped},
-            stream_);
+  run_route(route_params(x.rows, moe, expert_ids, expert_weights), stream_);
+}
+
+void CudaOps::add_rms_norm_route(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                                 const Tensor& out, const MoeWeights& moe, const Tensor& expert_ids,
+                                 const Tensor& expert_weights) {
+  if (out.rows == 0) return;
+  const MoeGateParams gate = {.norm = norm_params(residual, &delta, weight, eps, out),
+                              .router = view_of(moe.router),
+                              .route = route_params(out.rows, moe, expert_ids, expert_weights),
+                              .logits = router_logits_,
+                              .done = gate_done_};
+  if (is_moe_gate(gate)) return run_moe_gate(gate, stream_);
+  Ops::add_rms_norm_route(residual, delta, weight, eps, out, moe, expert_ids, expert_weights);
 }
 
 void CudaOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                   const Tensor& expert_weights, const Tensor& out) {
   for (int64_t first = 0; first < x.rows; first += moe_tokens_) {
     const int64_t count = std::min(moe_tokens_, x.rows - first);
-    moe_chunk(x.slice_rows(first, count), moe, expert_ids.slice_rows(first, count),
-              expert_weights.slice_rows(first, count), out.slice_rows(first, count));
+    run_moe_combine(moe_chunk(x.slice_rows(first, count), moe, expert_ids.slice_rows(first, count),
+                              expert_weights.slice_rows(first, count), out.slice_rows(first, count)),
+                    stream_);
   }
 }
 
-void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
-                        const Tensor& expert_weights, const Tensor& out) {
+void CudaOps::moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
+                               const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
+                               const float* weight, float eps, const Tensor& out) {
+  for (int64_t first = 0; first < x.rows; first += moe_tokens_) {
+    const int64_t count = std::min(moe_tokens_, x.rows - first);
+    const Tensor chunk_delta = delta.slice_rows(first, count);
+    const MoeNormParams params = {
+        .combine = moe_chunk(x.slice_rows(first, count), weights, expert_ids.slice_rows(first, count),
+                             expert_weights.slice_rows(first, count), chunk_delta),
+        .norm = norm_params(residual.slice_rows(first, count), nullptr, weight, eps,
+                            out.slice_rows(first, count))};
+    if (is_moe_norm(params)) {
+      run_moe_norm(params, stream_);
+    } else {
+      run_moe_combine(params.combine, stream_);
+      add_rms_norm(residual.slice_rows(first, count), chunk_delta, weight, eps, out.slice_rows(first, count));
+    }
+  }
+}
+
+MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                                    const Tensor& expert_weights, const Tensor& out) {
   const PlacedMoe& placed = *static_cast<const PlacedMoe*>(moe.packed);
   const auto k = static_cast<int32_t>(moe.route.experts_per_token);
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
@@ -148,7 +188,7 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   if (placed.gate_maps != nullptr && x.rows >= kMinQuantizedTokens) {
     planned_ids_ = nullptr;
     run_quantized_moe(x, moe, expert_ids);
-    return combine_moe(x, moe, expert_weights, out);
+    return combine_params(x, moe, expert_weights, out);
   }
   const auto tokens_each =
       static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
@@ -188,7 +228,7 @@ void CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& ex
   run_linear(down, stream_);
 
   if (moe.has_shared() && !is_shared_grouped) run_shared(x, moe);
-  combine_moe(x, moe, expert_weights, out);
+  return combine_params(x, moe, expert_weights, out);
 }
 
 // A shared expert that does not run with the routed ones.
@@ -198,19 +238,18 @@ void CudaOps::run_shared(const Tensor& x, const MoeWeights& moe) {
   linear(mid, moe.shared.down, shared_out_.slice_rows(0, x.rows));
 }
 
-void CudaOps::combine_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights,
-                          const Tensor& out) {
-  run_moe_combine({.routed = expert_out_.data,
-                   .shared = moe.has_shared() ? shared_out_.data : nullptr,
-                   .stride = expert_out_.stride,
-                   .expert_weights = expert_weights.row<float>(0),
-                   .weights_stride = expert_weights.stride,
-                   .out = out.data,
-                   .out_stride = out.stride,
-                   .num_tokens = static_cast<int32_t>(x.rows),
-                   .cols = static_cast<int32_t>(out.cols),
-                   .experts_per_token = static_cast<int32_t>(moe.route.experts_per_token)},
-                  stream_);
+MoeCombineParams CudaOps::combine_params(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights,
+                                         const Tensor& out) const {
+  return {.routed = expert_out_.data,
+          .shared = moe.has_shared() ? shared_out_.data : nullptr,
+          .stride = expert_out_.stride,
+          .expert_weights = expert_weights.row<float>(0),
+          .weights_stride = expert_weights.stride,
+          .out = out.data,
+          .out_stride = out.stride,
+          .num_tokens = static_cast<int32_t>(x.rows),
+          .cols = static_cast<int32_t>(out.cols),
+          .experts_per_token = static_cast<int32_t>(moe.route.experts_per_token)};
 }
 
 }  // namespace rodin::cuda

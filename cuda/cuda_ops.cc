@@ -199,8 +199,10 @@ StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   check(host.num_tokens <= limits_.max_step_tokens, "a step of ", host.num_tokens,
         " tokens is larger than the ", limits_.max_step_tokens, " reserved");
   Step& step = steps_[which];
-  step.prefill.fill(host, kMinPrefillTokens, prefill_keys_);
-  step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_, step.prefill.is_prefill);
+  if (limits_.mla.num_heads > 0) {
+    step.prefill.fill(host, kMinPrefillTokens, prefill_keys_);
+    step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_, step.prefill.is_prefill);
+  }
   const int64_t tokens = host.num_tokens, seqs = host.num_seqs;
   const int64_t num_tiles = static_cast<int64_t>(step.plan.tiles.size());
   const auto num_prefill_tiles = static_cast<int64_t>(step.prefill.tiles.size());
@@ -267,33 +269,28 @@ void CudaOps::embed(const Weight& table, const StepIndex& index, const Tensor& o
             stream_);
 }
 
+NormParams CudaOps::norm_params(const Tensor& x, const Tensor* delta, const float* weight, float eps,
+                                const Tensor& out) const {
+  return {.x = x.data,
+          .x_dtype = x.dtype,
+          .x_stride = x.stride,
+          .delta = delta ? delta->data : nullptr,
+          .delta_stride = delta ? delta->stride : 0,
+          .weight = weight,
+          .eps = eps,
+          .out = out.data,
+          .out_stride = out.stride,
+          .num_rows = static_cast<int32_t>(out.rows),
+          .cols = static_cast<int32_t>(x.cols)};
+}
+
 void CudaOps::rms_norm(const Tensor& x, const float* weight, float eps, const Tensor& out) {
-  run_rms_norm({.x = x.data,
-                .x_dtype = x.dtype,
-                .x_stride = x.stride,
-                .weight = weight,
-                .eps = eps,
-                .out = out.data,
-                .out_stride = out.stride,
-                .num_rows = static_cast<int32_t>(out.rows),
-                .cols = static_cast<int32_t>(x.cols)},
-               stream_);
+  run_rms_norm(norm_params(x, nullptr, weight, eps, out), stream_);
 }
 
 void CudaOps::add_rms_norm(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
                            const Tensor& out) {
-  run_rms_norm({.x = residual.data,
-                .x_dtype = Dtype::kF32,
-                .x_stride = residual.stride,
-                .delta = delta.data,
-                .delta_stride = delta.stride,
-                .weight = weight,
-                .eps = eps,
-                .out = out.data,
-                .out_stride = out.stride,
-                .num_rows = static_cast<int32_t>(out.rows),
-                .cols = static_cast<int32_t>(residual.cols)},
-               stream_);
+  run_rms_norm(norm_params(residual, &delta, weight, eps, out), stream_);
 }
 
 void CudaOps::gather_rows(const Tensor& from, const int32_t* rows, const Tensor& to) {

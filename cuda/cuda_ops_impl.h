@@ -1,7 +1,7 @@
 // CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and
 // upload(). Activations and the latent cache are bf16, sums float32. The class fills params structs; the
 // arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
-// cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_sample.cc: sampling.
+// cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_gqa.cc: GQA; cuda_sample.cc: sampling.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -82,10 +82,24 @@ class CudaOps final : public Ops {
                       const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache) override;
   void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out) override;
+  void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                            const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                            const Tensor& out) override;
+  bool has_gqa() const override { return true; }
+  void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache) override;
+  void gqa_attention(const Tensor& q, const GqaShape& shape, const StepIndex& index, const CacheLayer& cache,
+                     const Tensor& out) override;
   void route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
              const Tensor& expert_weights) override;
   void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids, const Tensor& expert_weights,
            const Tensor& out) override;
+  void add_rms_norm_route(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                          const Tensor& out, const MoeWeights& moe, const Tensor& expert_ids,
+                          const Tensor& expert_weights) override;
+  void moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
+                        const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
+                        const float* weight, float eps, const Tensor& out) override;
   void sample(const SampleArgs& args) override;
 
  private:
@@ -124,6 +138,14 @@ class CudaOps final : public Ops {
   template <class T>
   const T* upload_table(const std::vector<T>& table);
 
+  RopeStoreParams rope_store_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                                    const Tensor& rope_table, const StepIndex& index,
+                                    const CacheLayer& cache) const;
+  // has_q_latent: q_latent_ holds q_nope W_UK of the only chunk.
+  void attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
+              const Tensor& out, bool has_q_latent);
+  GqaParams gqa_params(const Tensor& q, const GqaShape& shape, const StepIndex& index,
+                       const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
   // Whether a layer of so many tokens takes the kernels that quantise them.
@@ -145,10 +167,17 @@ class CudaOps final : public Ops {
   void prefill_attention(const Tensor& q, const MlaWeights& mla, const Step& step, const CacheLayer& cache,
                          const Tensor& out);
   void reserve_sample();
-  void moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
-                 const Tensor& expert_weights, const Tensor& out);
+  // delta: null where nothing is added.
+  NormParams norm_params(const Tensor& x, const Tensor* delta, const float* weight, float eps,
+                         const Tensor& out) const;
+  RouteKernelParams route_params(int64_t num_tokens, const MoeWeights& moe, const Tensor& expert_ids,
+                                 const Tensor& expert_weights);
+  // Runs the experts of at most moe_tokens_ tokens; what is returned adds their results up into `out`.
+  MoeCombineParams moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
+                             const Tensor& expert_weights, const Tensor& out);
   void run_shared(const Tensor& x, const MoeWeights& moe);
-  void combine_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights, const Tensor& out);
+  MoeCombineParams combine_params(const Tensor& x, const MoeWeights& moe, const Tensor& expert_weights,
+                                  const Tensor& out) const;
   // The host-side rest of sample(): rows that ask for more likeliest tokens than the GPU selects.
   void select_on_host(const SampleArgs& args, int64_t row, double lse);
   template <class T>
@@ -185,6 +214,7 @@ class CudaOps final : public Ops {
   MoePlan moe_plan_;
   const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
   float* router_logits_ = nullptr;        // [max_step_tokens, E]
+  uint32_t* gate_done_ = nullptr;         // [kGateFewTokens] 0 between launches
   Tensor expert_mid_;                     // [moe_tokens * k, Im]
   Tensor shared_mid_;                     // [moe_tokens, Is]
   Tensor expert_out_;                     // [moe_tokens * k, H]

@@ -115,6 +115,8 @@ struct NormParams {
   int32_t cols = 0;      // N
 };
 void run_rms_norm(const NormParams& params, cudaStream_t stream);
+// Whether rows stay in registers: their parts are aligned and they are short enough.
+bool is_norm_in_registers(const NormParams& params);
 
 // ---- embed.cu -------------------------------------------------------------------------------------------
 
@@ -273,6 +275,66 @@ void run_mla_attention(const MlaParams& params, cudaStream_t stream);
 void run_mla_combine(const MlaParams& params, cudaStream_t stream);
 void prepare_mla();
 
+// ---- mla_heads.cu: few tokens -----------------------------------------------------------------------------
+
+constexpr int kMlaFewTokens = 8;
+
+// rope_store and q_latent = q_nope W_UK in one launch.
+struct MlaEnterParams {
+  RopeStoreParams rope;
+  WeightView w_uk;           // [A * lora_rank, nope_dim]
+  void* q_latent = nullptr;  // bf16 [T, A, q_latent_stride]
+  int64_t q_latent_stride = 0;
+  bool is_q_aligned = false;  // every head of q begins at a multiple of 16 bytes
+};
+// Whether the kernel takes these; the same for the next.
+bool is_mla_enter(const MlaEnterParams& params);
+void run_mla_enter(const MlaEnterParams& params, cudaStream_t stream);
+
+// mla_combine and out = latents W_UV in one launch.
+struct MlaLeaveParams {
+  MlaParams mla;
+  WeightView w_uv;  // kv_b: v_dim rows of head h from h * weight_batch + weight_offset on
+  int64_t weight_batch = 0;
+  int64_t weight_offset = 0;
+  int32_t v_dim = 0;
+  void* out = nullptr;  // bf16 [chunk tokens, out_stride]
+  int64_t out_stride = 0;
+};
+bool is_mla_leave(const MlaLeaveParams& params);
+void run_mla_leave(const MlaLeaveParams& params, cudaStream_t stream);
+
+// ---- gqa.cu ---------------------------------------------------------------------------------------------
+
+constexpr int kGqaMaxHeadDim = 256;
+
+struct GqaParams {
+  void* q = nullptr;  // bf16 [T, A * D]; run_gqa_store rotates it
+  int64_t q_stride = 0;
+  void* kv = nullptr;  // bf16 [T, 2 * G * D]; run_gqa_store alone, which rotates the keys
+  int64_t kv_stride = 0;
+  const float* rope_table = nullptr;  // [T, rope_stride]; run_gqa_store alone
+  int64_t rope_stride = 0;
+  void* cache = nullptr;  // bf16 [num_slots, cache_stride]
+  int64_t cache_stride = 0;
+  const int32_t* slots = nullptr;              // [T]
+  const int32_t* seq_of_token = nullptr;       // [T]
+  const int32_t* cache_positions = nullptr;    // [T]
+  const int32_t* block_table_start = nullptr;  // [S + 1]
+  const int32_t* block_table = nullptr;
+  int32_t num_tokens = 0;
+  int32_t num_heads = 0;     // A
+  int32_t num_kv_heads = 0;  // G
+  int32_t head_dim = 0;      // D
+  int32_t first_position = 0;
+  int32_t block_size = 0;
+  float softmax_scale = 0;
+  void* out = nullptr;  // bf16 [T, A * D]; run_gqa_attention alone
+  int64_t out_stride = 0;
+};
+void run_gqa_store(const GqaParams& params, cudaStream_t stream);
+void run_gqa_attention(const GqaParams& params, cudaStream_t stream);
+
 // ---- route.cu, moe.cu -----------------------------------------------------------------------------------
 
 struct RouteKernelParams {
@@ -288,6 +350,19 @@ struct RouteKernelParams {
   bool has_shared = false;
 };
 void run_route(const RouteKernelParams& params, cudaStream_t stream);
+
+// The norm ahead of a MoE layer, its router and run_route in one launch, for few tokens.
+constexpr int kGateFewTokens = 4;
+
+struct MoeGateParams {
+  NormParams norm;
+  WeightView router;  // [E, H] bf16
+  RouteKernelParams route;
+  float* logits = nullptr;   // [T, E] what route.logits names
+  uint32_t* done = nullptr;  // [kGateFewTokens] 0 before and after
+};
+bool is_moe_gate(const MoeGateParams& params);
+void run_moe_gate(const MoeGateParams& params, cudaStream_t stream);
 
 struct MoePlanParams {
   const int32_t* expert_ids = nullptr;  // [T, ids_stride]
@@ -316,6 +391,14 @@ struct MoeCombineParams {
   int32_t experts_per_token = 0;
 };
 void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream);
+
+// run_moe_combine and the norm behind a MoE layer in one launch; norm.delta is not used.
+struct MoeNormParams {
+  MoeCombineParams combine;  // but out
+  NormParams norm;
+};
+bool is_moe_norm(const MoeNormParams& params);
+void run_moe_norm(const MoeNormParams& params, cudaStream_t stream);
 
 // ---- sample.cu, sample_finish.cu ------------------------------------------------------------------------
 

@@ -141,6 +141,16 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
   };
 
   if constexpr (kPrefetch) load(kw);
+  const float* team_scales[MT] = {};  // [MT] KW > 1: a thread's outputs are all of one row
+  if constexpr (W::kHasScale && KW > 1) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) {
+      const WeightView& w = kGated && mt == 1 ? *work.up : *work.weight;
+      team_scales[mt] =
+          scale_row(w, work.row_offset, row0 + (kGated ? 0 : 16 * mt) + (kw * 32 + lane) % 16, work.rows);
+      if (team_scales[mt] != nullptr) touch(team_scales[mt]);
+    }
+  }
   if (!is_grouped) wait_for_predecessor();
   if constexpr (kPrefetchInputs) {
     load_x(kw, 0, next_x);
@@ -194,14 +204,6 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
     constexpr int kOutputs = (NT * 128 + kTeam - 1) / kTeam;  // 16-row tile elements of each thread
     const int member = kw * 32 + lane;
     float total[kOutputs][MT] = {};  // [kOutputs, MT]
-    const float* scales[MT] = {};    // [MT] a thread's outputs are all of one row
-    if constexpr (W::kHasScale) {
-#pragma unroll
-      for (int mt = 0; mt < MT; ++mt) {
-        const WeightView& w = kGated && mt == 1 ? *work.up : *work.weight;
-        scales[mt] = scale_row(w, work.row_offset, row0 + (kGated ? 0 : 16 * mt) + member % 16, work.rows);
-      }
-    }
     for (int base = 0, buffer = 0; base < num_blocks; base += KW, buffer ^= 1) {
       float* team = sums + ((buffer * kNarrowWarps + group * KW) * MT * NT) * kSumTile;
       {
@@ -224,7 +226,8 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
           if constexpr (W::kHasScale) {
-            scale[w][mt] = base + w < num_blocks ? scale_at(scales[mt], base + w, blocks_per_scale) : 0.0f;
+            scale[w][mt] =
+                base + w < num_blocks ? scale_at(team_scales[mt], base + w, blocks_per_scale) : 0.0f;
           } else {
             scale[w][mt] = 1.0f;
           }

@@ -17,7 +17,9 @@
 // An FP8 cache: the rows pass through a third buffer as they are and are widened to bf16, scales applied, by
 // the warp that brought them.
 //
-// mla_combine_kernel: a block for each row adds its splits in order. Split sizes: mla_split_shift.
+// mla_combine_kernel: a block for each row adds its splits in order (few tokens: mla_heads.cu does that).
+// Split sizes: mla_split_shift.
+#include "cuda/mla_combine.cuh"
 #include "cuda/mla_tile.cuh"
 
 namespace rodin::cuda {
@@ -78,13 +80,24 @@ __global__ void __launch_bounds__(32 * mla_warps(R), 1) mla_kernel(const __grid_
     }
     copy_async_commit();
   };
-  loader.find_slots(split_begin);
-  wait_for_predecessor();
-  bring(split_begin, 0);
-  loader.find_slots(split_begin + kKeys);
-  if constexpr (!kFp8) bring(split_begin + kKeys, 1);
-
+  // Keys that earlier steps wrote come before the kernel ahead has ended.
   const int first_token = p.q_start[tile.seq];
+  const int first_new = p.cache_positions[first_token];
+  const bool is_early[2] = {split_begin + kKeys <= first_new,
+                            !kFp8 && split_begin + 2 * kKeys <= first_new};  // of the first two key blocks
+  loader.find_slots(split_begin);
+  if (is_early[0]) {
+    bring(split_begin, 0);
+    loader.find_slots(split_begin + kKeys);
+    if (is_early[1]) bring(split_begin + kKeys, 1);
+  }
+  wait_for_predecessor();
+  if (!is_early[0]) {
+    bring(split_begin, 0);
+    loader.find_slots(split_begin + kKeys);
+  }
+  if (!kFp8 && !is_early[1]) bring(split_begin + kKeys, 1);
+
   load_queries<kRows, kWarps>(p, tile, first_token, shared, words, s.limit);
   __syncthreads();
   const int limits[2] = {s.limit[16 * row_tile + g], s.limit[16 * row_tile + g + 8]};
@@ -278,30 +291,13 @@ __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(const __gr
   let_successor_begin();
   wait_for_predecessor();
   const int64_t row = blockIdx.x;  // token * A + head of the chunk
-  const int position = p.cache_positions[p.first_token + row / p.num_heads];
-  const int num_splits = (position >> mla_split_shift(position)) + 1;
-  const float2* ml = reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits;  // maximum and sum
-  float max = -INFINITY;
-#pragma unroll 8
-  for (int i = 0; i < num_splits; ++i) max = fmaxf(max, ml[i].x);
-  float sum = 0;
-  float out[kMlaMaxLora / kCombineThreads] = {};
-#pragma unroll 8
-  for (int i = 0; i < num_splits; ++i) {
-    const float weight = max == -INFINITY ? 0.0f : exp2f(ml[i].x - max);
-    sum += ml[i].y * weight;
-    const float* partial = p.partial + (row * p.max_splits + i) * p.lora_rank;
-#pragma unroll
-    for (int j = 0; j < kMlaMaxLora / kCombineThreads; ++j) {
-      const int c = threadIdx.x + j * kCombineThreads;
-      if (c < p.lora_rank) out[j] += partial[c] * weight;
-    }
-  }
+  float out[kMlaMaxLora / kCombineThreads];
+  combine_splits<kCombineThreads>(p, row, p.cache_positions[p.first_token + row / p.num_heads], out);
   bf16* to = static_cast<bf16*>(p.out) + row * p.out_stride;
 #pragma unroll
   for (int j = 0; j < kMlaMaxLora / kCombineThreads; ++j) {
     const int c = threadIdx.x + j * kCombineThreads;
-    if (c < p.lora_rank) to[c] = __float2bfloat16_rn(sum > 0 ? out[j] / sum : out[j]);
+    if (c < p.lora_rank) to[c] = __float2bfloat16_rn(out[j]);
   }
 }
 

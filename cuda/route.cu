@@ -2,248 +2,24 @@
 // function, correction bias, best groups, k largest. One warp a token, the choices in shared memory; ties go
 // to the lower index throughout. Without groups everything stays in registers. Bound by latency: k rounds of
 // a warp-wide argmax over E values.
-#include <climits>
-
-#include "cuda/common.cuh"
+#include "cuda/route.cuh"
 
 namespace rodin::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr float kBanned = -INFINITY;
-
-struct Best {
-  float value;
-  int index;  // INT_MAX: none
-};
-
-__device__ __forceinline__ bool is_better(const Best& a, const Best& b) {
-  if (b.index == INT_MAX) return a.index != INT_MAX;
-  return a.index != INT_MAX && (a.value > b.value || (a.value == b.value && a.index < b.index));
-}
-
-// The largest of values[first .. first + count - 1] that is not banned and not at `skip`, the same in every
-// lane.
-__device__ __forceinline__ Best warp_best(const float* values, int first, int count, int skip) {
-  Best best = {kBanned, INT_MAX};
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const Best candidate = {values[first + i], first + i};
-    if (candidate.value != kBanned && candidate.index != skip && is_better(candidate, best)) best = candidate;
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Best other = {__shfl_xor_sync(kAllLanes, best.value, offset),
-                        __shfl_xor_sync(kAllLanes, best.index, offset)};
-    if (is_better(other, best)) best = other;
-  }
-  return best;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
-  return x;
-}
-
-// Bans every expert outside the best groups.
-__device__ void keep_best_groups(const RouteParams& route, float* choice, float* group_scores) {
-  const int lane = threadIdx.x % 32;
-  const int num_groups = static_cast<int>(route.num_groups);
-  const int group_size = static_cast<int>(route.num_experts) / num_groups;
-  for (int group = 0; group < num_groups; ++group) {
-    const Best first = warp_best(choice, group * group_size, group_size, -1);
-    float score = first.index == INT_MAX ? kBanned : first.value;
-    if (route.topk_method == TopkMethod::kNoauxTc && group_size > 1) {
-      const Best second = warp_best(choice, group * group_size, group_size, first.index);
-      score += second.index == INT_MAX ? kBanned : second.value;
-    }
-    if (lane == 0) group_scores[group] = score;
-  }
-  __syncwarp();
-  for (int kept = 0; kept < static_cast<int>(route.topk_groups); ++kept) {
-    const Best best = warp_best(group_scores, 0, num_groups, -1);
-    if (best.index == INT_MAX) break;
-    __syncwarp();
-    if (lane == 0) group_scores[best.index] = kBanned;  // kept: taken out of the running
-    __syncwarp();
-  }
-  for (int e = lane; e < static_cast<int>(route.num_experts); e += 32) {
-    if (group_scores[e / group_size] != kBanned) choice[e] = kBanned;
-  }
-  __syncwarp();
-}
-
-// The plan of a single token: a tile for each of its experts, which are all different. Slot j's part.
-__device__ __forceinline__ void plan_slot(const RouteKernelParams& p, int j, int expert) {
-  p.plan.order[j] = j;
-  p.plan.tiles[j] = {expert, j, 1, 0};
-}
-
-__device__ __forceinline__ void plan_rest(const RouteKernelParams& p) {
-  const int k = static_cast<int>(p.route.experts_per_token);
-  if (p.has_shared) p.plan.tiles[k] = {static_cast<int>(p.route.num_experts), 0, 1, 0};
-  *p.plan.num_tiles = k + (p.has_shared ? 1 : 0);
-}
-
-// Larger floats have larger keys; 0 is below all of them.
-__device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-constexpr int kMostEach = 8;  // experts of a lane
-
-// The usual case, all experts in one group and at most 256 of them: scores and choices stay in registers,
-// expert lane + 32 i in place i of a lane.
 __global__ void __launch_bounds__(32 * kWarps)
     route_ungrouped_kernel(const __grid_constant__ RouteKernelParams p) {
   let_successor_begin();
-  const RouteParams& route = p.route;
-  const int lane = threadIdx.x % 32;
-  const int num_experts = static_cast<int>(route.num_experts);
-  const int k = static_cast<int>(route.experts_per_token);
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  float score[kMostEach];   // [kMostEach]
-  uint32_t key[kMostEach];  // [kMostEach] of the choice; 0: banned
-  float bias[kMostEach];    // [kMostEach]
-#pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
-    const int e = lane + 32 * i;
-    bias[i] = p.correction_bias != nullptr && e < num_experts ? p.correction_bias[e] : 0.0f;
-  }
-  wait_for_predecessor();
-  if (token >= p.num_tokens) return;
-  const float* logits = p.logits + token * num_experts;
-  float max = kBanned;
-#pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
-    const int e = lane + 32 * i;
-    score[i] = e < num_experts ? logits[e] : kBanned;
-    max = fmaxf(max, score[i]);
-  }
-  if (route.scoring_func == ScoringFunc::kSigmoid) {
-#pragma unroll
-    for (int i = 0; i < kMostEach; ++i) score[i] = 1.0f / (1.0f + expf(-score[i]));
-  } else {
-    max = warp_max(max);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      score[i] = expf(score[i] - max);
-      if (lane + 32 * i < num_experts) sum += score[i];
-    }
-    sum = warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < kMostEach; ++i) score[i] = score[i] / sum;
-  }
-#pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
-    const float choice = p.correction_bias != nullptr ? score[i] + bias[i] : score[i];
-    key[i] = lane + 32 * i < num_experts && choice != kBanned ? key_of(choice + 0.0f) : 0;
-  }
-  float chosen_sum = 0;
-  float own_weight = 0;  // lane j: of slot j
-  for (int j = 0; j < k; ++j) {
-    uint32_t best_key = 0;
-    int best = INT_MAX;
-    float best_score = 0;
-#pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      if (key[i] > best_key) best_key = key[i], best = lane + 32 * i, best_score = score[i];
-    }
-    const uint32_t most = __reduce_max_sync(kAllLanes, best_key);
-    int chosen =
-        __reduce_min_sync(kAllLanes, best_key == most && most != 0 ? static_cast<unsigned>(best) : INT_MAX);
-    if (chosen == INT_MAX) chosen = j;  // only where scores are not finite: any distinct experts will do
-    if (lane == chosen % 32 && best != chosen) {
-      best_score = 0;
-#pragma unroll
-      for (int i = 0; i < kMostEach; ++i) {
-        if (lane + 32 * i == chosen) best_score = score[i];
-      }
-    }
-    const float value = __shfl_sync(kAllLanes, best_score, chosen % 32);
-#pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
-      if (lane + 32 * i == chosen) key[i] = 0;
-    }
-    chosen_sum += value;
-    if (lane == j % 32) own_weight = value;
-    if (lane == 0) {
-      p.expert_ids[token * p.ids_stride + j] = chosen;
-      if (p.plan.order != nullptr) plan_slot(p, j, chosen);
-    }
-    if (j % 32 == 31 || j + 1 == k) {
-      if (lane <= j % 32) p.expert_weights[token * p.weights_stride + j / 32 * 32 + lane] = own_weight;
-    }
-  }
-  if (lane == 0 && p.plan.order != nullptr) plan_rest(p);
-  __syncwarp();
-  const bool is_normalised = route.norm_topk_prob && k > 1;
-  for (int j = lane; j < k; j += 32) {
-    float& weight = p.expert_weights[token * p.weights_stride + j];
-    if (is_normalised) weight = weight / (chosen_sum + 1e-20f);
-    weight *= route.routed_scaling_factor;
-  }
+  route_ungrouped<true>(p, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32);
 }
 
 __global__ void __launch_bounds__(32 * kWarps) route_kernel(const __grid_constant__ RouteKernelParams p) {
   let_successor_begin();
   wait_for_predecessor();
-  extern __shared__ float shared[];  // [kWarps, 2 E + num_groups] scores, choice, group scores
-  const RouteParams& route = p.route;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int num_experts = static_cast<int>(route.num_experts);
-  const int k = static_cast<int>(route.experts_per_token);
-  float* scores = shared + warp * (2 * num_experts + static_cast<int>(route.num_groups));
-  float* choice = scores + num_experts;
-  float* group_scores = choice + num_experts;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (token >= p.num_tokens) return;
-  const float* logits = p.logits + token * num_experts;
-
-  float max = kBanned;
-  if (route.scoring_func == ScoringFunc::kSoftmax) {
-    for (int e = lane; e < num_experts; e += 32) max = fmaxf(max, logits[e]);
-    max = warp_max(max);
-  }
-  float sum = 0;
-  for (int e = lane; e < num_experts; e += 32) {
-    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-logits[e]))
-                                                            : expf(logits[e] - max);
-    sum += scores[e];
-  }
-  sum = warp_sum(sum);
-  for (int e = lane; e < num_experts; e += 32) {
-    if (route.scoring_func == ScoringFunc::kSoftmax) scores[e] = scores[e] / sum;
-    choice[e] = p.correction_bias ? scores[e] + p.correction_bias[e] : scores[e];
-  }
-  __syncwarp();
-  if (route.topk_method != TopkMethod::kGreedy && route.num_groups > 1)
-    keep_best_groups(route, choice, group_scores);
-
-  float chosen_sum = 0;
-  for (int j = 0; j < k; ++j) {
-    int best = warp_best(choice, 0, num_experts, -1).index;
-    if (best == INT_MAX) best = j;  // only where scores are not finite: any distinct experts will do
-    __syncwarp();
-    const float score = scores[best];
-    chosen_sum += score;
-    if (lane == 0) {
-      p.expert_ids[token * p.ids_stride + j] = best;
-      p.expert_weights[token * p.weights_stride + j] = score;
-      choice[best] = kBanned;
-      if (p.plan.order != nullptr) plan_slot(p, j, best);
-    }
-    __syncwarp();
-  }
-  if (lane == 0 && p.plan.order != nullptr) plan_rest(p);
-  const bool is_normalised = route.norm_topk_prob && k > 1;
-  for (int j = lane; j < k; j += 32) {
-    float& weight = p.expert_weights[token * p.weights_stride + j];
-    if (is_normalised) weight = weight / (chosen_sum + 1e-20f);
-    weight *= route.routed_scaling_factor;
-  }
+  extern __shared__ float shared[];  // [kWarps, route_scratch]
+  const int warp = threadIdx.x / 32;
+  route_grouped(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, shared + warp * route_scratch(p.route));
 }
 
 }  // namespace
@@ -252,12 +28,11 @@ void run_route(const RouteKernelParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
   const RouteParams& route = params.route;
   const dim3 grid(static_cast<unsigned>(ceil_div(params.num_tokens, kWarps)));
-  const bool is_grouped = route.topk_method != TopkMethod::kGreedy && route.num_groups > 1;
-  if (!is_grouped && route.num_experts <= 32 * kMostEach) {
+  if (is_route_ungrouped(route)) {
     launch_overlapped(route_ungrouped_kernel, grid, 32 * kWarps, 0, stream, params, "route_ungrouped_kernel");
     return;
   }
-  const int64_t floats = kWarps * (2 * route.num_experts + route.num_groups);
+  const int64_t floats = kWarps * route_scratch(route);
   launch_overlapped(route_kernel, grid, 32 * kWarps, static_cast<size_t>(floats) * sizeof(float), stream,
                     params, "route_kernel");
 }

@@ -6,7 +6,9 @@ import { sendError } from './api/error-handler.js';
 import { OutputFormats } from './api/output-format.js';
 import { requestIdFor } from './api/request-id.js';
 import { BackgroundResponses } from './api/response-background.js';
+import { AnswerMemory } from './api/answer-memory.js';
 import { FinishedCompletions } from './api/finished.js';
+import { Prewarm } from './api/prewarm.js';
 import { MemoryResponses, type ResponseStore } from './api/response-store.js';
 import { ResumableStreams } from './api/resumable.js';
 import { RunningStreams } from './api/running.js';
@@ -92,6 +94,7 @@ export function buildApp({
       );
     },
   });
+  const answers = new AnswerMemory();
   const modelNames = config.servedModelNames.length ? config.servedModelNames : [name];
   registerRoutes(app, {
     config,
@@ -114,6 +117,8 @@ export function buildApp({
     resumable: new ResumableStreams(config.streamResume),
     running: new RunningStreams(),
     finished: new FinishedCompletions(),
+    answers,
+    prewarm: new Prewarm(config.prewarm, engine, prompts, answers),
     responses: responses ?? new MemoryResponses(config.responseStoreSize),
     background: new BackgroundResponses(),
     sse: sse ?? { heartbeatMs: HEARTBEAT_MS, stallMs: STALL_MS },

@@ -42,6 +42,8 @@ export interface ServeConfig {
   readonly thinkingEndPhrase: string;
   readonly thinkingExtendPhrase: string;
   readonly thinkingLoopTokens: number;
+  /** what a conversation's next prompt will begin with is computed in idle time */
+  readonly prewarm: boolean;
   /** where traces go; null: there are none */
   readonly otlpTracesEndpoint: string | null;
   /** ZeroMQ address to publish cache events on; null: none are published */
@@ -120,18 +122,21 @@ export interface BenchConfig {
   readonly json: boolean;
 }
 
+const BENCH_SUBJECTS = ['step', 'ops'] as const;
+export type BenchSubject = (typeof BENCH_SUBJECTS)[number];
+
 export type Command =
   | { kind: 'print'; text: string }
   | { kind: 'serve'; config: ServeConfig }
   | { kind: 'logits'; config: LogitsConfig }
-  | { kind: 'bench'; config: BenchConfig }
+  | { kind: 'bench'; what: BenchSubject; config: BenchConfig }
   | { kind: 'doctor'; config: DoctorConfig }
   | { kind: 'build' };
 
 const COMMANDS: Record<CommandName, string> = {
   serve: 'serves a checkpoint behind an OpenAI-compatible API',
   logits: 'writes the logits of given prompts: the tool that proves parity',
-  bench: "'rodin bench step' times steps of the runner beside what the machine could do",
+  bench: "'rodin bench step' times steps of the runner, 'rodin bench ops' single ops, beside what the machine could do",
   doctor: 'says what this machine has, what Rodin sees of it, and what it would use',
   build: 'builds the native addon on this machine, where the one in the package does not load',
 };
@@ -146,10 +151,14 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
     throw new StartupError(`There is no command '${first}'; the commands are ${Object.keys(COMMANDS).join(', ')}.`);
   }
   const command = first as CommandName;
-  if (command === 'bench' && !rest.some((text) => text === '--help' || text === '-h')) {
-    const what = rest.shift();
-    if (what !== 'step') throw new StartupError(`'rodin bench' measures steps: write 'rodin bench step'.`);
-  } else if (command === 'bench' && rest[0] === 'step') rest.shift();
+  let subject: BenchSubject = 'step';
+  if (command === 'bench') {
+    const named = BENCH_SUBJECTS.find((name) => name === rest[0]);
+    if (named !== undefined) rest.shift();
+    else if (!rest.some((text) => text === '--help' || text === '-h'))
+      throw new StartupError(`'rodin bench' measures steps or ops: write 'rodin bench step' or 'rodin bench ops'.`);
+    subject = named ?? subject;
+  }
   const flags = FLAGS.filter((flag) => flag.commands.includes(command));
   const { given, isHelp, isVersion } = parseFlags(command, flags, rest);
   if (isHelp) return { kind: 'print', text: helpOf(command, flags) };
@@ -161,7 +170,7 @@ export function readCommandLine(argv: readonly string[], env: NodeJS.ProcessEnv)
     case 'logits':
       return { kind: 'logits', config: logitsConfig(values) };
     case 'bench':
-      return { kind: 'bench', config: benchConfig(values) };
+      return { kind: 'bench', what: subject, config: benchConfig(values) };
     case 'doctor':
       return { kind: 'doctor', config: doctorConfig(values) };
     case 'build':
@@ -222,6 +231,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     thinkingEndPhrase: values['thinking-end-phrase'] as string,
     thinkingExtendPhrase: values['thinking-extend-phrase'] as string,
     thinkingLoopTokens: values['thinking-loop-tokens'] as number,
+    prewarm: values['prewarm'] as boolean,
     otlpTracesEndpoint: values['otlp-traces-endpoint'] as string | null,
     kvEvents: values['kv-events'] as string | null,
     kvEventsTopic: values['kv-events-topic'] as string | null,

@@ -248,6 +248,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'reasoning that repeats itself for so many tokens is ended; 0 never ends it',
   },
   {
+    name: 'prewarm',
+    commands: SERVE,
+    default: false,
+    parse: boolean,
+    isSwitch: true,
+    help: "compute in idle time what a conversation's next prompt begins with: the answer without its reasoning",
+  },
+  {
     name: 'stream-resume',
     commands: SERVE,
     value: 'SECONDS',

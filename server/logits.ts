@@ -43,7 +43,7 @@ export async function runLogits(options: LogitsOptions, addon: NativeAddon = loa
   const runnerOptions: RunnerOptions = {
     spec,
     tensors,
-    device: chooseDevice(addon, options.device, spec, options.compute).device,
+    device: chooseDevice(addon, options.device, options.compute).device,
     compute: options.compute,
     cpuPath: options.cpuPath ?? 'auto',
     numThreads: options.threads ?? usableCores(),

@@ -3,6 +3,7 @@
 import { spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
+import { formatOpsReport, runBenchOps } from './bench/ops.js';
 import { runBenchStep } from './bench/step.js';
 import { formatReport } from './bench/table.js';
 import { packageVersion, readCommandLine } from './config.js';
@@ -27,6 +28,11 @@ async function main(): Promise<number> {
     case 'serve':
       return serve(command.config);
     case 'bench': {
+      if (command.what === 'ops') {
+        const report = runBenchOps(command.config);
+        process.stdout.write(`${command.config.json ? JSON.stringify(report) : formatOpsReport(report)}\n`);
+        return 0;
+      }
       const report = await runBenchStep(command.config, onProgress);
       progress.end();
       process.stdout.write(`${command.config.json ? JSON.stringify(report) : formatReport(report)}\n`);

@@ -153,6 +153,7 @@ export class Metrics {
     );
     counter('vllm:prompt_tokens_total', 'Prompt tokens of scheduled requests.', (stats) => stats.promptTokens);
     counter('vllm:generation_tokens_total', 'Tokens generated.', (stats) => stats.generationTokens);
+    counter('rodin:prewarmed_tokens_total', 'Prompt tokens computed in idle time.', (stats) => stats.prewarmedTokens);
     counter('vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', (stats) => stats.prefixCacheQueries);
     counter('vllm:prefix_cache_hits_total', 'Prompt tokens found.', (stats) => stats.prefixCacheHits);
     counter('vllm:num_preemptions_total', 'Sequences preempted.', (stats) => stats.numPreemptions);

@@ -73,10 +73,8 @@ void Forward::run_layers(const StepIndex& index, const std::vector<CacheLayer>& 
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool is_last = i + 1 == layers.size();
     attention(layers[i], index, cache[i], at);
-    ops_.add_rms_norm(at.residual, at.delta, layers[i].post_attention_norm, eps_, at.normed);
-    mlp(layers[i], at);
-    ops_.add_rms_norm(at.residual, at.delta, is_last ? weights_.final_norm : layers[i + 1].input_norm, eps_,
-                      is_last ? at.hidden : at.normed);
+    mlp(layers[i], is_last ? weights_.final_norm : layers[i + 1].input_norm, at,
+        is_last ? at.hidden : at.normed);
   }
 }
 
@@ -90,11 +88,15 @@ void Forward::attention(const LayerWeights& layer, const StepIndex& index, const
   }
 }
 
-void Forward::mlp(const LayerWeights& layer, const ForwardBuffers& at) {
+void Forward::mlp(const LayerWeights& layer, const float* next_norm, const ForwardBuffers& at,
+                  const Tensor& out) {
   if (layer.is_moe) {
-    run_moe(ops_, layer.moe, at.normed, at.expert_ids, at.expert_weights, at.delta);
+    run_moe(ops_, layer.moe, {layer.post_attention_norm, next_norm, eps_}, at.residual, at.delta, at.normed,
+            at.expert_ids, at.expert_weights, out);
   } else {
+    ops_.add_rms_norm(at.residual, at.delta, layer.post_attention_norm, eps_, at.normed);
     run_mlp(ops_, layer.mlp, at.normed, at.mlp, at.delta);
+    ops_.add_rms_norm(at.residual, at.delta, next_norm, eps_, out);
   }
 }
 

@@ -17,8 +17,7 @@ void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& 
   } else {
     ops.linear_pair(x, mla.q_b, at.q, mla.kv_a, at.kv);
   }
-  ops.mla_rope_store(at.q, at.kv, mla, kLatentNormEps, at.angles, index, cache);
-  ops.mla_attention(at.q, mla, index, cache, at.attention);
+  ops.mla_store_and_attend(at.q, at.kv, mla, kLatentNormEps, at.angles, index, cache, at.attention);
   ops.linear(at.attention, mla.o, out);
 }
 

@@ -2,10 +2,12 @@
 
 namespace rodin {
 
-void run_moe(Ops& ops, const MoeWeights& moe, const Tensor& x, const Tensor& expert_ids,
+void run_moe(Ops& ops, const MoeWeights& moe, const MoeNorms& norms, const Tensor& residual,
+             const Tensor& delta, const Tensor& normed, const Tensor& expert_ids,
              const Tensor& expert_weights, const Tensor& out) {
-  ops.route(x, moe, expert_ids, expert_weights);
-  ops.moe(x, moe, expert_ids, expert_weights, out);
+  ops.add_rms_norm_route(residual, delta, norms.before, norms.eps, normed, moe, expert_ids, expert_weights);
+  ops.moe_add_rms_norm(normed, moe, expert_ids, expert_weights, delta, residual, norms.behind, norms.eps,
+                       out);
 }
 
 void run_mlp(Ops& ops, const MlpWeights& mlp, const Tensor& x, const Tensor& intermediate,

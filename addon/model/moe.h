@@ -5,8 +5,17 @@
 
 namespace rodin {
 
-// x, out [T, H]; expert_ids, expert_weights [T, k] are working memory.
-void run_moe(Ops& ops, const MoeWeights& moe, const Tensor& x, const Tensor& expert_ids,
+// The norms before and behind the layer.
+struct MoeNorms {
+  const float* before;  // [H]
+  const float* behind;  // [H]
+  float eps;
+};
+
+// residual += delta; residual += the experts of its norm; out = the norm behind it. residual, out [T, H];
+// delta, normed [T, H] and expert_ids, expert_weights [T, k] are working memory; out may be normed.
+void run_moe(Ops& ops, const MoeWeights& moe, const MoeNorms& norms, const Tensor& residual,
+             const Tensor& delta, const Tensor& normed, const Tensor& expert_ids,
              const Tensor& expert_weights, const Tensor& out);
 
 // x, out [T, H]; intermediate [T, I] is working memory.

@@ -12,9 +12,7 @@ Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int3
   const MtpWeights& mtp = *weights_.mtp;
   join_mtp_input(index, hidden, hidden_rows, at);
   attention(mtp.layer, index, cache, at);
-  ops_.add_rms_norm(at.residual, at.delta, mtp.layer.post_attention_norm, eps_, at.normed);
-  mlp(mtp.layer, at);
-  ops_.add_rms_norm(at.residual, at.delta, mtp.head_norm, eps_, at.normed);
+  mlp(mtp.layer, mtp.head_norm, at, at.normed);
   return at.normed;
 }
 

@@ -22,21 +22,6 @@ MlpWeights find_mlp(TensorTable& table, const std::string& prefix, int64_t hidde
   return mlp;
 }
 
-RouteParams route_params(const ModelSpec& spec) {
-  RouteParams route;
-  route.num_experts = spec.num_routed_experts;
-  route.experts_per_token = spec.num_experts_per_token;
-  route.num_groups = spec.num_expert_groups;
-  route.topk_groups = spec.topk_groups;
-  route.scoring_func = spec.scoring_func == "softmax" ? ScoringFunc::kSoftmax : ScoringFunc::kSigmoid;
-  route.topk_method = spec.topk_method == "noaux_tc" ? TopkMethod::kNoauxTc
-                      : spec.topk_method == "greedy" ? TopkMethod::kGreedy
-                                                     : TopkMethod::kGroupLimitedGreedy;
-  route.norm_topk_prob = spec.norm_topk_prob;
-  route.routed_scaling_factor = static_cast<float>(spec.routed_scaling_factor);
-  return route;
-}
-
 MoeWeights find_moe(const ModelSpec& spec, TensorTable& table, const std::string& prefix) {
   MoeWeights moe;
   moe.route = route_params(spec);
@@ -166,6 +151,21 @@ void place_layer(LayerWeights& layer, Ops& ops, int64_t hidden, const TensorTabl
 }
 
 }  // namespace
+
+RouteParams route_params(const ModelSpec& spec) {
+  RouteParams route;
+  route.num_experts = spec.num_routed_experts;
+  route.experts_per_token = spec.num_experts_per_token;
+  route.num_groups = spec.num_expert_groups;
+  route.topk_groups = spec.topk_groups;
+  route.scoring_func = spec.scoring_func == "softmax" ? ScoringFunc::kSoftmax : ScoringFunc::kSigmoid;
+  route.topk_method = spec.topk_method == "noaux_tc" ? TopkMethod::kNoauxTc
+                      : spec.topk_method == "greedy" ? TopkMethod::kGreedy
+                                                     : TopkMethod::kGroupLimitedGreedy;
+  route.norm_topk_prob = spec.norm_topk_prob;
+  route.routed_scaling_factor = static_cast<float>(spec.routed_scaling_factor);
+  return route;
+}
 
 MlaShape mla_shape(const ModelSpec& spec) {
   MlaShape shape;

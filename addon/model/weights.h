@@ -56,6 +56,7 @@ std::vector<TensorEntry> needed_entries(const ModelSpec& spec, const std::vector
 
 // All 0 in a model with the other kind of attention.
 MlaShape mla_shape(const ModelSpec& spec);
+RouteParams route_params(const ModelSpec& spec);
 GqaShape gqa_shape(const ModelSpec& spec);
 
 // Elements of `dtype` that one position takes in one layer of the latent cache (ops.h, CacheLayer).

@@ -76,6 +76,12 @@ Napi::Value get_ceilings(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value get_op_timing(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    return from_op_timing(info.Env(), time_op(to_backend_options(info[0]), to_op_case(info[0])));
+  });
+}
+
 Napi::Value get_cpu_paths(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value { return to_string_array(info.Env(), cpu_paths()); });
 }
@@ -88,6 +94,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
               Napi::Function::New(env, get_cache_bytes_per_token, "cacheBytesPerToken"));
   exports.Set("devices", Napi::Function::New(env, get_devices, "devices"));
   exports.Set("cpuPaths", Napi::Function::New(env, get_cpu_paths, "cpuPaths"));
+  exports.Set("timeOp", Napi::Function::New(env, get_op_timing, "timeOp"));
   exports.Set("ceilings", Napi::Function::New(env, get_ceilings, "ceilings"));
   return exports;
 }

@@ -232,6 +232,35 @@ BackendOptions to_backend_options(const Napi::Value& value) {
           static_cast<int>(num_threads), fields.text("kvCacheDtype")};
 }
 
+OpCase to_op_case(const Napi::Value& value) {
+  const Fields fields(value, "options");
+  OpCase op_case;
+  const std::string op = fields.text("op"), dtype = fields.text("dtype");
+  if (op == "norm") {
+    op_case.op = BenchedOp::kNorm;
+  } else if (op == "linear") {
+    op_case.op = BenchedOp::kLinear;
+  } else if (op == "moe") {
+    op_case.op = BenchedOp::kMoe;
+  } else if (op == "attention") {
+    op_case.op = BenchedOp::kAttention;
+  } else {
+    fail_type(fields.env(), fields.path("op"), "norm, linear, moe or attention");
+  }
+  if (dtype == "F8_E4M3") {
+    op_case.dtype = Dtype::kF8E4M3;
+  } else if (dtype != "BF16") {
+    fail_type(fields.env(), fields.path("dtype"), "F8_E4M3 or BF16");
+  }
+  op_case.num_tokens = fields.count("numTokens");
+  op_case.rows = fields.count("rows");
+  op_case.cols = fields.count("cols");
+  op_case.context = fields.count("context");
+  op_case.min_seconds = fields.number("minSeconds");
+  op_case.spec = to_model_spec(fields.value("spec"));
+  return op_case;
+}
+
 StepBatch to_step_batch(const Napi::Value& value) {
   const Fields fields(value, "batch");
   StepBatch batch;
@@ -265,6 +294,16 @@ StepBatch to_step_batch(const Napi::Value& value) {
   fields.copy("logitRows", batch.logit_rows);
   fields.copy("draftLogitRows", batch.draft_logit_rows);
   return batch;
+}
+
+Napi::Object from_op_timing(Napi::Env env, const OpTiming& timing) {
+  Napi::Array micros = Napi::Array::New(env, timing.micros.size());
+  for (uint32_t i = 0; i < timing.micros.size(); ++i) micros.Set(i, timing.micros[i]);
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("micros", micros);
+  object.Set("relativeError", timing.relative_error);
+  object.Set("copies", static_cast<double>(timing.copies));
+  return object;
 }
 
 Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info) {

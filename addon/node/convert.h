@@ -5,6 +5,7 @@
 #include <napi.h>
 
 #include "backend.h"
+#include "engine/op_bench.h"
 #include "engine/runner.h"
 #include "engine/step.h"
 
@@ -26,9 +27,13 @@ CacheOptions to_cache_options(const Napi::Value& value);
 // The arguments of ceilings, a part of RunnerOptions.
 BackendOptions to_backend_options(const Napi::Value& value);
 
+// The arguments of timeOp, beside those of ceilings.
+OpCase to_op_case(const Napi::Value& value);
+
 // Copies every array.
 StepBatch to_step_batch(const Napi::Value& value);
 
+Napi::Object from_op_timing(Napi::Env env, const OpTiming& timing);
 Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info);
 Napi::Object from_step_result(Napi::Env env, const StepResult& result);
 

@@ -182,6 +182,14 @@ class Ops {
   virtual void mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                              const CacheLayer& cache, const Tensor& out) = 0;
 
+  // Both in one call: a device may join their parts.
+  virtual void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                                    const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                                    const Tensor& out) {
+    mla_rope_store(q, kv, mla, eps, rope_table, index, cache);
+    mla_attention(q, mla, index, cache, out);
+  }
+
   // ---- GQA: devices that have it override all three -----------------------------------------------------
   virtual bool has_gqa() const { return false; }
   // Rotates every head of q [T, A * D] and of the keys kv[:, :G * D] in place. The row kv [T, 2 * G * D],
@@ -208,6 +216,20 @@ class Ops {
   // + shared(x[t]) where there is one. x, out [T, H].
   virtual void moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                    const Tensor& expert_weights, const Tensor& out) = 0;
+  // add_rms_norm, then route of its result `out`, in one call: a device may join their parts. The next
+  // likewise: moe into `delta`, which holds nothing of use afterwards, then add_rms_norm; out may be x.
+  virtual void add_rms_norm_route(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                                  const Tensor& out, const MoeWeights& moe, const Tensor& expert_ids,
+                                  const Tensor& expert_weights) {
+    add_rms_norm(residual, delta, weight, eps, out);
+    route(out, moe, expert_ids, expert_weights);
+  }
+  virtual void moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
+                                const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
+                                const float* weight, float eps, const Tensor& out) {
+    moe(x, weights, expert_ids, expert_weights, delta);
+    add_rms_norm(residual, delta, weight, eps, out);
+  }
 
   // ---- sampling -----------------------------------------------------------------------------------------
   // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.

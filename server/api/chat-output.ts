@@ -39,6 +39,8 @@ export class ChatOutput {
   /** inline reasoning has been begun with a think tag and not been ended */
   #isInThink = false;
   #pieces: Piece[] = [];
+  /** names of the calls so far */
+  readonly callIds: string[] = []; // [num_calls]
   #numTokens = 0;
   #numReasoning = 0;
   #numAnswer = 0;
@@ -180,6 +182,7 @@ export class ChatOutput {
     const { index, name } = delta;
     const id = delta.id ?? `call_${randomUUID().replaceAll('-', '').slice(0, 24)}`;
     const named = name === undefined ? {} : { id, name };
+    if (name !== undefined) this.callIds.push(id);
     this.#newPiece('tool_call').toolCall = { index, ...named, arguments: delta.arguments };
   }
 

@@ -3,7 +3,7 @@ import type { EngineRequest, SamplingParams } from '../engine/request.js';
 import { ApiError } from '../errors.js';
 import type { StopScope } from '../text/output-parser.js';
 import type { ApiContext } from './context.js';
-import { readConversation, tooLong } from './conversation.js';
+import { readConversation, tooLong, type AskedConversation } from './conversation.js';
 import { toRequestGrammar } from './output-format.js';
 import { answerFormat } from './tool-grammar.js';
 import { SEED_SOURCE, type JsonBody } from './json-body.js';
@@ -21,6 +21,8 @@ export interface ChatJob {
   /** of the response, the same for all choices */
   id: string;
   engineRequest: EngineRequest;
+  /** what this answers; null where no conversation comes back with it */
+  asked: AskedConversation | null;
   stops: readonly string[];
   stopScope: StopScope;
   /** the field that said the answer's format; null where the answer is free */
@@ -44,15 +46,19 @@ export interface ChatJob {
   created: number;
 }
 
-/**
- * Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. With
- * `mayFillContext`, a limit beyond the context is the context's rest, and the caller says so to its client.
- */
+export interface ReadOptions {
+  /** a limit beyond the context is the context's rest; the caller says so to its client */
+  mayFillContext?: boolean;
+  /** the prompt is computed, up to where an answer would begin, and nothing is generated */
+  isPrefillOnly?: boolean;
+}
+
+/** Throws ApiError for whatever cannot be served. `tenant` keeps the cached prefixes of different keys apart. */
 export async function readChatRequest(
   body: ChatBody,
   tenant: string,
   context: ApiContext,
-  mayFillContext = false,
+  { mayFillContext = false, isPrefillOnly = false }: ReadOptions = {},
 ): Promise<ChatJob> {
   checkModel(body.model, context);
   checkStreamOptions(body);
@@ -71,7 +77,9 @@ export async function readChatRequest(
   const wish = readThinking(body);
   checkThinking(wish, body, context);
   checkTurn(body);
-  const { ids: promptIds, startPhase } = await readConversation(body, wish, context);
+  const cacheSalt = cacheSaltOf(tenant, body.cache_salt);
+  const conversation = isPrefillOnly ? { ...body, add_generation_prompt: false } : body;
+  const { ids: promptIds, startPhase, asked } = await readConversation(conversation, wish, context, cacheSalt);
   sampling.maxTokens = readMaxTokens(body, promptIds.length, context.maxModelLen, 'messages', mayFillContext);
   checkMinTokens(sampling);
   const thinking = thinkingLimits(wish, body, sampling.maxTokens, context);
@@ -84,11 +92,13 @@ export async function readChatRequest(
       sampling,
       markers: context.prompts.markers,
       startPhase,
-      cacheSalt: cacheSaltOf(tenant, body.cache_salt),
+      cacheSalt,
       priority: body.priority ?? 0,
       ...(thinking ? { thinking } : {}),
-      ...(format ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(format && !isPrefillOnly ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
+      ...(isPrefillOnly ? { prefillOnly: true } : {}),
     },
+    asked,
     stops,
     stopScope: body.stop_scope ?? 'answer',
     formatParam: format?.param ?? null,

@@ -38,7 +38,14 @@ export class Choices {
     const responseId = first.isPlain ? first.id : first.engineRequest.requestId;
     this.#keep = ({ index, job, completion }) => {
       const { ids: tokenIds, marks: controls } = completion!;
-      context.finished.add(responseId, index, { job, tenant: origin.tenant, tokenIds, controls });
+      const { asked, engineRequest } = job;
+      // Generated again it is no answer that a client goes on from.
+      const again = { ...job, asked: null };
+      context.finished.add(responseId, index, { job: again, tenant: origin.tenant, tokenIds, controls });
+      if (asked === null) return;
+      context.answers.add(asked.key, engineRequest, tokenIds, completion!.output.callIds, context.prompts);
+      const isWhole = completion!.output.callIds.length === 0 && this.all.length === 1;
+      if (isWhole) context.prewarm.begin(asked, engineRequest, tokenIds, origin.log);
     };
     let index = 0;
     this.#groups = groups.map((jobs) => jobs.map((job) => ({ index: index++, job, completion: null })));

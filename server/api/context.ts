@@ -5,12 +5,14 @@ import type { Metrics } from '../metrics.js';
 import type { CompletionTracer } from '../telemetry/completion-trace.js';
 import type { Checkpoint } from '../model/spec.js';
 import type { PromptEncoder } from '../text/prompt-encoder.js';
+import type { AnswerMemory } from './answer-memory.js';
 import type { Contract } from './contract.js';
 import type { Drain } from './drain.js';
 import type { OutputFormats } from './output-format.js';
 import type { BackgroundResponses } from './response-background.js';
 import type { ResponseStore } from './response-store.js';
 import type { ResumableStreams } from './resumable.js';
+import type { Prewarm } from './prewarm.js';
 import type { RunningStreams } from './running.js';
 import type { SseOptions } from './sse.js';
 
@@ -38,6 +40,8 @@ export interface ApiContext {
   resumable: ResumableStreams;
   running: RunningStreams;
   finished: FinishedCompletions;
+  answers: AnswerMemory;
+  prewarm: Prewarm;
   responses: ResponseStore;
   background: BackgroundResponses;
 }

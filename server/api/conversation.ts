@@ -17,12 +17,26 @@ type ConversationBody = Pick<
   'messages' | 'tools' | 'tool_choice' | 'continue_final_message' | 'add_generation_prompt'
 >;
 
-/** Messages, tools and switches of a request -> prompt ids. */
+/** A conversation up to an answer. */
+export interface AskedConversation {
+  /** names it */
+  key: string;
+  messages: readonly TemplateMessage[];
+  tools: unknown[] | null;
+}
+
+export interface Conversation extends EncodedPrompt {
+  /** what the next answer answers; null where that has been begun in the request */
+  asked: AskedConversation | null;
+}
+
+/** Messages, tools and switches of a request -> prompt ids. What another salt has been answered is not known here. */
 export async function readConversation(
   body: ConversationBody,
   wish: ThinkingWish,
   context: ApiContext,
-): Promise<EncodedPrompt> {
+  salt: string,
+): Promise<Conversation> {
   const { prompts, maxModelLen } = context;
   const prefix = readPrefix(body, wish, context);
   const messages = (prefix ? body.messages.slice(0, -1) : body.messages).map(toTemplateMessage);
@@ -46,14 +60,17 @@ export async function readConversation(
     throw new ApiError('context_length_exceeded', tooLong(leastTokens, maxModelLen, true), 'messages');
   }
   const thinking = prefix?.reasoning ? true : wish.isEnabled;
-  return prompts.encode({
-    messages,
+  const recalled = context.answers.recall(messages, salt);
+  const encoded = await prompts.encode({
+    messages: recalled.messages,
+    sampled: recalled.sampled,
     tools,
     ...(thinking === undefined ? {} : { thinking }),
     ...(prefix ? { prefix } : {}),
-    // Only /tokenize gets here with it: a completion needs the opening of its turn.
+    // Only what generates nothing gets here with it: a completion needs the opening of its turn.
     ...(body.add_generation_prompt === false && !prefix ? { noGenerationPrompt: true } : {}),
   });
+  return { ...encoded, asked: prefix ? null : { key: recalled.key, messages: recalled.messages, tools } };
 }
 
 /** The last message where the completion goes on with it: an assistant's, without tool calls. */

@@ -32,6 +32,7 @@ export function sendError(error: unknown, request: FastifyRequest, reply: Fastif
   if (shown.code === 'internal_error') request.log.error(error, 'a request failed');
   else request.log.debug({ code: shown.code, param: shown.param }, shown.message);
   if (RETRY_LATER.has(shown.status)) reply.header('retry-after', '1');
+  if (shown.status === 426) reply.header('upgrade', 'websocket');
   if (shown.status === 401) reply.header('www-authenticate', 'Bearer');
   const body = isMessagesClient(request) ? toMessagesError(shown, requestIdOf(reply)) : shown.toBody();
   return reply.code(shown.status).type('application/json; charset=utf-8').send(body);

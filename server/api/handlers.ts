@@ -9,6 +9,7 @@ import type { operations } from './openapi.js';
 import { resumeChatCompletion } from './resumable.js';
 import { replayCompletion } from './replay.js';
 import { controlChatCompletion } from './running.js';
+import { refusePlainRequest } from './response-sockets.js';
 import {
   cancelResponse,
   countResponseTokens,
@@ -40,6 +41,7 @@ export function makeHandlers(context: ApiContext) {
     replayCompletion: (request, reply) => replayCompletion(context, request, reply),
     createMessage: (request, reply) => createMessage(context, request, reply),
     countMessageTokens: (request) => countMessageTokens(context, request),
+    connectResponses: () => refusePlainRequest(),
     createResponse: (request, reply) => createResponse(context, request, reply),
     countResponseTokens: (request) => countResponseTokens(context, request),
     getResponse: (request, reply) => getResponse(context, request, reply),

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { ApiError } from '../errors.js';
-import { checkModel, readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
+import { cacheSaltOf, checkModel, readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
 import { renamed, withNames, type FieldName } from './field-names.js';
@@ -41,7 +41,7 @@ export async function readMessagesRequest(
     separate_reasoning: true,
   };
   const names = namesOf(body);
-  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, true));
+  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, { mayFillContext: true }));
   const fillsContext = body.max_tokens > chat.engineRequest.sampling.maxTokens;
   chat.engineRequest.requestId = `msg_${randomUUID().replaceAll('-', '')}`;
   chat.formatParam = renamed(chat.formatParam, names);
@@ -49,14 +49,14 @@ export async function readMessagesRequest(
 }
 
 /** Prompt tokens of a request, also where no context could hold them. */
-export async function countPromptTokens(body: CountBody, context: ApiContext): Promise<number> {
+export async function countPromptTokens(body: CountBody, tenant: string, context: ApiContext): Promise<number> {
   checkModel(body.model, context);
   const unlimited = { ...context, maxModelLen: Number.MAX_SAFE_INTEGER };
   const conversation = conversationOf(body, context);
   return withNames(namesOf(body), async () => {
     const wish = readThinking(conversation);
     checkThinking(wish, conversation, context);
-    return (await readConversation(conversation, wish, unlimited)).ids.length;
+    return (await readConversation(conversation, wish, unlimited, cacheSaltOf(tenant, null))).ids.length;
   });
 }
 

@@ -63,7 +63,7 @@ export async function countMessageTokens(
   context: ApiContext,
   request: FastifyRequest<{ Body: CountBody }>,
 ): Promise<Schemas['MessagesCount']> {
-  return { input_tokens: await countPromptTokens(request.body, context) };
+  return { input_tokens: await countPromptTokens(request.body, request.tenant, context) };
 }
 
 /** One message as its events. Where message_start had to come early, message_delta tells what came from the cache. */

@@ -114,7 +114,11 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        get?: never;
+        /**
+         * Opens a WebSocket, on which any number of responses are made, side by side in lanes.
+         * @description A client sends text frames: a ResponseCreateFrame for each response, a ResponseControlFrame to steer or cancel one that is being made. The server sends the events of streamed responses, ResponsesEvent, each with the `stream_id` of the frame that it answers, and for what cannot be done a ResponsesErrorFrame; a frame that is refused changes nothing else. Requests of one `stream_id` are answered one after the other, those of different ones at the same time. A response can be gone on with by `previous_response_id` on the same connection even when it is not stored. Closing the socket ends what runs on it.
+         */
+        get: operations["connectResponses"];
         put?: never;
         /** Makes a response in the form of the Responses API, streamed, whole or in the background. */
         post: operations["createResponse"];
@@ -1226,6 +1230,64 @@ export interface components {
             /** @description Accepted; has no effect. */
             user?: string | null;
         };
+        /** @description Asks for a response over a WebSocket. All fields of ResponsesRequest stand beside these. */
+        ResponseCreateFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "response.create";
+            /** @description The lane. Frames of one lane are answered one after the other; those without it share one. */
+            stream_id?: string;
+            /** @description false computes the prompt alone, for the prefix cache: the response that comes has no output, and the next one goes on with it by `previous_response_id`. */
+            generate?: boolean;
+            /** @description Accepted; every response is streamed here. */
+            stream?: boolean | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /** @description Steers a response that is being made on the same WebSocket. What it does shows in the response's events. */
+        ResponseControlFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "response.control";
+            /**
+             * @description end_thinking has the model answer now; extend_thinking has it think on; cancel ends the response, whose last event is then response.incomplete with the status cancelled.
+             * @enum {string}
+             */
+            action: "end_thinking" | "extend_thinking" | "cancel";
+            /** @description With extend_thinking, for how many tokens more at least. */
+            tokens?: number;
+            /** @description Which response. Without it, the one that the lane makes. */
+            response_id?: string;
+            /** @description The lane; without it, the one of frames without it. */
+            stream_id?: string;
+        };
+        /** @description Why a frame could not be answered, or the connection ends. */
+        ResponsesErrorFrame: {
+            /**
+             * @description The type of this frame.
+             * @enum {string}
+             */
+            type: "error";
+            /** @description The status that HTTP would have. */
+            status: number;
+            /** @description The lane of the frame that it answers. */
+            stream_id?: string;
+            /** @description As in Error. */
+            error: {
+                /** @description What is wrong and what to do. */
+                message: string;
+                /** @description Kind of error. */
+                type: string;
+                /** @description The field that is wrong. */
+                param: string | null;
+                /** @description Names the problem. */
+                code: string;
+            };
+        };
         ResponsesTool: {
             /**
              * @description Only functions that the client runs.
@@ -1458,6 +1520,8 @@ export interface components {
             type: "response.created" | "response.queued" | "response.in_progress" | "response.output_item.added" | "response.content_part.added" | "response.reasoning_text.delta" | "response.reasoning_text.done" | "response.output_text.delta" | "response.output_text.done" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.content_part.done" | "response.output_item.done" | "response.completed" | "response.incomplete" | "response.failed";
             /** @description Counts the events of a stream, from 0. */
             sequence_number: number;
+            /** @description Over a WebSocket, the lane of the response where it has a name. */
+            stream_id?: string;
             response?: components["schemas"]["Response"];
             /** @description Which item of the output. */
             output_index?: number;
@@ -2264,6 +2328,25 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["DetokenizeResponse"];
                 };
+            };
+            default: components["responses"]["Error"];
+        };
+    };
+    connectResponses: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description From here on frames. */
+            101: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
             };
             default: components["responses"]["Error"];
         };

@@ -57,13 +57,6 @@ export class ResponseRecord {
     if (!isCut) this.#completedAt = Math.floor(Date.now() / 1000);
   }
 
-  /** The prompt has been computed; nothing was to be generated. */
-  finishPrefill(usage: Usage): void {
-    this.#status = 'completed';
-    this.#usage = toResponseUsage(usage);
-    this.#completedAt = Math.floor(Date.now() / 1000);
-  }
-
   cancel(output: ChatOutput | undefined): void {
     this.#end('cancelled', output);
   }

@@ -1,5 +1,5 @@
 import { ApiError } from '../errors.js';
-import { readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
+import { cacheSaltOf, readChatRequest, type ChatBody, type ChatJob } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
 import { renamed, withNames, type FieldName } from './field-names.js';
@@ -23,15 +23,19 @@ export interface ResponseJob {
   isInBackground: boolean;
 }
 
-/** Throws ApiError for whatever cannot be served. `source` knows the responses that may be gone on with. */
+/**
+ * Throws ApiError for whatever cannot be served. `source` knows the responses that may be gone on with. Where nothing is
+ * generated, instructions alone may be computed ahead.
+ */
 export async function readResponseRequest(
   body: ResponsesBody,
   tenant: string,
   context: ApiContext,
   source: ResponseSource,
+  generates = true,
 ): Promise<ResponseJob> {
   checkBackground(body);
-  const { conversation, input } = conversationOf(body, tenant, source);
+  const { conversation, input } = conversationOf(body, tenant, source, generates);
   const chatBody: ChatBody = {
     ...conversation,
     ...samplingOf(body),
@@ -40,8 +44,8 @@ export async function readResponseRequest(
     separate_reasoning: true,
   };
   const names = namesOf(body);
-  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context));
-  chat.engineRequest.requestId = newId('resp');
+  const chat = await withNames(names, () => readChatRequest(chatBody, tenant, context, { isPrefillOnly: !generates }));
+  chat.id = chat.engineRequest.requestId = newId('resp');
   chat.formatParam = renamed(chat.formatParam, names);
   return { chat, body, input, isStored: body.store !== false, isInBackground: body.background === true };
 }
@@ -58,7 +62,7 @@ export async function countInputTokens(
   return withNames(namesOf(body), async () => {
     const wish = readThinking(conversation);
     checkThinking(wish, conversation, context);
-    return (await readConversation(conversation, wish, unlimited)).ids.length;
+    return (await readConversation(conversation, wish, unlimited, cacheSaltOf(tenant, null))).ids.length;
   });
 }
 
@@ -73,12 +77,13 @@ function conversationOf(
   body: ResponsesBody,
   tenant: string,
   source: ResponseSource,
+  generates = true,
 ): { conversation: ChatBody; input: Item[] } {
   const { model, instructions, tools, tool_choice: choice, reasoning, previous_response_id: previousId } = body;
   const before = previousId ? itemsBefore(previousId, tenant, source) : [];
   const input = readItems(body.input, (id) => before.find((item) => item.id === id));
   const last = before.at(-1);
-  const goesOn = input.length > 0 || (last !== undefined && !isSaid(last));
+  const goesOn = input.length > 0 || (last !== undefined && !isSaid(last)) || (!generates && instructions);
   if (!goesOn) {
     const message = "'input' is missing: send a text or items for the model to answer.";
     throw new ApiError('missing_required_parameter', message, 'input');

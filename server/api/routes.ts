@@ -9,6 +9,8 @@ import { makeHandlers } from './handlers.js';
 import { keepSeedSource } from './json-body.js';
 import { isMessagesClient, requestIdOf } from './messages-error.js';
 import { refuseUnsupportedInMessages } from './messages-unsupported.js';
+import { checkOrigin, ResponseSockets } from './response-sockets.js';
+import type { Socket } from './response-socket.js';
 import { refuseUnsupportedInResponses } from './response-unsupported.js';
 import { isObject, refuseUnsupported, type Json } from './unsupported.js';
 import { toApiError } from './validation-error.js';
@@ -47,11 +49,29 @@ export function registerRoutes(app: FastifyInstance, context: ApiContext): void 
   app.setErrorHandler((error, request, reply) => sendError(error, request, reply));
   app.setNotFoundHandler((request, reply) => refusePath(request, reply, context));
 
+  const sockets = new ResponseSockets(context);
+  sockets.register(app);
   const handlers = makeHandlers(context) as unknown as Record<string, RouteHandlerMethod>;
   for (const { operationId, method, url, bodyRef, isPublic } of contract.operations) {
     const handler = handlers[operationId];
     if (!handler) throw new Error(`operation ${operationId} has no handler`);
     const routeConfig = { isPublic, operationId };
+    if (operationId === 'connectResponses') {
+      // Only where the plugin is loaded does a route take WebSockets.
+      app.after(() => {
+        app.route({
+          method,
+          url,
+          handler,
+          config: routeConfig,
+          preValidation: async (request) => {
+            if (request.ws) checkOrigin(request, context);
+          },
+          wsHandler: (socket: Socket, request) => sockets.connect(socket, request),
+        });
+      });
+      continue;
+    }
     app.route({
       method,
       url,

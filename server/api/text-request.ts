@@ -64,6 +64,7 @@ export function readTextRequest(body: TextBody, tenant: string, context: ApiCont
         cacheSalt: cacheSaltOf(tenant, body.cache_salt),
         priority: body.priority ?? 0,
       },
+      asked: null,
       stops,
       stopScope: 'answer',
       formatParam: null,

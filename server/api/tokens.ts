@@ -1,6 +1,6 @@
 import type { FastifyRequest } from 'fastify';
 import { ApiError } from '../errors.js';
-import { checkModel, checkTokenId, type ChatBody } from './chat-request.js';
+import { cacheSaltOf, checkModel, checkTokenId, type ChatBody } from './chat-request.js';
 import type { ApiContext } from './context.js';
 import { readConversation } from './conversation.js';
 import type { components } from './openapi.js';
@@ -12,11 +12,11 @@ type Schemas = components['schemas'];
 /** The handler of POST /tokenize: a text as /v1/completions takes it, or messages as chat completions do. */
 export async function tokenize(
   context: ApiContext,
-  { body }: FastifyRequest<{ Body: Schemas['TokenizeRequest'] }>,
+  { body, tenant }: FastifyRequest<{ Body: Schemas['TokenizeRequest'] }>,
 ): Promise<Schemas['TokenizeResponse']> {
   const { prompts, maxModelLen } = context;
   if (body.model) checkModel(body.model, context);
-  const ids = await idsOf(body, context);
+  const ids = await idsOf(body, tenant, context);
   return {
     count: ids.length,
     max_model_len: maxModelLen,
@@ -25,7 +25,7 @@ export async function tokenize(
   };
 }
 
-async function idsOf(body: Schemas['TokenizeRequest'], context: ApiContext): Promise<number[]> {
+async function idsOf(body: Schemas['TokenizeRequest'], tenant: string, context: ApiContext): Promise<number[]> {
   const { prompt, messages } = body;
   const hasPrompt = prompt !== undefined && prompt !== null;
   const hasMessages = messages !== undefined && messages !== null;
@@ -40,7 +40,7 @@ async function idsOf(body: Schemas['TokenizeRequest'], context: ApiContext): Pro
   const chat = { ...body, model: '', messages: messages! } as ChatBody;
   const wish = readThinking(chat);
   checkThinking(wish, chat, context);
-  return (await readConversation(chat, wish, context)).ids;
+  return (await readConversation(chat, wish, context, cacheSaltOf(tenant, null))).ids;
 }
 
 /** The handler of POST /detokenize: control tokens are shown as they are written. */

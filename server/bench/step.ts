@@ -64,7 +64,7 @@ export async function runBenchStep(
   const options: RunnerOptions = {
     spec,
     tensors,
-    device: chooseDevice(addon, config.device, spec, config.compute).device,
+    device: chooseDevice(addon, config.device, config.compute).device,
     compute: config.compute,
     cpuPath: config.cpuPath,
     numThreads: config.threads ?? usableCores(),

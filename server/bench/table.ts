@@ -34,28 +34,31 @@ export function formatReport(report: BenchReport): string {
     'TFLOP/s',
     'of products',
   ];
-  const table = [titles, ...rows];
-  const widths = titles.map((_, column) => Math.max(...table.map((row) => row[column]!.length)));
-  const lines = table.map((row) => row.map((cell, column) => pad(cell, widths[column]!, column === 0)).join('  '));
-  return [...head, '', ...lines].join('\n');
+  return [...head, '', ...formatTable([titles, ...rows])].join('\n');
+}
+
+/** Lines of a table whose first row are the titles; the first column is flush left, the others right. */
+export function formatTable(table: readonly string[][]): string[] {
+  const widths = table[0]!.map((_, column) => Math.max(...table.map((row) => row[column]!.length)));
+  return table.map((row) => row.map((cell, column) => pad(cell, widths[column]!, column === 0)).join('  '));
 }
 
 function pad(cell: string, width: number, isLeft: boolean): string {
   return isLeft ? cell.padEnd(width) : cell.padStart(width);
 }
 
-function gb(value: number): string {
+export function gb(value: number): string {
   return (value / 1e9).toFixed(2);
 }
 
-function tera(value: number): string {
+export function tera(value: number): string {
   return (value / 1e12).toFixed(3);
 }
 
-function known(value: number, format: (value: number) => string): string {
+export function known(value: number, format: (value: number) => string): string {
   return value > 0 ? format(value) : '(not measured)';
 }
 
-function percent(share: number | null): string {
+export function percent(share: number | null): string {
   return share === null ? '-' : `${(100 * share).toFixed(1)} %`;
 }

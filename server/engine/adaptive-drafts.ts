@@ -40,10 +40,14 @@ export class AdaptiveDrafts implements DraftPolicy {
   #decision = { numSequences: 0, numDrafting: 0, count: 0, until: 0 };
   #numSettled = 0;
 
-  wantsMtp(numSequences: number): boolean {
+  wantsMtp(numSequences: number, numLost = 0): boolean {
+    // Cached tokens are given up for a gain that is known, and seldom: so that a prefix that many share gets entries.
+    if (numLost > 0 && (!this.#costs.isKnown || this.#isUnsure || !this.#isProbeDue)) return false;
     if (!this.#costs.isKnown) return true;
     if (this.#best(numSequences, numSequences, MIN_GAIN_TO_START) > 0) return true;
-    return this.#isUnsure && this.#best(numSequences, numSequences, MIN_GAIN, 1) > 0 ? true : this.#isProbeDue;
+    return this.#isUnsure && this.#best(numSequences, numSequences, MIN_GAIN, 1) > 0
+      ? true
+      : numLost === 0 && this.#isProbeDue;
   }
 
   admit(runsMtp: boolean): void {

@@ -64,6 +64,33 @@ export interface Ceilings {
   flopsPerSecond: number;
 }
 
+/** One op at one shape; what does not belong to it is 0. */
+export interface OpCase extends Pick<RunnerOptions, 'device' | 'compute' | 'cpuPath' | 'numThreads' | 'kvCacheDtype'> {
+  op: 'norm' | 'linear' | 'moe' | 'attention';
+  /** attention: one of each of so many sequences */
+  numTokens: number;
+  /** of the weights */
+  dtype: 'F8_E4M3' | 'BF16';
+  /** linear: outputs */
+  rows: number;
+  /** norm: the row's length; linear: inputs */
+  cols: number;
+  /** attention: positions of every sequence */
+  context: number;
+  /** moe, attention: the layer's shape */
+  spec: ModelSpec;
+  minSeconds: number;
+}
+
+export interface OpTiming {
+  /** of one call, each the mean of a run of them; rising */
+  micros: number[];
+  /** |out - oracle| / |oracle| */
+  relativeError: number;
+  /** sets of weights and caches used in turn, so that no cache holds them */
+  copies: number;
+}
+
 export interface NativeAddon {
   createRunner(options: RunnerOptions): NativeRunner;
   /** bytes one token takes in the latent cache over all layers (MTP included if loaded), before anything is allocated */
@@ -74,6 +101,8 @@ export interface NativeAddon {
    * What a device can do at most, measured now: it takes seconds and blocks. 0: the device does not measure that.
    */
   ceilings(options: Pick<RunnerOptions, 'device' | 'compute' | 'cpuPath' | 'numThreads'>): Ceilings;
+  /** Times one op with synthetic weights and compares it with the oracle; it takes seconds and blocks. */
+  timeOp(options: OpCase): OpTiming;
   /** CPU paths this machine can run, best first */
   cpuPaths(): string[];
 }

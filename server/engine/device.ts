@@ -1,5 +1,4 @@
 import { StartupError } from '../errors.js';
-import type { ModelSpec } from '../model/spec.js';
 import type { ComputeMode, NativeAddon } from './addon.js';
 
 export interface DeviceChoice {
@@ -8,20 +7,11 @@ export interface DeviceChoice {
   note?: string;
 }
 
-/** The device to run on: the one that was asked for, or on 'auto' the best one that can run this model. */
-export function chooseDevice(
-  addon: NativeAddon,
-  wanted: string,
-  { modelType }: Pick<ModelSpec, 'modelType'>,
-  compute: ComputeMode,
-): DeviceChoice {
+/** The device to run on: the one that was asked for, or on 'auto' the best one that can compute so. */
+export function chooseDevice(addon: NativeAddon, wanted: string, compute: ComputeMode): DeviceChoice {
   const { usable, unusable } = addon.devices();
   const reasonAgainst = (device: string): string | null => {
-    if (device === 'cpu') return null;
-    if (modelType === 'llama' || modelType === 'qwen2') {
-      return `a checkpoint of type ${modelType} (grouped-query attention) runs on the CPU alone`;
-    }
-    return compute === 'auto' ? null : `--compute ${compute} runs on the CPU alone`;
+    return device === 'cpu' || compute === 'auto' ? null : `--compute ${compute} runs on the CPU alone`;
   };
   if (wanted === 'auto') {
     const device = usable.find((name) => reasonAgainst(name) === null)!;

@@ -4,8 +4,11 @@ import { MAX_DRAFTS } from './step-batch.js';
 export interface DraftPolicy {
   /** false where no sequence ever drafts */
   readonly isOn: boolean;
-  /** Whether a sequence that starts (again), one of numSequences then, runs the MTP module from its first token on. */
-  wantsMtp(numSequences: number): boolean;
+  /**
+   * Whether a sequence that starts (again), one of numSequences then, runs the MTP module from its first token on.
+   * numLost cached tokens have no entries of it, and would have to be computed again.
+   */
+  wantsMtp(numSequences: number, numLost: number): boolean;
   /** A sequence was admitted with that answer. */
   admit(runsMtp: boolean): void;
   /**

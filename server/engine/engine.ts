@@ -10,6 +10,7 @@ import type {
   EngineRequest,
   EngineState,
   EngineStats,
+  PrewarmRequest,
   RequestProgress,
   ThinkingControl,
 } from './request.js';
@@ -99,6 +100,11 @@ export class Engine implements EngineHandle {
 
   control(requestId: string, control: ThinkingControl): void {
     this.#scheduler.control(requestId, control);
+  }
+
+  prewarm(prewarm: PrewarmRequest): void {
+    this.#scheduler.prewarm(prewarm);
+    this.#wake();
   }
 
   progress(requestId: string): RequestProgress | null {

@@ -67,6 +67,7 @@ export function hostEngine(start: StartEngine, exit: (code: number) => void): vo
   /** Nothing that one request does may end the process. */
   function pass(target: Engine, message: ParentRequest): void {
     if (message.type === 'abort') return target.abort(message.requestId);
+    if (message.type === 'prewarm') return target.prewarm(message.prewarm);
     if (message.type === 'control') return target.control(message.requestId, message.control);
     try {
       target.enqueue(message.request);

@@ -1,6 +1,13 @@
 import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
-import type { EngineEvent, EngineRequest, EngineStats, RequestProgress, ThinkingControl } from './request.js';
+import type {
+  EngineEvent,
+  EngineRequest,
+  EngineStats,
+  PrewarmRequest,
+  RequestProgress,
+  ThinkingControl,
+} from './request.js';
 import type { EngineConfig } from './start-engine.js';
 
 /** What the API process tells the engine process. Structured clone carries bigint, Infinity and typed arrays. */
@@ -13,6 +20,7 @@ export type ParentMessage =
 export type ParentRequest =
   | { type: 'submit'; request: EngineRequest }
   | { type: 'abort'; requestId: string }
+  | { type: 'prewarm'; prewarm: PrewarmRequest }
   | { type: 'control'; requestId: string; control: ThinkingControl };
 
 /** What is known of an engine that is ready. */

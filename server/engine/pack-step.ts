@@ -3,50 +3,114 @@ import type { Sequence } from './sequence.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
 
+const NOTHING: ReadonlyMap<number, number> = new Map();
+
 /** Lays a plan out as flat arrays. Tokens whose latents are there already get slot -1. */
 export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const planned = plan.sequences;
-  const samplings = planned.map(({ sequence }) => sequence.request.sampling);
-  const tokens = planned.flatMap(({ sequence, start, count, draftIds }) => [
-    ...sequence.tokens.slice(start, start + count - draftIds.length),
-    ...draftIds,
-  ]);
-  const positions = planned.flatMap(({ start, count }) => Array.from({ length: count }, (_, index) => start + index));
-  const history = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : [...sequence.history]));
-  const bias = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : biasOf(sequence)));
-  const blockTables = planned.map((part) =>
-    part.sequence.blockTable.slice(0, Math.ceil(coveredLength(part) / blockSize)),
-  );
+  const size = planned.length; // S
+  const qStart = startsOf(size, (index) => planned[index]!.count);
+  const blockTableStart = startsOf(size, (index) => Math.ceil(coveredLength(planned[index]!) / blockSize));
+  const tokenIds = new Int32Array(qStart[size]!); // [T]
+  const positions = new Int32Array(qStart[size]!); // [T]
+  const slotMapping = new Int32Array(qStart[size]!); // [T]
+  const blockTable = new Int32Array(blockTableStart[size]!); // [blockTableStart[S]]
+  for (let index = 0; index < size; index++) {
+    const { sequence, start, count, draftIds } = planned[index]!;
+    const { tokens, blockTable: blocks, numShared, numComputed } = sequence;
+    const numTokens = count - draftIds.length;
+    for (let row = 0, to = qStart[index]!; row < count; row++, to++) {
+      const position = start + row;
+      const isThere = position < numShared || position < numComputed;
+      tokenIds[to] = row < numTokens ? tokens[position]! : draftIds[row - numTokens]!;
+      positions[to] = position;
+      slotMapping[to] = isThere ? -1 : blocks[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
+    }
+    const first = blockTableStart[index]!;
+    for (let to = first; to < blockTableStart[index + 1]!; to++) blockTable[to] = blocks[to - first]!;
+  }
   return {
-    tokenIds: Int32Array.from(tokens), // [T]
-    positions: Int32Array.from(positions), // [T]
-    slotMapping: Int32Array.from(planned.flatMap((part) => slotsOf(part, blockSize))), // [T]
-    qStart: startsOf(planned.map(({ count }) => count)), // [S + 1]
-    blockTableStart: startsOf(blockTables.map((table) => table.length)), // [S + 1]
-    blockTable: Int32Array.from(blockTables.flat()), // [blockTableStart[S]]
-    numSampled: Int32Array.from(planned, ({ numSampled }) => numSampled), // [S]
-    runMtp: Uint8Array.from(planned, ({ runMtp }) => Number(runMtp)), // [S]
-    numDrafts: Int32Array.from(planned, ({ numDrafts }) => numDrafts), // [S]
-    temperature: Float32Array.from(samplings, ({ temperature }) => temperature), // [S]
-    topP: Float32Array.from(samplings, ({ topP }) => topP), // [S]
-    topK: Int32Array.from(samplings, ({ topK }) => topK), // [S]
-    minP: Float32Array.from(samplings, ({ minP }) => minP), // [S]
-    seedLow: Uint32Array.from(samplings, ({ seed }) => Number(seed & 0xffffffffn)), // [S]
-    seedHigh: Uint32Array.from(samplings, ({ seed }) => Number((seed >> 32n) & 0xffffffffn)), // [S]
-    presencePenalty: Float32Array.from(samplings, ({ presencePenalty }) => presencePenalty), // [S]
-    frequencyPenalty: Float32Array.from(samplings, ({ frequencyPenalty }) => frequencyPenalty), // [S]
-    repetitionPenalty: Float32Array.from(samplings, ({ repetitionPenalty }) => repetitionPenalty), // [S]
-    numLogprobs: Int32Array.from(samplings, ({ numLogprobs }) => numLogprobs), // [S]
-    historyStart: startsOf(history.map((entries) => entries.length)), // [S + 1]
-    historyIds: Int32Array.from(history.flat(), ([id]) => id), // [historyStart[S]]
-    historyCounts: Int32Array.from(history.flat(), ([, count]) => count), // [historyStart[S]]
-    biasStart: startsOf(bias.map((entries) => entries.length)), // [S + 1]
-    biasIds: Int32Array.from(bias.flat(), ([id]) => id), // [biasStart[S]]
-    biasValues: Float32Array.from(bias.flat(), ([, value]) => value), // [biasStart[S]]
+    tokenIds,
+    positions,
+    slotMapping,
+    qStart,
+    blockTableStart,
+    blockTable,
+    ...packSampling(planned),
+    ...packHistory(planned),
+    ...packBias(planned),
     ...packMasks(planned),
     logitRows: new Int32Array(0), // [0]
     draftLogitRows: new Int32Array(0), // [0]
   };
+}
+
+/** What a sequence has one value of. One loop: this is run every step. */
+function packSampling(planned: readonly PlannedSequence[]) {
+  const size = planned.length; // S
+  const numSampled = new Int32Array(size); // [S]
+  const runMtp = new Uint8Array(size); // [S]
+  const numDrafts = new Int32Array(size); // [S]
+  const temperature = new Float32Array(size); // [S]
+  const topP = new Float32Array(size); // [S]
+  const topK = new Int32Array(size); // [S]
+  const minP = new Float32Array(size); // [S]
+  const seedLow = new Uint32Array(size); // [S]
+  const seedHigh = new Uint32Array(size); // [S]
+  const presencePenalty = new Float32Array(size); // [S]
+  const frequencyPenalty = new Float32Array(size); // [S]
+  const repetitionPenalty = new Float32Array(size); // [S]
+  const numLogprobs = new Int32Array(size); // [S]
+  for (let index = 0; index < size; index++) {
+    const part = planned[index]!;
+    const { sampling } = part.sequence.request;
+    numSampled[index] = part.numSampled;
+    runMtp[index] = Number(part.runMtp);
+    numDrafts[index] = part.numDrafts;
+    temperature[index] = sampling.temperature;
+    topP[index] = sampling.topP;
+    topK[index] = sampling.topK;
+    minP[index] = sampling.minP;
+    seedLow[index] = Number(sampling.seed & 0xffffffffn);
+    seedHigh[index] = Number((sampling.seed >> 32n) & 0xffffffffn);
+    presencePenalty[index] = sampling.presencePenalty;
+    frequencyPenalty[index] = sampling.frequencyPenalty;
+    repetitionPenalty[index] = sampling.repetitionPenalty;
+    numLogprobs[index] = sampling.numLogprobs;
+  }
+  return {
+    ...{ numSampled, runMtp, numDrafts, temperature, topP, topK, minP, seedLow, seedHigh },
+    ...{ presencePenalty, frequencyPenalty, repetitionPenalty, numLogprobs },
+  };
+}
+
+/** The tokens of sampled sequences with a penalty. */
+function packHistory(planned: readonly PlannedSequence[]) {
+  const historyOf = (index: number) => (planned[index]!.numSampled === 0 ? NOTHING : planned[index]!.sequence.history);
+  const historyStart = startsOf(planned.length, (index) => historyOf(index).size);
+  const historyIds = new Int32Array(historyStart[planned.length]!); // [historyStart[S]]
+  const historyCounts = new Int32Array(historyIds.length); // [historyStart[S]]
+  for (let index = 0, to = 0; index < planned.length; index++) {
+    for (const [id, count] of historyOf(index)) {
+      historyIds[to] = id;
+      historyCounts[to++] = count;
+    }
+  }
+  return { historyStart, historyIds, historyCounts };
+}
+
+function packBias(planned: readonly PlannedSequence[]) {
+  const bias = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : biasOf(sequence))); // [S, biases]
+  const biasStart = startsOf(planned.length, (index) => bias[index]!.length);
+  const biasIds = new Int32Array(biasStart[planned.length]!); // [biasStart[S]]
+  const biasValues = new Float32Array(biasIds.length); // [biasStart[S]]
+  for (let index = 0, to = 0; index < planned.length; index++) {
+    for (const [id, value] of bias[index]!) {
+      biasIds[to] = id;
+      biasValues[to++] = value;
+    }
+  }
+  return { biasStart, biasIds, biasValues };
 }
 
 /** Positions that a part writes or may write: its tokens, and the MTP module's entries after them. */
@@ -97,33 +161,27 @@ function logprobsOf(result: StepResult, row: number): TokenLogprobs {
   };
 }
 
-function slotsOf({ sequence, start, count }: PlannedSequence, blockSize: number): number[] {
-  return Array.from({ length: count }, (_, index) => {
-    const position = start + index;
-    if (position < sequence.numShared || position < sequence.numComputed) return -1;
-    return sequence.blockTable[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
-  });
-}
-
 /** The request's biases, with the ids that may not be sampled yet at -Infinity. */
 function biasOf(sequence: Sequence): [number, number][] {
   const banned = sequence.bannedIds;
-  const biases = sequence.request.sampling.logitBias.filter(([id]) => !banned.has(id));
+  const { logitBias } = sequence.request.sampling;
+  if (banned.size === 0) return logitBias;
+  const biases = logitBias.filter(([id]) => !banned.has(id));
   return [...biases, ...Array.from(banned, (id): [number, number] => [id, -Infinity])];
 }
 
 /** The masks of sequences that follow a grammar now and are sampled in this step. */
-function packMasks(planned: PlannedSequence[]): Pick<StepBatch, 'maskStart' | 'masks'> {
-  const words = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? null : sequence.mask));
-  const maskStart = startsOf(words.map((mask) => mask?.length ?? 0)); // [S + 1]
-  const masks = new Int32Array(maskStart.at(-1)!); // [maskStart[S]]
-  for (const [index, mask] of words.entries()) if (mask) masks.set(mask, maskStart[index]);
+function packMasks(planned: readonly PlannedSequence[]): Pick<StepBatch, 'maskStart' | 'masks'> {
+  const words = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? null : sequence.mask)); // [S]
+  const maskStart = startsOf(planned.length, (index) => words[index]?.length ?? 0);
+  const masks = new Int32Array(maskStart[planned.length]!); // [maskStart[S]]
+  for (let index = 0; index < words.length; index++) if (words[index]) masks.set(words[index]!, maskStart[index]);
   return { maskStart, masks };
 }
 
-/** Running sums with a leading 0. */
-function startsOf(lengths: number[]): Int32Array {
-  const starts = new Int32Array(lengths.length + 1); // [S + 1]
-  for (const [index, length] of lengths.entries()) starts[index + 1] = starts[index]! + length;
+/** Running sums of lengths, with a leading 0. */
+function startsOf(size: number, lengthOf: (index: number) => number): Int32Array {
+  const starts = new Int32Array(size + 1); // [S + 1]
+  for (let index = 0; index < size; index++) starts[index + 1] = starts[index]! + lengthOf(index);
   return starts;
 }

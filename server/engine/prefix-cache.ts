@@ -72,12 +72,22 @@ export class PrefixCache {
     }
   }
 
-  /**
-   * The longest run of published blocks for `tokens`, each with a reference taken. `hashes` are those of all its
-   * full blocks. A hit counts only where the stored token ids and the stored parent are the same too, and the MTP
-   * module's entries are there if they are needed.
-   */
+  /** findPrefix(), with a reference taken of each block. */
   takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
+    const blockIds = this.findPrefix(hashes, rootHash, tokens, needsMtp); // [num_hit]
+    for (const blockId of blockIds) {
+      this.#idle.delete(blockId);
+      this.#pool.retain(blockId);
+    }
+    return blockIds;
+  }
+
+  /**
+   * The longest run of published blocks for `tokens`. `hashes` are those of all its full blocks. A hit counts only where
+   * the stored token ids and the stored parent are the same too, and the MTP module's entries are there if they are
+   * needed.
+   */
+  findPrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
     const blockIds: number[] = []; // [num_hit]
     for (const [index, hash] of hashes.entries()) {
       const block = this.#byHash.get(hash);
@@ -85,8 +95,6 @@ export class PrefixCache {
       if (needsMtp && !block.hasMtp) break;
       const start = index * this.#blockSize;
       if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
-      this.#idle.delete(block.blockId);
-      this.#pool.retain(block.blockId);
       blockIds.push(block.blockId);
     }
     return blockIds;
@@ -144,6 +152,17 @@ export class PrefixCache {
     // Content that another block held until now has been findable all the time.
     if (known !== undefined) return;
     this.#onChange({ kind: 'stored', hash, parentHash: index === 0 ? null : parentHash, tokenIds: block.tokenIds });
+  }
+
+  /** Gives up the content of those of these blocks that are found and have no reference. */
+  drop(hashes: readonly string[]): void {
+    for (const hash of hashes.toReversed()) {
+      const block = this.#byHash.get(hash);
+      if (block === undefined || !this.#idle.delete(block.blockId)) continue;
+      this.#forget(block);
+      this.#pool.free(block.blockId);
+      this.#onChange({ kind: 'removed', hash });
+    }
   }
 
   isPublished(blockId: number): boolean {

@@ -13,6 +13,7 @@ import type {
   EngineRequest,
   EngineState,
   EngineStats,
+  PrewarmRequest,
   RequestProgress,
   ThinkingControl,
 } from './request.js';
@@ -101,6 +102,10 @@ export class EngineClient implements EngineHandle {
 
   control(requestId: string, control: ThinkingControl): void {
     if (this.#streams.has(requestId)) this.#post({ type: 'control', requestId, control });
+  }
+
+  prewarm(prewarm: PrewarmRequest): void {
+    if (this.#state.status === 'ready') this.#post({ type: 'prewarm', prewarm });
   }
 
   progress(requestId: string): RequestProgress | null {

@@ -81,6 +81,8 @@ export interface EngineRequest {
   grammar?: RequestGrammar;
   /** first tokens of this completion, given out by an earlier submission that was aborted: it goes on behind them */
   resumedIds?: number[]; // [num_resumed]
+  /** nothing is generated: the prompt's full blocks go to the prefix cache, and the one event has no tokens */
+  prefillOnly?: boolean;
   /** what a client has asked of the reasoning in an earlier submission: it takes effect at the same places */
   controls?: readonly ControlMark[]; // [num_controls]
 }
@@ -93,6 +95,14 @@ export type ThinkingControl = { kind: 'end' } | { kind: 'extend'; numTokens: num
  * same again. Extended reasoning does not end before it has `untilReasoning` tokens.
  */
 export type ControlMark = { kind: 'end'; at: number } | { kind: 'extend'; at: number; untilReasoning: number };
+
+/** What the next request of a conversation will begin with, to be computed when nothing else is. */
+export interface PrewarmRequest {
+  promptIds: number[]; // [num_prompt]
+  cacheSalt: string;
+  /** tokens of a sequence that nobody will go on from: what it has cached beyond the prompt's beginning is given up */
+  supersededIds: number[]; // [num_superseded]
+}
 
 export interface ThinkingLimits {
   /** most reasoning tokens; when reached, `endIds` are forced, after the first sampled token at the earliest. Infinity: none */
@@ -160,6 +170,8 @@ export interface EngineStats {
   numPreemptions: number;
   promptTokens: number;
   generationTokens: number;
+  /** prompt tokens computed in idle time */
+  prewarmedTokens: number;
   prefixCacheQueries: number;
   prefixCacheHits: number;
   /** verify rounds: times that drafts of a sequence were verified */
@@ -200,6 +212,8 @@ export interface EngineHandle {
    * to one that reasons no more, is finished or unknown.
    */
   control(requestId: string, control: ThinkingControl): void;
+  /** Has a prompt computed in idle time; does nothing where the engine is not ready or has too much of that to do. */
+  prewarm(prewarm: PrewarmRequest): void;
   /** where a request without a first event stands, as last heard; null where nothing is known of it */
   progress(requestId: string): RequestProgress | null;
   state(): EngineState;

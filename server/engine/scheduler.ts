@@ -7,12 +7,14 @@ import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PlanBuilder } from './plan-builder.js';
 import { PrefixCache, type CachedBlock } from './prefix-cache.js';
+import { Prewarmer } from './prewarmer.js';
 import type {
   EmittedToken,
   EngineEvent,
   EngineRequest,
   EngineStats,
   FinishReason,
+  PrewarmRequest,
   RequestGrammar,
   RequestProgress,
   ThinkingControl,
@@ -50,6 +52,7 @@ export class Scheduler {
   readonly #cache: PrefixCache;
   readonly #drafts: DraftPolicy;
   readonly #speculation: DraftPlanner;
+  readonly #prewarmer: Prewarmer;
   readonly #open = new Map<string, Sequence>();
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
@@ -61,6 +64,7 @@ export class Scheduler {
     numPreemptions: 0,
     promptTokens: 0,
     generationTokens: 0,
+    prewarmedTokens: 0,
     prefixCacheQueries: 0,
     prefixCacheHits: 0,
   };
@@ -77,6 +81,7 @@ export class Scheduler {
     this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint, options.onCacheEvent);
     this.#drafts = options.drafts ?? new FixedDrafts(0);
     this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
+    this.#prewarmer = new Prewarmer(this.#cache, options.blockSize, options.maxStepTokens);
   }
 
   get isIdle(): boolean {
@@ -110,6 +115,11 @@ export class Scheduler {
     this.#open.get(requestId)?.control(control);
   }
 
+  /** Takes a prompt that is computed when nothing is open. One that no context holds is none of a next request. */
+  prewarm(prewarm: PrewarmRequest): void {
+    if (prewarm.promptIds.length < this.#options.limits.maxContext) this.#prewarmer.add(prewarm);
+  }
+
   openIds(): string[] {
     return [...this.#open.keys()];
   }
@@ -135,6 +145,7 @@ export class Scheduler {
    */
   schedule(): StepPlan | null {
     const { maxStepTokens, maxNumSeqs } = this.#options;
+    if (this.#open.size === 0) this.#beginPrewarm();
     const plan = new PlanBuilder(maxStepTokens);
     const numPreemptions = this.#counters.numPreemptions;
     const decodes = this.#running.filter((sequence) => sequence.numPending === 1);
@@ -167,7 +178,7 @@ export class Scheduler {
       // Ended while the step ran: its blocks are released, and what came out is dropped.
       if (part.sequence.status !== 'running') continue;
       const event = this.#commitSequence(part, outcomes[index]!);
-      if (event !== null) events.push(event);
+      if (event !== null && !part.sequence.isPrewarm) events.push(event);
     }
     return events;
   }
@@ -255,6 +266,18 @@ export class Scheduler {
     });
   }
 
+  /** With nothing else to do, the next part of a prompt that may be asked for becomes a sequence. */
+  #beginPrewarm(): void {
+    const request = this.#prewarmer.next();
+    if (request === null) return;
+    const { maxContext } = this.#options.limits;
+    const sequence = new Sequence(request, this.#numArrived++, maxContext, this.#cache.rootHash(request.cacheSalt));
+    sequence.isPrewarm = true;
+    sequence.cachedTokens = 0; // no query of a request
+    this.#open.set(sequence.id, sequence);
+    insert(this.#waiting, sequence);
+  }
+
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
   #plan(sequence: Sequence, plan: PlanBuilder): void {
     if (sequence.awaitsMask) return;
@@ -327,8 +350,12 @@ export class Scheduler {
     const { blockSize } = this.#options;
     const { tokens, rootHash, blockHashes } = sequence;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
+    const numHits = [true, false].map(
+      (needsMtp) => this.#cache.findPrefix(blockHashes, rootHash, tokens, needsMtp).length,
+    );
     const runsMtp = this.#drafts.wantsMtp(
       Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
+      blockSize * (numHits[1]! - numHits[0]!),
     );
     const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens, runsMtp);
     const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
@@ -367,7 +394,14 @@ export class Scheduler {
         return null;
       case 'sampled': {
         this.#speculation.count(sequence, draftIds.length, outcome.tokens.length - 1);
-        if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
+        if (sequence.isPrewarm) this.#counters.prewarmedTokens += sequence.promptLength - sequence.numShared;
+        else if (sequence.numCompletion === 0) this.#counters.promptTokens += sequence.promptLength;
+        if (sequence.request.prefillOnly) {
+          // The row vouches for what was computed; what was sampled from it is dropped.
+          sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
+          this.#publish(sequence);
+          return this.#finish(sequence, 'stop', {});
+        }
         const { tokens, numRows, isLastKept } = this.#append(sequence, outcome.tokens);
         this.#counters.generationTokens += tokens.length;
         // Whatever was sampled behind the last row looked at is dropped. So is the MTP entry of a token that was not kept.

@@ -47,6 +47,8 @@ export class Sequence {
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
+  /** computed for the prefix cache alone: nobody is told of it */
+  isPrewarm = false;
   /** when it was added, milliseconds */
   addedAt = 0;
   /** how long it waited for its first step, until that is told; null before and after */

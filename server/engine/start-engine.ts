@@ -64,7 +64,7 @@ export async function startEngine(
       `--max-model-len is ${maxModelLen}; the checkpoint has ${spec.maxPositionEmbeddings} positions (max_position_embeddings).`,
     );
   }
-  const { device, note } = chooseDevice(addon, config.device, spec, compute);
+  const { device, note } = chooseDevice(addon, config.device, compute);
   const maxStepTokens = config.maxStepTokens ?? (device === 'cpu' ? CPU_STEP_TOKENS : GPU_STEP_TOKENS);
   if (maxStepTokens < maxNumSeqs) {
     throw new StartupError(

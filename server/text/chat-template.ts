@@ -3,6 +3,7 @@ import { join } from 'node:path';
 import { Template } from '@huggingface/jinja';
 import { ApiError, StartupError } from '../errors.js';
 import { DSML_TEMPLATE } from './dsml-template.js';
+import type { SampledText } from './sampled-text.js';
 
 /** A message as templates know it: content joined to one string, snake_case as in every published template. */
 export interface TemplateMessage {
@@ -28,6 +29,8 @@ export interface TemplateInput {
   thinking?: boolean;
   /** what the completion begins with, after the template's text */
   prefix?: TurnPrefix;
+  /** texts of assistants' turns that are put into the prompt as the tokens that they were sampled as */
+  sampled?: readonly SampledText[]; // [num_texts]
   /** the conversation as it is, without the opening of the assistant's turn */
   noGenerationPrompt?: boolean;
 }

@@ -1,5 +1,6 @@
 import { ApiError } from '../errors.js';
 import type { ChatTemplate, TemplateInput, TemplateMessage, TemplateToolCall } from './chat-template.js';
+import { withText } from './sampled-text.js';
 import type { Tokenizer } from './tokenizer.js';
 import { toolFormatOf, withToolsPrompt, type ToolFormat } from './tool-format.js';
 
@@ -24,15 +25,32 @@ export class ConversationEncoder {
 
   /** Throws ApiError where the template refuses the conversation. */
   encode(input: TemplateInput): number[] {
-    const mark = breakMarkFor(input);
+    const [mark, slotMark] = marksFor(input);
     const breakIn = (text: string): string => this.#tokenizer.breakAddedTokens(text, mark);
     const tools = input.tools && (mapStrings(input.tools, breakIn) as unknown[]);
-    let messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
-    if (tools && !this.#template.rendersTools && this.#toolFormat) {
-      messages = withToolsPrompt(messages, tools, this.#toolFormat);
+    const format = tools && !this.#template.rendersTools ? this.#toolFormat : null;
+    const render = (list: TemplateMessage[]): string =>
+      this.#template.render({ ...input, messages: format ? withToolsPrompt(list, tools!, format) : list, tools });
+    const messages = input.messages.map((message) => this.#breakMessage(message, breakIn));
+    const rendered = render(messages);
+    const { sampled = [] } = input;
+    if (sampled.length === 0) return this.#tokenizer.encodeRendered(rendered, mark);
+
+    // Rendered again with a slot in place of each text that has been sampled.
+    const texts: string[] = []; // [num_sampled]
+    for (const [slot, place] of sampled.entries()) {
+      messages[place.message] = withText(messages[place.message]!, place, (text) => {
+        texts[slot] = text;
+        return `${slotMark}${slot}${slotMark}`;
+      });
     }
-    const rendered = this.#template.render({ ...input, messages, tools });
-    return this.#tokenizer.encodeRendered(rendered, mark);
+    const slots = new RegExp(`${slotMark}(\\d+)${slotMark}`);
+    const withSlots = render(messages);
+    const shown = withSlots.replace(new RegExp(slots, 'g'), (_, slot: string) => texts[Number(slot)] ?? '');
+    // A template that changes what it shows of a text, or looks into it, gets what it makes of it.
+    if (shown !== rendered) return this.#tokenizer.encodeRendered(rendered, mark);
+    const ids = sampled.map((place) => place.ids);
+    return this.#tokenizer.encodeRendered(withSlots, mark, { pattern: slots, ids });
   }
 
   #breakMessage(message: TemplateMessage, breakIn: (text: string) => string): TemplateMessage {
@@ -59,18 +77,22 @@ function withObject(call: TemplateToolCall): TemplateToolCall {
   throw new ApiError('invalid_value', message, 'messages');
 }
 
-/** A string that is nowhere in the conversation. */
-function breakMarkFor(input: TemplateInput): string {
+/** Two strings that are nowhere in the conversation, and of which neither has to do with the other. */
+function marksFor(input: TemplateInput): [breakMark: string, slotMark: string] {
   const text = JSON.stringify([input.messages, input.tools]);
-  for (let i = 0; i < NUM_NONCHARACTERS; i++) {
+  const marks: string[] = [];
+  for (let i = 0; i < NUM_NONCHARACTERS && marks.length < 2; i++) {
     const mark = String.fromCharCode(FIRST_NONCHARACTER + i);
-    if (!text.includes(mark)) return mark;
+    if (!text.includes(mark)) marks.push(mark);
   }
-  let mark = String.fromCharCode(FIRST_NONCHARACTER);
-  while (text.includes(mark)) {
-    mark += String.fromCharCode(FIRST_NONCHARACTER + Math.floor(Math.random() * NUM_NONCHARACTERS));
+  for (let half = marks.length; half < 2; half++) {
+    let mark = String.fromCharCode(FIRST_NONCHARACTER + half);
+    while (text.includes(mark)) {
+      mark += String.fromCharCode(FIRST_NONCHARACTER + 2 + Math.floor(Math.random() * (NUM_NONCHARACTERS - 2)));
+    }
+    marks.push(mark);
   }
-  return mark;
+  return [marks[0]!, marks[1]!];
 }
 
 /** Keys too: the names of a tool's parameters are a client's words. */

@@ -25,6 +25,13 @@ interface TextEncoderOfHub {
   encode(text: string, options: { add_special_tokens: boolean }): { ids: number[] };
 }
 
+/** Places in a rendered text where tokens stand that are known. */
+export interface TokenSlots {
+  /** matches a slot; its one group is the slot's number */
+  pattern: RegExp;
+  ids: readonly (readonly number[])[]; // [num_slots][num_tokens]
+}
+
 const NO_BYTES = new Uint8Array(0); // [0]
 
 /**
@@ -121,8 +128,11 @@ export class Tokenizer {
     return broken;
   }
 
-  /** A rendered template: added tokens where they stand unbroken, ordinary text (marks taken out) between them. */
-  encodeRendered(rendered: string, mark = ''): number[] {
+  /**
+   * A rendered template: added tokens where they stand unbroken, ordinary text (marks taken out) between them, and in
+   * slots the tokens that are known to belong there.
+   */
+  encodeRendered(rendered: string, mark = '', slots: TokenSlots | null = null): number[] {
     const ids: number[] = [];
     let start = 0;
     let trimNext = false;
@@ -131,7 +141,12 @@ export class Tokenizer {
       if (mark !== '') text = text.replaceAll(mark, '');
       if (trimNext) text = text.trimStart();
       if (trimEnd) text = text.trimEnd();
-      for (const id of this.encodeText(text)) ids.push(id);
+      if (slots === null) return this.#pushText(ids, text);
+      // Texts and the numbers of slots by turns.
+      for (const [index, part] of text.split(slots.pattern).entries()) {
+        if (index % 2 === 0) this.#pushText(ids, part);
+        else for (const id of slots.ids[Number(part)]!) ids.push(id);
+      }
     };
     for (const match of this.#addedPattern ? rendered.matchAll(this.#addedPattern) : []) {
       const token = this.#added.get(match[0])!;
@@ -142,6 +157,10 @@ export class Tokenizer {
     }
     ordinary(rendered.length, false);
     return ids;
+  }
+
+  #pushText(ids: number[], text: string): void {
+    for (const id of this.encodeText(text)) ids.push(id);
   }
 
   /** Bytes that a token stands for; none for ids beyond the tokenizer's vocabulary (padding rows of the model). */

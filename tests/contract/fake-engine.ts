@@ -5,6 +5,7 @@ import type {
   EngineRequest,
   EngineState,
   EngineStats,
+  PrewarmRequest,
   RequestProgress,
   ThinkingControl,
 } from '../../server/engine/request.js';
@@ -16,6 +17,7 @@ export type Script = (request: EngineRequest) => Iterable<Partial<EngineEvent> |
 export class FakeEngine implements EngineHandle {
   readonly requests: EngineRequest[] = [];
   readonly aborted: string[] = [];
+  readonly prewarms: PrewarmRequest[] = [];
   readonly controls: [requestId: string, control: ThinkingControl][] = [];
   script: Script;
   submitError: Error | null = null;
@@ -73,6 +75,10 @@ export class FakeEngine implements EngineHandle {
     this.controls.push([requestId, control]);
   }
 
+  prewarm(prewarm: PrewarmRequest): void {
+    this.prewarms.push(prewarm);
+  }
+
   progress(): RequestProgress | null {
     return this.requestProgress;
   }
@@ -93,6 +99,7 @@ export class FakeEngine implements EngineHandle {
       numPreemptions: 0,
       promptTokens: 11,
       generationTokens: 12,
+      prewarmedTokens: 0,
       prefixCacheQueries: 13,
       specNumDrafts: 0,
       specNumDraftTokens: 0,

@@ -55,7 +55,10 @@ test('a request with its seed: against given tokens, or twice', async () => {
   const harness = startHarness();
   const ids = harness.thought('Let me see.', 'It is 4.').map(({ id }) => id);
   const seed = '"seed": 9223372036854775807';
-  const given = await replay(harness, `{"request": ${JSON.stringify(QUESTION)}, "token_ids": [${ids}], ${seed}}`);
+  const given = await replay(
+    harness,
+    `{"request": ${JSON.stringify(QUESTION)}, "token_ids": [${ids.join()}], ${seed}}`,
+  );
   assert.deepEqual([given.is_identical, given.id], [true, null]);
   assert.equal(harness.engine.requests.at(-1)!.sampling.seed, 9223372036854775807n);
   const numBefore = harness.engine.requests.length;

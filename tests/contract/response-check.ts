@@ -91,3 +91,7 @@ export function checkEvents(events: readonly any[]): any {
     assert.deepEqual([id, type], [items[index].id, items[index].type]);
   return last;
 }
+
+export function checkErrorFrame(frame: unknown): void {
+  check('ResponsesErrorFrame', 'ResponseWsError', frame);
+}

@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { FLAGS, type Flag } from '../../server/flags.js';
 import { BUDGET_DATA, BUDGET_PLOT, plotOf, tableOf, type BudgetData } from '../bench/budget-plot.js';
 import { tableOf as votesTableOf, VOTE_DATA, type VoteData, type VoteTask } from '../bench/vote-table.js';
+import { Frames } from '../helpers/frames.js';
 import { Reference, maxDifference } from '../helpers/reference.js';
 import { Server, rodin } from './server.js';
 
@@ -75,6 +76,41 @@ test("README's request is answered as README says", async () => {
     const { choices } = (await response.json()) as any;
     assert.match(choices[0].message.content, /36351/);
     assert.match(choices[0].message.reasoning_content, /36351/);
+  } finally {
+    assert.equal(await server.stop(), 0);
+  }
+});
+
+test("README's responses are made as README says, by HTTP and over a WebSocket", async () => {
+  const section = README.slice(README.indexOf('## Responses and WebSockets'));
+  const body = /-d '(\{.*\})'/.exec(section)?.[1];
+  const frames = /<!-- frames -->\s+```json\n(.*?)\n```/s.exec(section)?.[1]?.split('\n');
+  assert.ok(body);
+  assert.equal(frames?.length, 4);
+  const server = await Server.start();
+  try {
+    const response = await fetch(`${server.url}/v1/responses`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body,
+    });
+    const { output, usage } = (await response.json()) as any;
+    assert.deepEqual(
+      output.map(({ type }: any) => type),
+      ['reasoning', 'message'],
+    );
+    assert.match(output[1].content[0].text, /36351/);
+    const socket = await Frames.open(server.url);
+    const control = frames.pop()!;
+    for (const frame of frames) socket.socket.send(frame);
+    await socket.until(({ type, stream_id }) => type === 'response.reasoning_text.delta' && stream_id === 'one');
+    socket.socket.send(control);
+    assert.deepEqual((await socket.ended('warm')).output, []);
+    const [one, two] = [await socket.ended('one'), await socket.ended('two')];
+    assert.deepEqual([one.status, two.status], ['completed', 'completed']);
+    const [cut, whole] = [one.usage, usage].map(({ output_tokens_details: { reasoning_tokens: num } }) => num);
+    assert.ok(cut < whole, `${cut} of ${whole} reasoning tokens`);
+    await socket.close();
   } finally {
     assert.equal(await server.stop(), 0);
   }

@@ -47,6 +47,7 @@ export class Rig {
   readonly terminal = new Map<string, EngineEvent>();
   readonly trace: string[] = [];
 
+  readonly #prewarmed: number[][] = [];
   readonly #roots: ReadonlySet<string>;
   /** what a reader of cache events takes for cached */
   readonly #told = new Set<string>();
@@ -78,6 +79,11 @@ export class Rig {
     this.requests.set(request.requestId, request);
     this.tokens.set(request.requestId, []);
     assert.ok(this.open().length <= this.setup.maxOpen);
+  }
+
+  prewarm(promptIds: number[], supersededIds: number[]): void {
+    this.scheduler.prewarm({ promptIds, cacheSalt: '', supersededIds });
+    this.#prewarmed.push(promptIds);
   }
 
   open(): string[] {
@@ -149,12 +155,18 @@ export class Rig {
     const request = this.requests.get(requestId)!;
     assert.ok(cachedTokens <= request.promptIds.length && cachedTokens % this.setup.blockSize === 0);
     if (cachedTokens === 0) return;
+    const isPrewarmed = this.#prewarmed.some(
+      (ids) => headOf(request, cachedTokens) === headOf({ promptIds: ids }, cachedTokens),
+    );
     const isKnown = [...this.requests.values()].some((other) => {
       if (other === request || other.cacheSalt !== request.cacheSalt) return false;
       const all = [...other.promptIds, ...this.tokens.get(other.requestId)!];
       return request.promptIds.slice(0, cachedTokens).every((id, index) => id === all[index]);
     });
-    assert.ok(isKnown, `${cachedTokens} cached tokens that nobody computed`);
+    assert.ok(
+      isKnown || (isPrewarmed && request.cacheSalt === ''),
+      `${cachedTokens} cached tokens that nobody computed`,
+    );
   }
 
   /**
@@ -179,7 +191,7 @@ export class Rig {
       assert.deepEqual(stored.tokenIds, [...block.tokenIds]);
       if (!this.#roots.has(parentHash)) continue; // a block before it was evicted
       assert.ok(stored.hasMtp || !block.hasMtp, 'the MTP module has made what the cache says');
-      const isText = texts.some((text) => chain.every((id, index) => id === text[index]));
+      const isText = [...texts, ...this.#prewarmed].some((text) => chain.every((id, index) => id === text[index]));
       assert.ok(isText, 'a published block is part of a prompt and its output');
     }
   }
@@ -204,6 +216,10 @@ export class Rig {
       }
     }
   }
+}
+
+function headOf({ promptIds: ids }: Pick<EngineRequest, 'promptIds'>, length: number): string {
+  return ids.slice(0, length).join();
 }
 
 /** Prompts of one family are prefixes of one another, so that the prefix cache has something to do. */

@@ -55,9 +55,13 @@ class DeviceCache {
 
   const CacheLayer& layer() const { return layer_; }
 
+  const std::vector<uint8_t>& raw() {
+    ops_.download(bytes_.data(), layer_.latents.data, bytes_.size());
+    return bytes_;
+  }
   // All rows as the kernels read them.
   Floats get() {
-    ops_.download(bytes_.data(), layer_.latents.data, bytes_.size());
+    raw();
     Floats values(static_cast<size_t>(num_slots_ * latent_dim_));
     for (int64_t slot = 0; slot < num_slots_; ++slot) {
       float* to = values.data() + slot * latent_dim_;
@@ -209,6 +213,7 @@ void check_attention(const AttentionCase& c) {
   Floats q = random_floats(random, tokens * heads_qk, 1), kv = random_floats(random, tokens * latent_dim, 1);
   round_to_bf16(q);
   round_to_bf16(kv);
+  const Floats unrotated = q;
   Floats angles(static_cast<size_t>(tokens * c.rope_dim));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t i = 0; i < c.rope_dim / 2; ++i) {
@@ -220,6 +225,7 @@ void check_attention(const AttentionCase& c) {
 
   DeviceCache device_cache(*gpu, c.cache_dtype, cache, num_slots, latent_dim);
   const DeviceMatrix device_q(*gpu, q, tokens, heads_qk, Dtype::kBF16);
+  DeviceMatrix unrotated_q(*gpu, q, tokens, heads_qk, Dtype::kBF16);
   const DeviceMatrix device_kv(*gpu, kv, tokens, latent_dim, Dtype::kBF16);
   const DeviceMatrix device_angles(*gpu, angles, tokens, c.rope_dim, Dtype::kF32);
   const StepIndex index = gpu->begin_step(step.index, 0);
@@ -238,6 +244,8 @@ void check_attention(const AttentionCase& c) {
   }
   // e4m3 keeps four bits: an error of a sixteenth at most, about 2.6 % on average.
   check_near(written, wanted_rows, is_fp8 ? 3.5e-2 : kBf16Tolerance, "cache rows");
+
+  const std::vector<uint8_t> cache_bytes = device_cache.raw();
 
   // The same inputs for both from here on.
   cache = cache_after;
@@ -273,6 +281,14 @@ void check_attention(const AttentionCase& c) {
     check_same_bits(own_out.raw(),
                     {bits.begin() + first * row_bytes, bits.begin() + (first + count) * row_bytes},
                     what + " of sequence " + std::to_string(s));
+    // In one call, which writes the same cache rows once more.
+    const DeviceMatrix joined_out(*gpu, count, c.num_heads * c.v_dim, Dtype::kBF16);
+    gpu->mla_store_and_attend(
+        unrotated_q.tensor().slice_rows(first, count), device_kv.tensor().slice_rows(first, count), placed,
+        1e-6f, device_angles.tensor().slice_rows(first, count), own_index, device_cache.layer(), joined_out);
+    check_same_bits(joined_out.raw(), own_out.raw(), "stored and attended, " + what);
+    CHECK(device_cache.raw() == cache_bytes);
+    unrotated_q.set(unrotated);
   };
   for (size_t s = 0; s < c.spans.size(); ++s) {
     const Span& span = c.spans[s];

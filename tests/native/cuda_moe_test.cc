@@ -63,6 +63,42 @@ Layer make_layer(const MoeCase& c, CudaRandom& random, Ops& gpu) {
   return layer;
 }
 
+// The joined forms against the ops that they stand for: the last `tokens` rows of x are what is added first.
+void check_joined(Ops& gpu, const MoeCase& c, const MoeWeights& moe, const Tensor& x, CudaRandom& random,
+                  int64_t tokens) {
+  const int64_t k = c.route.experts_per_token, hidden = c.hidden;
+  const Tensor delta = x.slice_rows(x.rows - tokens, tokens);
+  const Floats norm_weight = random_floats(random, hidden, 1);
+  const DeviceMatrix weight(gpu, norm_weight, 1, hidden, Dtype::kF32);
+  const Floats before = random_floats(random, tokens * hidden, 1);
+  struct Result {
+    DeviceMatrix residual, normed, out, delta, ids, weights;
+    Result(Ops& ops, const Floats& start, int64_t rows, int64_t cols, int64_t slots)
+        : residual(ops, start, rows, cols, Dtype::kF32),
+          normed(ops, rows, cols, Dtype::kBF16),
+          out(ops, rows, cols, Dtype::kBF16),
+          delta(ops, rows, cols, Dtype::kBF16),
+          ids(ops, rows, slots, Dtype::kI32),
+          weights(ops, rows, slots, Dtype::kF32) {}
+  };
+  Result apart(gpu, before, tokens, hidden, k), joined(gpu, before, tokens, hidden, k);
+  const float* const w = weight.tensor().row<float>(0);
+  const std::string what = " of " + std::to_string(tokens);
+  gpu.add_rms_norm(apart.residual, delta, w, 1e-6f, apart.normed);
+  gpu.route(apart.normed, moe, apart.ids, apart.weights);
+  gpu.add_rms_norm_route(joined.residual, delta, w, 1e-6f, joined.normed, moe, joined.ids, joined.weights);
+  check_same_bits(joined.residual.raw(), apart.residual.raw(), "residual ahead of route" + what);
+  check_same_bits(joined.normed.raw(), apart.normed.raw(), "norm ahead of route" + what);
+  check_same_bits(joined.ids.raw(), apart.ids.raw(), "joined route's ids" + what);
+  check_same_bits(joined.weights.raw(), apart.weights.raw(), "joined route's weights" + what);
+  gpu.moe(apart.normed, moe, apart.ids, apart.weights, apart.delta);
+  gpu.add_rms_norm(apart.residual, apart.delta, w, 1e-6f, apart.out);
+  gpu.moe_add_rms_norm(joined.normed, moe, joined.ids, joined.weights, joined.delta, joined.residual, w,
+                       1e-6f, joined.out);
+  check_same_bits(joined.residual.raw(), apart.residual.raw(), "residual behind moe" + what);
+  check_same_bits(joined.out.raw(), apart.out.raw(), "norm behind moe" + what);
+}
+
 void check_moe(const MoeCase& c) {
   CudaRandom random{11};
   const std::unique_ptr<Ops> gpu = make_gpu();
@@ -119,6 +155,7 @@ void check_moe(const MoeCase& c) {
     check_same_bits(out.raw(), {bits.begin() + first * row_bytes, bits.end()},
                     "moe of " + std::to_string(tokens));
   }
+  for (const int64_t tokens : {1, 2, 4, 5, 33}) check_joined(*gpu, c, layer.placed, device_x, random, tokens);
 }
 
 const bool moe_tests = [] {

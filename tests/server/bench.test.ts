@@ -126,6 +126,6 @@ test('what cannot be measured is refused with a sentence', async () => {
   await refused(/--layers takes a slice of synthetic weights/, '--model', POCKET_R1, '--layers', '2');
   await refused(/has only 61 layers/, '--model', r1, '--weights', 'synthetic', '--layers', '62');
   await refused(/reach position 5001; the model has 4096/, '--model', POCKET_R1, '--context', '5000');
-  assert.throws(() => readCommandLine(['bench', 'serve'], {}), /write 'rodin bench step'/);
+  assert.throws(() => readCommandLine(['bench', 'serve'], {}), /write 'rodin bench step' or 'rodin bench ops'/);
   assert.throws(() => benchConfig('--batch', '1,x'), /--batch must be a whole number/);
 });

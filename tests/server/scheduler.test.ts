@@ -52,6 +52,20 @@ test('a prompt that is wholly in the prefix cache computes one token and writes 
   assert.deepEqual(rig.tokens.get('second'), rig.tokens.get('first'));
 });
 
+test('a prompt that is only prefilled gives one event without tokens, and its blocks to others', () => {
+  const rig = new Rig({ blockSize: 4, numBlocks: 32, maxStepTokens: 8, maxNumSeqs: 4, maxOpen: 8 });
+  const prompt = promptOf(1, 22);
+  rig.submit(makeRequest('ahead', prompt, {}, { prefillOnly: true }));
+  while (rig.step());
+  rig.scheduler.checkInvariant();
+  assert.deepEqual(rig.tokens.get('ahead') ?? [], []);
+  assert.equal(rig.terminal.get('ahead')!.finishReason, 'stop');
+  assert.equal(rig.scheduler.stats().generationTokens, 0);
+  rig.submit(makeRequest('next', [...prompt, 1, 2, 3]));
+  while (rig.step());
+  assert.equal(rig.terminal.get('next')!.cachedTokens, 20);
+});
+
 test('another salt shares nothing', () => {
   const rig = new Rig({ blockSize: 4, numBlocks: 32, maxStepTokens: 64, maxNumSeqs: 4, maxOpen: 8 });
   rig.submit(makeRequest('first', promptOf(1, 16), {}, { cacheSalt: 'a' }));

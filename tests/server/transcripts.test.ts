@@ -114,7 +114,8 @@ class Player {
       parser: (texts: readonly string[]) =>
         format === 'r1-zero' ? new TagParser(tokenizer, texts) : new OutputParser(tokenizer, tools, texts),
     } as unknown as PromptEncoder;
-    this.#job = { stops, reasoningView: 'separate', streamsReasoning: true } as unknown as ChatJob;
+    const engineRequest = { startPhase, markers: phase };
+    this.#job = { stops, reasoningView: 'separate', streamsReasoning: true, engineRequest } as unknown as ChatJob;
   }
 
   /** What the client gets with the texts cut at `i` and `j`, where `perEvent` tokens come together. */

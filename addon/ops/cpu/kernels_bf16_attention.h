@@ -18,10 +18,36 @@ inline __m512i load_bf16_row(const uint16_t* p, int64_t left) {
   return left >= kPairLanes ? _mm512_loadu_si512(p) : load_part_bf16(p, left);
 }
 
-// sums[i * R + r] = lane sums of keys[i] . q[r]; the rows next[i] are asked for on the way.
+// Asks for the rows of a tile line after line, a few at a time between products: in the order of addresses
+// where rows follow one another, which is what a core's own prefetching takes up.
+class RowFetcher {
+ public:
+  // No rows: asks for nothing.
+  RowFetcher(const uint16_t* const* rows, int64_t dim) : rows_(rows), dim_(dim) {
+    if (rows) num_left_ = kKeyTile * ceil_div(dim, kPairLanes);
+  }
+  void fetch(int64_t num_lines) {
+    for (; num_lines > 0 && num_left_ > 0; --num_lines, --num_left_, at_ += kPairLanes) {
+      if (at_ >= dim_) {
+        at_ = 0;
+        ++rows_;
+      }
+      _mm_prefetch(reinterpret_cast<const char*>(*rows_ + at_), _MM_HINT_T1);
+    }
+  }
+  void fetch_rest() { fetch(num_left_); }
+
+ private:
+  const uint16_t* const* rows_;
+  const int64_t dim_;
+  int64_t at_ = 0;        // of the row
+  int64_t num_left_ = 0;  // lines
+};
+
+// sums[i * R + r] = lane sums of keys[i] . q[r]
 template <int K, int R>
-inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* next, const uint16_t* const* q,
-                     int64_t dim, V* sums) {
+inline void dot_keys(const uint16_t* const* keys, RowFetcher& next, const uint16_t* const* q, int64_t dim,
+                     V* sums) {
   V part[K][R];
   for (int i = 0; i < K; ++i) {
     for (int r = 0; r < R; ++r) part[i][r] = zero();
@@ -30,7 +56,7 @@ inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* next, c
   for (; k + kPairLanes <= dim; k += kPairLanes) {
     __m512bh query[R];
     for (int r = 0; r < R; ++r) query[r] = (__m512bh)_mm512_load_si512(q[r] + k);
-    for (int i = 0; i < K; ++i) _mm_prefetch(reinterpret_cast<const char*>(next[i] + k), _MM_HINT_T1);
+    next.fetch(K / 2);
     for (int i = 0; i < K; ++i) {
       const auto key = (__m512bh)_mm512_loadu_si512(keys[i] + k);
       for (int r = 0; r < R; ++r) part[i][r] = _mm512_dpbf16_ps(part[i][r], key, query[r]);
@@ -53,7 +79,7 @@ inline void dot_keys(const uint16_t* const* keys, const uint16_t* const* next, c
 // is less. Keys come in pairs, from an even j on.
 template <int R, int C>
 inline void mix_pairs(const uint32_t (*pairs)[kKeyTile / 2], const uint16_t* const* keys, int64_t begin,
-                      int64_t end, int64_t col, int64_t left, float* const* out) {
+                      int64_t end, int64_t col, int64_t left, RowFetcher& next, float* const* out) {
   V low[R][C], high[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) low[r][c] = high[r][c] = zero();
@@ -61,6 +87,7 @@ inline void mix_pairs(const uint32_t (*pairs)[kKeyTile / 2], const uint16_t* con
   for (int64_t j = begin; j < end; j += 2) {
     __m512bh by[R];
     for (int r = 0; r < R; ++r) by[r] = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r][j / 2]));
+    next.fetch(C);
     for (int c = 0; c < C; ++c) {
       const __m512i even = load_bf16_row(keys[j] + col + c * kPairLanes, left);
       const __m512i odd = load_bf16_row(keys[j + 1] + col + c * kPairLanes, left);
@@ -101,9 +128,10 @@ inline void attend_rows_bf16(const AttendArgs& args) {
     out[r] = args.out[row];
   }
   const uint16_t* const* keys = args.keys;
+  RowFetcher next(args.next_keys, args.latent_dim);
   for (int64_t j = args.first / kKeys * kKeys; j < args.end; j += kKeys) {
     V sums[kAccumulators];
-    dot_keys<kKeys, R>(keys + j, (args.next_keys ? args.next_keys : keys) + j, q, args.latent_dim, sums);
+    dot_keys<kKeys, R>(keys + j, next, q, args.latent_dim, sums);
     float results[kAccumulators];  // [kKeys, R]
     reduce(sums, results);
     for (int i = 0; i < kKeys; ++i) {
@@ -130,11 +158,12 @@ inline void attend_rows_bf16(const AttendArgs& args) {
   constexpr int C = R == 4 ? 2 : 4;
   int64_t col = 0;
   for (; col + C * kPairLanes <= args.lora_rank; col += C * kPairLanes) {
-    mix_pairs<R, C>(pairs, keys, begin, args.end, col, kPairLanes, out);
+    mix_pairs<R, C>(pairs, keys, begin, args.end, col, kPairLanes, next, out);
   }
   for (; col < args.lora_rank; col += kPairLanes) {
-    mix_pairs<R, 1>(pairs, keys, begin, args.end, col, min_of(kPairLanes, args.lora_rank - col), out);
+    mix_pairs<R, 1>(pairs, keys, begin, args.end, col, min_of(kPairLanes, args.lora_rank - col), next, out);
   }
+  next.fetch_rest();
 }
 
 void attend_bf16(const AttendArgs& args) {

@@ -17,6 +17,8 @@ namespace {
 // the scheduler runs for tens to hundreds (yield: the core is free for it).
 constexpr std::chrono::microseconds kSpinTime{30};
 constexpr std::chrono::microseconds kYieldTime{400};
+// How long the caller stays awake for the last tasks of a loop.
+constexpr std::chrono::microseconds kCallerSpinTime{60};
 constexpr int kPausesPerCheck = 8;
 
 inline void cpu_pause() {
@@ -99,15 +101,32 @@ void ThreadPool::run(TaskFn fn, void* context, int64_t num_tasks) {
     wake_.notify_all();
   }
   int64_t done = take_tasks(0);
-  // The last tasks run elsewhere: spin, then let their thread have this core.
-  const int64_t others = num_tasks - done;
-  for (int checks = 0; completed_.load(std::memory_order_acquire) != others; ++checks) {
-    if (checks < 2000) {
-      cpu_pause();
-    } else {
-      std::this_thread::yield();
-    }
+  wait_for_others(num_tasks - done);
+}
+
+// The last tasks run elsewhere. They take microseconds where their threads have a core; where one has lost
+// its core in the middle of a task, it can only go on if this thread leaves its own to it: a core whose
+// thread yields is busy, and is given no other to run, but one whose thread sleeps is.
+void ThreadPool::wait_for_others(int64_t num_others) {
+  using Clock = std::chrono::steady_clock;
+  const auto is_done = [&] { return completed_.load(std::memory_order_seq_cst) == num_others; };
+  const auto end = Clock::now() + kCallerSpinTime;
+  while (!is_done()) {
+    for (int i = 0; i < kPausesPerCheck && !is_done(); ++i) cpu_pause();
+    if (Clock::now() < end) continue;
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    // Either this thread sees the last count or whoever counts last sees that it sleeps.
+    is_caller_asleep_.store(true, std::memory_order_seq_cst);
+    done_.wait(lock, is_done);
+    is_caller_asleep_.store(false, std::memory_order_relaxed);
   }
+}
+
+void ThreadPool::count_completed(int64_t num_tasks) {
+  completed_.fetch_add(num_tasks, std::memory_order_seq_cst);
+  if (!is_caller_asleep_.load(std::memory_order_seq_cst)) return;
+  { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+  done_.notify_one();
 }
 
 void ThreadPool::worker_main(int worker) {
@@ -116,7 +135,7 @@ void ThreadPool::worker_main(int worker) {
   while (!stopping_.load(std::memory_order_relaxed)) {
     const int64_t done = take_tasks(worker);
     if (done > 0) {
-      completed_.fetch_add(done, std::memory_order_acq_rel);
+      count_completed(done);
       idle_since = Clock::now();
       continue;
     }

@@ -1,7 +1,8 @@
 // Threads that share one loop at a time. The caller takes part as worker 0, so num_threads = 1 starts none.
 //
 // Tasks are handed out by one atomic word (tasks taken, tasks in all); there is no lock while workers are
-// awake. An idle worker spins briefly, then yields, then sleeps on a condition variable.
+// awake. An idle worker spins briefly, then yields, then sleeps on a condition variable; a caller who waits
+// for the last tasks spins, then sleeps.
 #pragma once
 
 #include <atomic>
@@ -50,6 +51,8 @@ class ThreadPool {
   // Takes tasks until none is left; returns how many it ran.
   int64_t take_tasks(int worker);
   void worker_main(int worker);
+  void wait_for_others(int64_t num_others);
+  void count_completed(int64_t num_tasks);
   // Ends and joins the workers.
   void stop();
   bool has_work() const;
@@ -66,6 +69,8 @@ class ThreadPool {
   std::atomic<bool> stopping_{false};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
+  std::atomic<bool> is_caller_asleep_{false};
+  std::condition_variable done_;
   uint64_t wake_generation_ = 0;      // guarded by sleep_mutex_
   std::vector<std::thread> workers_;  // [num_threads - 1]
 };

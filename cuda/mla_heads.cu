@@ -1,0 +1,160 @@
+// What surrounds attention where there are few tokens, in two launches instead of four, with the bits of the
+// kernels that they stand for (rope_store and the linear layer of W_UK; mla_combine and the linear layer of
+// W_UV). FP8 weights alone. Bound by latency: the weights are on their way before the kernel ahead has ended.
+//
+// mla_enter_kernel: q_latent = q_nope W_UK, each warp 16 rows of it for up to 8 tokens; other blocks of the
+// same launch rotate and write the cache row (rope_store.cuh). mla_leave_kernel: grid (A, T): a block puts
+// the splits of one head of one token together and multiplies them with W_UV.
+#include "cuda/linear_tile.cuh"
+#include "cuda/mla_combine.cuh"
+#include "cuda/rope_store.cuh"
+
+namespace rodin::cuda {
+namespace {
+
+constexpr int kEnterWarps = kRopeThreads / 32;
+
+// Weights of 16 rows and one block of inputs, as a lane feeds them to the tensor cores.
+struct WeightBlock {
+  WeightF8::Fragment half[2][2];  // [row half, K half]
+
+  __device__ void load(const WeightView& w, int64_t row_offset, int row0, int rows, int block) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int kh = 0; kh < 2; ++kh)
+        load_fragment<WeightF8>(half[i][kh], weight_row(w, row_offset, row0 + g + 8 * i, rows),
+                                block * kBlockK + 64 * kh + 16 * t, w.cols);
+  }
+  __device__ void multiply(const uint32_t (&x)[2][8], float (&acc)[4]) const {
+#pragma unroll
+    for (int kh = 0; kh < 2; ++kh)
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        uint32_t a[4];
+        WeightF8::pairs(half[0][kh], step, 0, a[0], a[2]);
+        WeightF8::pairs(half[1][kh], step, 0, a[1], a[3]);
+        mma(acc, a, x[kh][2 * step], x[kh][2 * step + 1]);
+      }
+  }
+};
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kRopeThreads) mla_enter_kernel(const __grid_constant__ MlaEnterParams p) {
+  let_successor_begin();
+  const int rope_blocks_each = rope_store_blocks(p.rope.num_heads);
+  const int rope_blocks = p.rope.num_tokens * rope_blocks_each;
+  if (static_cast<int>(blockIdx.x) < rope_blocks) {
+    wait_for_predecessor();
+    rope_store_block<kFp8>(p.rope, blockIdx.x / rope_blocks_each, blockIdx.x % rope_blocks_each);
+    return;
+  }
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row0 = ((blockIdx.x - rope_blocks) * kEnterWarps + threadIdx.x / 32) * 16;
+  if (row0 >= p.w_uk.rows) return;
+  const int head = row0 / p.rope.lora_rank, column0 = row0 % p.rope.lora_rank;
+  WeightBlock weights;
+  weights.load(p.w_uk, 0, row0, p.w_uk.rows, 0);
+  float scale[2];  // [row half]
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    scale[half] = scale_at(scale_row(p.w_uk, 0, row0 + g + 8 * half, p.w_uk.rows), 0, 1);
+  wait_for_predecessor();
+  const bf16* q =
+      static_cast<const bf16*>(p.rope.q) + g * p.rope.q_stride + head * (p.rope.nope_dim + p.rope.rope_dim);
+  uint32_t x[2][8];  // [K half, 8]
+#pragma unroll
+  for (int kh = 0; kh < 2; ++kh)
+    load_inputs(x[kh], g < p.rope.num_tokens ? q : nullptr, 64 * kh + 16 * t, p.rope.nope_dim,
+                p.is_q_aligned);
+  float acc[4] = {};
+  weights.multiply(x, acc);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int token = 2 * t + c % 2;
+    if (token >= p.rope.num_tokens) continue;
+    bf16* to = static_cast<bf16*>(p.q_latent) +
+               (static_cast<int64_t>(token) * p.rope.num_heads + head) * p.q_latent_stride;
+    to[column0 + g + 8 * (c / 2)] = __float2bfloat16_rn(add_block<WeightF8>(0.0f, acc[c], scale[c / 2]));
+  }
+}
+
+constexpr int kLeaveThreads = 256;
+constexpr int kLeaveBlocks = kMlaMaxLora / kBlockK;  // blocks of inputs
+
+__global__ void __launch_bounds__(kLeaveThreads) mla_leave_kernel(const __grid_constant__ MlaLeaveParams p) {
+  let_successor_begin();
+  __shared__ __align__(16) bf16 latent[kMlaMaxLora];
+  const int head = blockIdx.x, token = blockIdx.y;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t row_offset = static_cast<int64_t>(head) * p.weight_batch + p.weight_offset;
+  const int row0 = threadIdx.x / 32 * 16;
+  const int num_blocks = p.w_uv.cols / kBlockK;
+  WeightBlock weights[kLeaveBlocks];  // [kLeaveBlocks]
+  float scale[kLeaveBlocks][2];       // [kLeaveBlocks, row half]
+#pragma unroll
+  for (int block = 0; block < kLeaveBlocks; ++block) {
+    weights[block].load(p.w_uv, row_offset, row0, p.v_dim, block);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* scales = scale_row(p.w_uv, row_offset, row0 + g + 8 * half, p.v_dim);
+      scale[block][half] = block < num_blocks ? scale_at(scales, block, p.w_uv.blocks_per_scale) : 0.0f;
+    }
+  }
+  const int position = p.mla.cache_positions[p.mla.first_token + token];
+  wait_for_predecessor();
+  float out[kMlaMaxLora / kLeaveThreads];  // [kMlaMaxLora / kLeaveThreads]
+  combine_splits<kLeaveThreads>(p.mla, static_cast<int64_t>(token) * p.mla.num_heads + head, position, out);
+#pragma unroll
+  for (int j = 0; j < kMlaMaxLora / kLeaveThreads; ++j) {
+    latent[threadIdx.x + j * kLeaveThreads] = __float2bfloat16_rn(out[j]);
+  }
+  __syncthreads();
+  float total[4] = {};
+#pragma unroll
+  for (int block = 0; block < kLeaveBlocks; ++block) {
+    if (block >= num_blocks) break;
+    uint32_t x[2][8];  // [K half, 8] the token is column 0
+#pragma unroll
+    for (int kh = 0; kh < 2; ++kh)
+      load_inputs(x[kh], g == 0 ? latent : nullptr, block * kBlockK + 64 * kh + 16 * t, p.w_uv.cols, true);
+    float acc[4] = {};
+    weights[block].multiply(x, acc);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) total[c] = add_block<WeightF8>(total[c], acc[c], scale[block][c / 2]);
+  }
+  if (t != 0) return;
+  bf16* to = static_cast<bf16*>(p.out) + token * p.out_stride + static_cast<int64_t>(head) * p.v_dim;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + g + 8 * half;
+    if (row < p.v_dim) to[row] = __float2bfloat16_rn(total[2 * half]);
+  }
+}
+
+}  // namespace
+
+bool is_mla_enter(const MlaEnterParams& p) {
+  return p.rope.num_tokens <= kMlaFewTokens && p.w_uk.dtype == Dtype::kF8E4M3 && p.rope.nope_dim <= kBlockK &&
+         p.rope.lora_rank % 16 == 0;
+}
+
+void run_mla_enter(const MlaEnterParams& params, cudaStream_t stream) {
+  const int64_t blocks = params.rope.num_tokens * rope_store_blocks(params.rope.num_heads) +
+                         ceil_div(params.w_uk.rows, 16 * kEnterWarps);
+  launch_overlapped(params.rope.is_cache_fp8 ? mla_enter_kernel<true> : mla_enter_kernel<false>,
+                    dim3(static_cast<unsigned>(blocks)), kRopeThreads, 0, stream, params, "mla_enter_kernel");
+}
+
+bool is_mla_leave(const MlaLeaveParams& p) {
+  return p.mla.num_tokens <= kMlaFewTokens && p.w_uv.dtype == Dtype::kF8E4M3 && p.w_uv.bias == nullptr &&
+         p.mla.lora_rank == kMlaMaxLora && p.v_dim <= kLeaveThreads / 32 * 16;
+}
+
+void run_mla_leave(const MlaLeaveParams& params, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(params.mla.num_heads), static_cast<unsigned>(params.mla.num_tokens));
+  launch_overlapped(mla_leave_kernel, grid, kLeaveThreads, 0, stream, params, "mla_leave_kernel");
+}
+
+}  // namespace rodin::cuda

@@ -1,0 +1,186 @@
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import OpenAI from 'openai';
+import { ResponsesWS } from 'openai/resources/responses/ws';
+import { checkEvents } from '../contract/response-check.js';
+import { Frames } from '../helpers/frames.js';
+import { fixture, Server } from './server.js';
+
+let server: Server;
+let client: OpenAI;
+
+const ASK = { model: 'pocket-r1', input: 'What is 577 × 63?', temperature: 0 };
+const [LONGEST] = fixture('greedy.jsonl').toSorted((a, b) => b.output_ids.length - a.output_ids.length);
+const SEARCH = {
+  type: 'function' as const,
+  name: 'search',
+  description: 'Search the web.',
+  parameters: { type: 'object', properties: { query: { type: 'string' } }, required: ['query'] },
+  strict: false,
+};
+
+before(async () => {
+  server = await Server.start();
+  client = new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'none', maxRetries: 0 });
+});
+
+after(async () => {
+  assert.equal(await server.stop(), 0);
+});
+
+const open = (): Promise<Frames> => Frames.open(server.url);
+
+/** Waits until no sequence runs or waits; returns how long that took. */
+async function idle(maxMs: number): Promise<number> {
+  const start = performance.now();
+  for (;;) {
+    const { num_running: running, num_waiting: waiting } = await server.health();
+    const ms = performance.now() - start;
+    if (running + waiting === 0) return ms;
+    assert.ok(ms < maxMs, `${running} sequences run after ${ms} ms`);
+    await sleep(5);
+  }
+}
+
+test('an agent’s loop with the client’s WebSocket: a tool is called, its output sent, nothing stored', async () => {
+  const ws = new ResponsesWS(client);
+  // The lane is a field that this version of the client sends, and has no type for.
+  const lane = { stream_id: 'main' } as object;
+  const create = { type: 'response.create' as const, ...ASK, store: false, tools: [SEARCH], ...lane };
+  const events: any[] = [];
+  let numTurns = 0;
+  try {
+    ws.send({ ...create, input: 'Search the web for violin.' });
+    for await (const event of ws) {
+      if (event.type === 'error') throw event.error;
+      if (event.type !== 'message') continue;
+      const { message } = event;
+      events.push(message);
+      assert.equal((message as any).stream_id, 'main');
+      if (message.type !== 'response.completed') continue;
+      numTurns++;
+      const call = message.response.output.find((item) => item.type === 'function_call');
+      if (call === undefined) break;
+      assert.deepEqual(JSON.parse(call.arguments), { query: 'violin' });
+      const output = '{"snippet": "Tara wrote 10 pages about violin"}';
+      ws.send({
+        ...create,
+        previous_response_id: message.response.id,
+        input: [{ type: 'function_call_output', call_id: call.call_id, output }],
+      });
+    }
+  } finally {
+    ws.close();
+  }
+  assert.equal(numTurns, 2);
+  const second = events.findIndex(({ type }) => type === 'response.completed') + 1;
+  checkEvents(events.slice(0, second));
+  const last = checkEvents(events.slice(second));
+  assert.match(last.output.at(-1).content[0].text, /Tara wrote 10 pages about violin/);
+});
+
+test('64 lanes on 8 sockets: each gives what it gives alone, and none waits for another to end', async () => {
+  const rows = fixture('greedy.jsonl')
+    .filter(({ tools, thinking, output_ids: ids }) => !tools && thinking && ids.length > 60)
+    .slice(0, 8);
+  const alone = await open();
+  for (const { messages } of rows) alone.create({ ...ASK, input: messages });
+  const expected = await Promise.all(rows.map((_, index) => alone.ended(undefined, index + 1)));
+  await alone.close();
+  const sockets = await Promise.all(Array.from({ length: 8 }, open));
+  const lanes = Array.from({ length: 64 }, (_, index) => ({
+    frames: sockets[index % 8]!,
+    streamId: `lane-${index}`,
+    at: (index + Math.floor(index / 8)) % 8,
+  }));
+  for (const { frames, streamId, at } of lanes) {
+    frames.create({ ...ASK, stream_id: streamId, input: rows[at].messages });
+  }
+  const responses = await Promise.all(lanes.map(({ frames, streamId }) => frames.ended(streamId)));
+  const textsOf = ({ output }: any): string[] =>
+    output.flatMap(({ content }: any) => content.map(({ text }: any) => text));
+  for (const [index, { frames, streamId, at }] of lanes.entries()) {
+    assert.deepEqual(checkEvents(frames.of(streamId)), responses[index]);
+    assert.deepEqual(textsOf(responses[index]), textsOf(expected[at]));
+  }
+  // On each socket the first event of every lane comes before the last event of any.
+  for (const frames of sockets) {
+    const firstEnd = frames.all.findIndex(({ type }) => type === 'response.completed');
+    const begun = new Set(
+      frames.all
+        .slice(0, firstEnd)
+        .filter(({ type }) => type.endsWith('.delta'))
+        .map((frame) => frame.stream_id),
+    );
+    assert.equal(begun.size, 8);
+  }
+  await Promise.all(sockets.map((frames) => frames.close()));
+});
+
+test('closing sockets frees their blocks within 250 ms', async () => {
+  await idle(5000);
+  const sockets = await Promise.all(Array.from({ length: 4 }, open));
+  for (const [index, frames] of sockets.entries()) {
+    for (let lane = 0; lane < 8; lane++) {
+      const seed = 8 * index + lane;
+      frames.create({ ...ASK, input: LONGEST.messages, temperature: 1, seed, stream_id: `lane-${lane}`, store: false });
+    }
+  }
+  await Promise.all(sockets.map((frames) => frames.until(({ type }) => type === 'response.reasoning_text.delta')));
+  assert.ok((await server.health()).num_running > 0);
+  for (const frames of sockets) frames.socket.terminate();
+  const ms = await idle(250);
+  assert.equal(await server.metric('rodin:blocks{state="referenced"'), 0, `after ${ms} ms`);
+});
+
+test('a prompt computed ahead is found in the prefix cache by the response that goes on with it', async () => {
+  const frames = await open();
+  const facts = Array.from({ length: 40 }, (_, index) => `Fact ${index}: ${index} + ${index} = ${2 * index}.`).join(
+    ' ',
+  );
+  frames.create({ ...ASK, input: [{ role: 'user', content: facts }], generate: false, store: false });
+  const ahead = await frames.ended();
+  assert.deepEqual([ahead.status, ahead.output, ahead.usage.output_tokens], ['completed', [], 0]);
+  frames.create({ ...ASK, previous_response_id: ahead.id, store: false });
+  const answered = await frames.ended(undefined, 2);
+  const { cached_tokens: cached } = answered.usage.input_tokens_details;
+  assert.ok(cached >= ahead.usage.input_tokens - 64 && cached > 64, `${cached} of ${ahead.usage.input_tokens}`);
+  await frames.close();
+});
+
+test('live control: an answer now, more thinking, and an end', async () => {
+  const frames = await open();
+  const ask = { ...ASK, input: LONGEST.messages };
+  const control = (fields: object): void => frames.send({ type: 'response.control', ...fields });
+  const isThinking = (streamId: string) => (frame: any) =>
+    frame.stream_id === streamId && frame.type === 'response.reasoning_text.delta';
+  const lengthOf = (response: any): number => response.usage.output_tokens_details.reasoning_tokens;
+  frames.create({ ...ask, stream_id: 'plain' });
+  const plain = await frames.ended('plain');
+
+  frames.create({ ...ask, stream_id: 'now' });
+  await frames.until(isThinking('now'));
+  control({ action: 'end_thinking', stream_id: 'now' });
+  const now = await frames.ended('now');
+  checkEvents(frames.of('now'));
+  assert.equal(now.status, 'completed');
+  assert.ok(now.output.some(({ type }: any) => type === 'message'));
+  assert.ok(lengthOf(now) < lengthOf(plain), `${lengthOf(now)} < ${lengthOf(plain)}`);
+
+  frames.create({ ...ASK, stream_id: 'more' });
+  const { response } = await frames.until(({ type, stream_id }) => type === 'response.created' && stream_id === 'more');
+  await frames.until(isThinking('more'));
+  control({ action: 'extend_thinking', response_id: response.id, tokens: 400 });
+  const more = await frames.ended('more');
+  assert.ok(lengthOf(more) >= 400, `${lengthOf(more)}`);
+
+  frames.create({ ...ask, stream_id: 'end' });
+  await frames.until(isThinking('end'));
+  control({ action: 'cancel', stream_id: 'end' });
+  const end = await frames.ended('end');
+  checkEvents(frames.of('end'));
+  assert.equal(end.status, 'cancelled');
+  await idle(250);
+  await frames.close();
+});
