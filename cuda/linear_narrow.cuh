@@ -3,7 +3,7 @@
 // meet in shared memory and are added in order. Grid: (row tiles, token tiles of 8 NT or tiles of a MoePlan,
 // batches or pair).
 //
-// kHalf, for FP8 weights and a tile of at most 8 tokens: the block's inputs become f16 in shared memory
+// kHalf, for FP8 weights and a tile of at most 16 tokens: the block's inputs become f16 in shared memory
 // first, each token's blocks scaled by a power of two so that the largest lies below 2^15, and weights are
 // widened to f16, which takes a fifth of the instructions. Products and sums are those of bf16 times that
 // power, which is taken out of a block's sum: the same bits, but for inputs 2^-32 below the largest of their
@@ -112,7 +112,7 @@ template <class W, int NT, int MT, int KW, bool kGated, bool kHalf>
 __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes, NT, MT, KW))
     linear_narrow(const __grid_constant__ LinearParams p) {
   static_assert(!kGated || MT == 2);
-  static_assert(!kHalf || (W::kBytes == 1 && NT == 1));
+  static_assert(!kHalf || (W::kBytes == 1 && NT <= 2));
   constexpr int kNarrowWarps = narrow_warps(KW);
   constexpr int kGroups = kNarrowWarps / KW;  // warps or teams of warps with rows of their own
   constexpr int kGroupRows = kGated ? 16 : 16 * MT;
@@ -202,22 +202,19 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
       load_x(block + KW, 0, next_x);
       load_x(block + KW, 1, next_x);
     } else if constexpr (kHalf) {
-      if (g < work.count && block < num_blocks) {
-        const uint4* const at = reinterpret_cast<const uint4*>(half_inputs + g * half_pitch(num_blocks) +
-                                                               (block * kBlockK + 16 * t) * 2);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        const bool is_there = 8 * nt + g < work.count && block < num_blocks;
+        const uint4* const at = reinterpret_cast<const uint4*>(
+            half_inputs + (8 * nt + g) * half_pitch(num_blocks) + (block * kBlockK + 16 * t) * 2);
 #pragma unroll
         for (int kh = 0; kh < 2; ++kh)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const uint4 v = at[8 * kh + i];
-            x[kh][0][4 * i] = v.x, x[kh][0][4 * i + 1] = v.y;
-            x[kh][0][4 * i + 2] = v.z, x[kh][0][4 * i + 3] = v.w;
+            const uint4 v = is_there ? at[8 * kh + i] : make_uint4(0, 0, 0, 0);
+            x[kh][nt][4 * i] = v.x, x[kh][nt][4 * i + 1] = v.y;
+            x[kh][nt][4 * i + 2] = v.z, x[kh][nt][4 * i + 3] = v.w;
           }
-      } else {
-#pragma unroll
-        for (int kh = 0; kh < 2; ++kh)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) x[kh][0][i] = 0;
       }
     } else {
       load_x(block, 0, x);
@@ -237,7 +234,9 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
             if constexpr (kHalf) {
               W::half_pairs(now[mt][0][kh], step, a[0], a[2]);
               W::half_pairs(now[mt][1][kh], step, a[1], a[3]);
-              mma_half(acc[mt][0], a, x[kh][0][2 * step], x[kh][0][2 * step + 1]);
+#pragma unroll
+              for (int nt = 0; nt < NT; ++nt)
+                mma_half(acc[mt][nt], a, x[kh][nt][2 * step], x[kh][nt][2 * step + 1]);
               continue;
             }
             W::pairs(now[mt][0][kh], step, part, a[0], a[2]);
@@ -292,7 +291,11 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
       }
       float acc[MT][NT][4];
       multiply(block, acc);
-      const float powers[2] = {inverse_of(2 * t, block), inverse_of(2 * t + 1, block)};
+      float powers[NT][2];  // [NT, 2]
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) powers[nt][odd] = inverse_of(8 * nt + 2 * t + odd, block);
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             float sum = acc[mt][nt][c];
-            if constexpr (kHalf) sum *= powers[c % 2];
+            if constexpr (kHalf) sum *= powers[nt][c % 2];
             total[mt][nt][c] = add_block<W>(total[mt][nt][c], sum, scale[mt][c / 2]);
           }
     }

@@ -53,8 +53,6 @@ export function examine(config: DoctorConfig, version: string, find: () => Loade
   }
 
   const checkpoint = ask('model', () => readCheckpoint(config.model));
-  // Where the model cannot be read, the device is judged as for one that runs anywhere.
-  const { spec: model } = checkpoint ?? { spec: { modelType: 'deepseek_v3' } as const };
   const choice = loaded && ask('device', () => chooseDevice(loaded.addon, config.device, 'auto'));
   if (choice) tell('device', `${choice.device} is used with --device ${config.device}`);
   if (choice?.note !== undefined) tell('note', choice.note);
