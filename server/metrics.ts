@@ -43,6 +43,7 @@ export class Metrics {
   readonly #reasoningTokens;
   readonly #maxTokens;
   readonly #responses;
+  readonly #websockets;
   readonly #reasoningEnded;
 
   constructor(engine: EngineHandle, modelName: string) {
@@ -71,6 +72,7 @@ export class Metrics {
       labelNames: ['operation', 'status'],
       registers,
     });
+    this.#websockets = new Gauge({ name: 'rodin:websockets', help: 'WebSockets that are open.', registers });
     this.#reasoningEnded = new Counter({
       name: 'rodin:reasoning_ended_total',
       help: 'Completions whose reasoning was ended for the model.',
@@ -119,6 +121,10 @@ export class Metrics {
 
   observeResponse(operation: string, status: number): void {
     this.#responses.inc({ operation, status: String(status) });
+  }
+
+  observeWebSockets(num: number): void {
+    this.#websockets.set(num);
   }
 
   /** Values that the engine keeps are read when they are asked for. */

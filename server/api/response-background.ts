@@ -10,6 +10,7 @@ import { keepAlive } from './progress.js';
 import { ResponseDialect } from './response-dialect.js';
 import { ResponseRecord } from './response-record.js';
 import type { ResponseJob } from './response-request.js';
+import { keepResponse } from './response-store.js';
 import { SseWriter } from './sse.js';
 
 /** of one response's events that are kept */
@@ -157,7 +158,7 @@ export class BackgroundRun implements EventSink {
   }
 
   #store(): void {
-    this.#context.responses.put(this.record.stored(this.tenant));
+    keepResponse(this.#context.responses, this.record.stored(this.tenant), this.#origin);
   }
 
   #end(): void {

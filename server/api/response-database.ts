@@ -40,7 +40,8 @@ export class DatabaseResponses implements ResponseStore {
     this.#database = database;
     this.#maxBytes = maxBytes;
     try {
-      database.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA busy_timeout = 2000;');
+      // One server has it: what another one is making would look unfinished.
+      database.exec('PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;');
       const version = Number(database.prepare('PRAGMA user_version').get()!['user_version']);
       if (version !== 0 && version !== VERSION) {
         throw new Error(`its version is ${version}, this server's is ${VERSION}`);

@@ -30,6 +30,8 @@ export interface Create {
   body: ResponsesBody;
   /** false: its prompt is computed, nothing is generated */
   generates: boolean;
+  /** about what it takes while it waits */
+  numBytes: number;
 }
 
 /** The response that a lane is making. */
@@ -64,6 +66,10 @@ export class ResponseLane implements EventSink {
 
   get numWaiting(): number {
     return this.#queue.length;
+  }
+
+  get waitingBytes(): number {
+    return this.#queue.reduce((sum, { numBytes }) => sum + numBytes, 0);
   }
 
   push(create: Create): void {

@@ -7,7 +7,7 @@ import { keepSeedSource } from './json-body.js';
 import type { components } from './openapi.js';
 import { ResponseLane, type LaneRun, type LaneSocket } from './response-lane.js';
 import type { ResponsesBody } from './response-request.js';
-import { MemoryResponses, type ResponseSource, type StoredResponse } from './response-store.js';
+import { keepResponse, MemoryResponses, type ResponseSource, type StoredResponse } from './response-store.js';
 import { refuseUnsupportedInResponses } from './response-unsupported.js';
 import { toControl } from './running.js';
 import { isObject, type Json } from './unsupported.js';
@@ -40,8 +40,10 @@ const ENVELOPE = new Set(['type', 'stream_id', 'generate']);
 const STREAM_ID = /^[\w.-]{1,256}$/;
 /** requests that wait in one lane */
 const MAX_WAITING = 64;
+/** longest frames whose bytes may wait on one socket */
+const MAX_WAITING_FRAMES = 4;
 /** of the responses of one connection that are stored nowhere else */
-const MAX_LOCAL_BYTES = 16 * 2 ** 20;
+const MAX_LOCAL_BYTES = 8 * 2 ** 20;
 const PING_MS = 30_000;
 const GOING_AWAY = 1001;
 
@@ -92,6 +94,7 @@ export class ResponseSocket implements LaneSocket {
   send(json: string, streamId: string | null): void {
     if (this.#isClosed) return;
     const text = streamId === null ? json : `${json.slice(0, -1)},"stream_id":${JSON.stringify(streamId)}}`;
+    if (this.#socket.bufferedAmount === 0) this.#takenAt = performance.now();
     this.#socket.send(text, () => this.#sent());
     if (!this.isReady) this.#holdsBack = true;
   }
@@ -102,8 +105,7 @@ export class ResponseSocket implements LaneSocket {
 
   /** Responses of this connection can be gone on with here, also those that are not stored. */
   keep(response: StoredResponse, isStored: boolean): void {
-    if (isStored) this.context.responses.put(response);
-    else this.#local.put(response);
+    keepResponse(isStored ? this.context.responses : this.#local, response, this.origin);
   }
 
   #take(data: Buffer, isBinary: boolean): void {
@@ -162,12 +164,19 @@ export class ResponseSocket implements LaneSocket {
     keepSeedSource(body, text);
     refuseUnsupportedInResponses(body);
     validate(this.#validators.body, body);
+    const numBytes = text.length;
+    const lanes = [...this.#lanes.values()];
+    const waitingBytes = lanes.reduce((sum, lane) => sum + lane.waitingBytes, 0);
+    if (waitingBytes > 0 && waitingBytes + numBytes > MAX_WAITING_FRAMES * this.context.config.maxBodyBytes) {
+      const message = `Requests of ${waitingBytes} bytes wait on this WebSocket already; send the next one when some have ended.`;
+      throw new ApiError('queue_full', message);
+    }
     const lane = this.#laneOf(streamId);
     if (lane.numWaiting >= MAX_WAITING) {
       const message = `${MAX_WAITING} requests wait in this lane already; send the next one when some have ended.`;
       throw new ApiError('queue_full', message, 'stream_id');
     }
-    lane.push({ body: body as unknown as ResponsesBody, generates: generate });
+    lane.push({ body: body as unknown as ResponsesBody, generates: generate, numBytes });
   }
 
   /** A lane is there as long as something runs or waits in it. */

@@ -50,8 +50,13 @@ export class ResponseSockets {
       socket.send(errorFrame(new ApiError('websocket_connection_limit_reached', message)), () => {});
       return socket.close(TRY_LATER, 'too many WebSockets');
     }
+    const { metrics } = this.#context;
     this.#open.add(socket);
-    socket.on('close', () => this.#open.delete(socket));
+    metrics.observeWebSockets(this.#open.size);
+    socket.on('close', () => {
+      this.#open.delete(socket);
+      metrics.observeWebSockets(this.#open.size);
+    });
     new ResponseSocket(socket, request, this.#context, this.#validators);
   }
 }

@@ -1,5 +1,6 @@
 import { LRUCache } from 'lru-cache';
 import { ApiError } from '../errors.js';
+import type { RequestOrigin } from './completion.js';
 import type { components } from './openapi.js';
 import type { Item } from './response-items.js';
 
@@ -26,6 +27,15 @@ export interface ResponseStore extends ResponseSource {
   put(response: StoredResponse): void;
   delete(id: string): void;
   close(): void;
+}
+
+/** Keeps what a client has been told already: where that fails, its response is none the worse. */
+export function keepResponse(store: ResponseStore, response: StoredResponse, { log }: RequestOrigin): void {
+  try {
+    store.put(response);
+  } catch (error) {
+    log.error(error, `the response ${response.id} could not be stored`);
+  }
 }
 
 /** Responses in memory: at most so many bytes of them. */

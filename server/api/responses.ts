@@ -8,7 +8,7 @@ import { ResponseDialect } from './response-dialect.js';
 import type { Item } from './response-items.js';
 import { ResponseRecord } from './response-record.js';
 import { countInputTokens, readResponseRequest, type ResponsesBody } from './response-request.js';
-import type { StoredResponse } from './response-store.js';
+import { keepResponse, type StoredResponse } from './response-store.js';
 import { ChoiceStream } from './stream.js';
 import { sendWhole } from './whole.js';
 
@@ -38,7 +38,7 @@ export async function createResponse(
   const record = new ResponseRecord(job, context);
   const choices = new Choices([[job.chat]], context, request, startedAt);
   const dialect = new ResponseDialect(record, choices, () => {
-    if (job.isStored) context.responses.put(record.stored(tenant));
+    if (job.isStored) keepResponse(context.responses, record.stored(tenant), request);
   });
   if (job.chat.isStream) return new ChoiceStream(context, choices, dialect).begin(request, reply);
   const bodyOf = (): string => {

@@ -41,7 +41,7 @@ export function configOf(...args: string[]): ServeConfig {
 export function startHarness(
   options: { args?: string[]; script?: Script; drain?: Drain; sse?: SseOptions } & Pick<
     AppOptions,
-    'tracer' | 'logger'
+    'tracer' | 'logger' | 'responses'
   > = {},
 ): Harness {
   const config = configOf(...(options.args ?? []));
@@ -56,7 +56,7 @@ export function startHarness(
   ];
   const engine = new FakeEngine(options.script ?? oneByOne(thought('Let me see.', 'It is 4.')));
   const checkpoint = readCheckpoint(POCKET);
-  const { drain, sse, tracer, logger } = options;
+  const { drain, sse, tracer, logger, responses } = options;
   if (engine.engineState.status === 'ready' && config.maxModelLen !== null) {
     engine.engineState.maxContext = config.maxModelLen;
   }
@@ -69,6 +69,7 @@ export function startHarness(
     ...(sse ? { sse } : {}),
     ...(tracer ? { tracer } : {}),
     ...(logger ? { logger } : {}),
+    ...(responses ? { responses } : {}),
   });
   return {
     app,

@@ -400,6 +400,24 @@ test('a stored response can be read, listed and deleted, by its own key alone', 
   await harness.close();
 });
 
+test('a store that breaks is logged, and the responses are made all the same', async () => {
+  const lines: string[] = [];
+  const broken = {
+    put: () => {
+      throw new Error('the disk is full');
+    },
+    get: () => undefined,
+    delete: () => {},
+    close: () => {},
+  };
+  const logger = { level: 'error', stream: { write: (line: string) => void lines.push(line) } };
+  const harness = startHarness({ responses: broken, logger });
+  assert.equal((await make(harness, {})).status, 'completed');
+  assert.equal(checkEvents(await stream(harness, {})).status, 'completed');
+  assert.equal(lines.filter((line) => line.includes('the disk is full')).length, 2);
+  await harness.close();
+});
+
 test('input tokens are counted as a response would have them', async () => {
   const harness = startHarness();
   const { status, body } = await call(harness, 'POST', '/input_tokens', { ...ASK, tools: [TOOL] });

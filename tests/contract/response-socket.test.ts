@@ -169,6 +169,39 @@ test('frames that cannot be answered get an error frame, and the connection live
     assert.deepEqual([loading.error.code, loading.status], ['model_loading', 503]);
   }));
 
+test('a lane whose response fails goes on, and harms no other', () =>
+  withSocket({}, async (client, harness) => {
+    let num = 0;
+    harness.engine.script = function* () {
+      yield { tokens: harness.tokens('Hm', 'reasoning') };
+      if (num++ === 0) yield { finishReason: 'error', error: { code: 'engine_failed', message: 'The engine died.' } };
+      else yield { tokens: harness.thought('so', 'x'), finishReason: 'stop' };
+    };
+    for (const lane of ['a', 'b', 'a']) client.create({ ...INPUT, stream_id: lane });
+    const failed = await client.ended('a');
+    assert.deepEqual([failed.status, failed.error.message], ['failed', 'The engine died.']);
+    assert.equal((await client.ended('a', 2)).status, 'completed');
+    assert.equal((await client.ended('b')).status, 'completed');
+    checkEvents(client.of('b'));
+  }));
+
+test('requests that wait may take so many bytes together', () =>
+  withSocket({ args: ['--max-body-size', '4000B'] }, async (client, harness) => {
+    harness.engine.script = function* () {
+      yield new Promise<void>(() => {});
+    };
+    const big = {
+      ...INPUT,
+      metadata: Object.fromEntries(Array.from({ length: 7 }, (_, i) => [`${i}`, 'x'.repeat(500)])),
+    };
+    for (let i = 0; i < 6; i++) client.create({ ...big, stream_id: 'a' });
+    const { error, status } = await client.error();
+    assert.deepEqual([status, error.code, error.param], [429, 'queue_full', null]);
+    client.create({ ...INPUT, stream_id: 'b' });
+    await client.until(({ stream_id, type }) => stream_id === 'b' && type === 'response.in_progress');
+    assert.deepEqual(harness.engine.requests.length, 2);
+  }));
+
 test('a frame far beyond the limit closes the connection', () =>
   withSocket({ args: ['--max-body-size', '2000B'] }, async (client) => {
     client.create({ input: 'x'.repeat(5000) });
@@ -209,6 +242,8 @@ test('more sockets than allowed, idle ones and those of strangers are refused', 
   assert.equal(idle.error.code, 'websocket_connection_limit_reached');
   assert.equal((await first.closed).code, 1001);
   const third = await Frames.open(url, headers);
+  const metrics = await (await fetch(`${url}/metrics`, { headers })).text();
+  assert.match(metrics, /^rodin:websockets\{.*\} 1$/m);
   await third.close();
   const plain = await fetch(`${url}/v1/responses`, { headers });
   assert.deepEqual([plain.status, plain.headers.get('upgrade')], [426, 'websocket']);

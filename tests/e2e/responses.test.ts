@@ -1,6 +1,9 @@
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { HumanMessage, ToolMessage, type AIMessageChunk } from '@langchain/core/messages';
+import { concat } from '@langchain/core/utils/stream';
+import { ChatOpenAI } from '@langchain/openai';
 import OpenAI from 'openai';
 import { checkEvents, checkResponse } from '../contract/response-check.js';
 import { fixture, Server } from './server.js';
@@ -87,6 +90,21 @@ test('a tool is called in a stream, its output answered, and the conversation go
   assert.ok(answered.usage!.input_tokens_details.cached_tokens > 0);
 });
 
+test('LangChain over the Responses API: a tool is called in a stream, and its output answered', async () => {
+  const configuration = { baseURL: `${server.url}/v1` };
+  const model = new ChatOpenAI({ ...ASK, apiKey: 'secret', useResponsesApi: true, configuration });
+  const { type, ...search } = SEARCH;
+  const agent = model.bindTools([{ type, function: search }]);
+  let asked: AIMessageChunk | undefined;
+  for await (const chunk of await agent.stream(LOOKUP)) asked = asked ? concat(asked, chunk) : chunk;
+  const [call] = asked!.tool_calls!;
+  assert.deepEqual([call!.name, call!.args], ['search', { query: 'violin' }]);
+  const content = '{"snippet": "Tara wrote 10 pages about violin"}';
+  const output = new ToolMessage({ tool_call_id: call!.id!, content });
+  const answered = await agent.invoke([new HumanMessage(LOOKUP), asked!, output]);
+  assert.match(answered.text, /Tara wrote 10 pages about violin/);
+});
+
 test('output held to a schema is parsed by the client', async () => {
   const schema = {
     type: 'object',
@@ -129,7 +147,8 @@ test('a response in the background outlives its client, and its stream is gone o
 });
 
 test('cancelled and abandoned responses free their blocks', async () => {
-  const endless = { ...LONG, thinking_token_budget: -1, seed: 3 };
+  const schema = { type: 'array', items: { type: 'integer' }, minItems: 1000 };
+  const endless = { ...ASK, text: { format: { type: 'json_schema' as const, name: 'list', schema } } };
   const made = await client.responses.create({ ...endless, background: true });
   assert.equal(made.status, 'queued');
   while ((await client.responses.retrieve(made.id)).status === 'queued') await sleep(10);

@@ -98,6 +98,9 @@ test('SQLite keeps responses over a restart; what was not finished has failed', 
   assert.deepEqual([cut.status, status, error.code], ['failed', 'failed', 'server_error']);
   second.close();
   const size = sizeOf(responseOf('done'));
+  const other = new DatabaseResponses(file, 1e6);
+  assert.throws(() => new DatabaseResponses(file, 1e6), /cannot be used: database is locked/);
+  other.close();
   const small = new DatabaseResponses(file, size + 300);
   small.put(responseOf('next'));
   assert.equal(small.get('done', ''), undefined);
