@@ -31,7 +31,7 @@ struct QuantizeParams {
   QuantizedView out;
   // The same x again, row for row: the shared expert's tokens beside the routed ones'.
   int32_t num_plain_rows = 0;
-  QuantizedView plain_out;
+  QuantizedView plain_out = {};
 };
 void run_quantize(const QuantizeParams& params, cudaStream_t stream);
 
