@@ -8,7 +8,9 @@ const FOLDERS = ['native', 'parity', 'e2e'];
 const LEFT_OUT = {
   'e2e/clients.test.ts': 'published clients: the device changes nothing that they see',
   'e2e/messages.test.ts': 'the same',
+  'e2e/responses.test.ts': 'the same',
   'e2e/operations.test.ts': 'cache events and operations of the server, without the device',
+  'e2e/start.test.ts': 'npm, and the memory of a process that computes by itself',
   'e2e/readme.test.ts': 'documented commands, on any machine',
   'e2e/budget.test.ts': 'a benchmark of its own',
 };
