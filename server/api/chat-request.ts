@@ -98,7 +98,7 @@ export async function readChatRequest(
       ...(format && !isPrefillOnly ? { grammar: toRequestGrammar(format.grammar, context.defaults.eosTokenIds) } : {}),
       ...(isPrefillOnly ? { prefillOnly: true } : {}),
     },
-    asked,
+    asked: isPrefillOnly ? null : asked,
     stops,
     stopScope: body.stop_scope ?? 'answer',
     formatParam: format?.param ?? null,
