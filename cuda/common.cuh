@@ -43,6 +43,13 @@ __device__ __forceinline__ void widen_e4m3_word(uint32_t word, uint32_t& low, ui
   high = widen_e4m3_pair(__byte_perm(word, 0, 0x3424));
 }
 
+// Two e4m3 values as f16, exactly.
+__device__ __forceinline__ uint32_t half_of_e4m3(uint32_t pair) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(static_cast<uint16_t>(pair)));
+  return out;
+}
+
 // Element i of a row of any float dtype.
 __device__ __forceinline__ float element_as_float(const void* row, Dtype dtype, int64_t i) {
   switch (dtype) {
@@ -87,6 +94,14 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with f16 in place of bf16.
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Four 8x8 matrices of 2-byte elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t shared_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -126,6 +141,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
   return v;
+}
+
+// Asks for memory into the second-level cache; 16-byte words.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Asks for what __ldg will read later into the first-level cache.

@@ -212,6 +212,8 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   params.max_tiles = moe_max_tiles(plan);
   params.num_experts = num_experts;
   params.x_divisor = k;
+  params.has_shared = is_shared_grouped;
+  params.tile_tokens = std::min(plan.tile_tokens, plan.num_tokens);
   params.num_tokens = tokens_each;
   params.io[1] = io_of(x, shared_mid_);
   params.max_rows = std::max(params.max_rows, shared_rows);
@@ -222,6 +224,8 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   down.plan = moe_plan_;
   down.max_tiles = params.max_tiles;
   down.num_experts = num_experts;
+  down.has_shared = is_shared_grouped;
+  down.tile_tokens = params.tile_tokens;
   down.num_tokens = tokens_each;
   down.io[1] = io_of(shared_mid_, shared_out_);
   down.max_cols = std::max(down.max_cols, shared_rows);

@@ -33,10 +33,11 @@ void CudaOps::reserve_prefill() {
       limits_.max_step_tokens < kMinPrefillTokens || shape.lora_rank % kBlockK != 0 ||
       !has_mla_prefill(shape.nope_dim, shape.rope_dim, shape.v_dim))
     return;
-  // One sequence of full length, or a step of fresh prompts.
+  // One sequence of full length, or a step of fresh prompts that fill up their last blocks of keys.
   const int64_t max_context =
       limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size;
-  const int64_t keys = std::max(max_context, limits_.max_step_tokens);
+  const int64_t keys =
+      (std::max(max_context, 2 * limits_.max_step_tokens) + kPrefillKeys - 1) / kPrefillKeys * kPrefillKeys;
   const int64_t key_bytes = (shape.nope_dim + shape.v_dim) * 2;  // of one head
   const int64_t head_keys = std::min(kExpandedBudget / key_bytes, keys * shape.num_heads);
   if (keys > head_keys) return;

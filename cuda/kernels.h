@@ -91,6 +91,8 @@ struct LinearParams {
   int32_t max_tiles = 0;
   int32_t num_experts = 0;
   int32_t x_divisor = 1;
+  int32_t tile_tokens = 0;  // most tokens of a tile
+  bool has_shared = false;  // the shared expert is one of the grouped
 };
 
 // Tokens of one tile for a call with `num_tokens` tokens (a MoePlan must be made for the same tile size).

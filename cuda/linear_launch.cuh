@@ -54,16 +54,28 @@ class LinearLauncher {
                bytes);
   }
 
+  // Whether experts' layers of a few tokens go through f16.
+  template <int NT>
+  static constexpr bool kHasHalf = W::kBytes == 1 && NT <= 2;
+  static constexpr int kMostHalfBytes = 72 << 10;
+
+  template <int NT, int MT, int KW, bool kGated>
+  static void prepare_team() {
+    raise_limit(linear_narrow<W, NT, MT, KW, kGated, false>, narrow_shared_bytes<NT, MT, KW>());
+    if constexpr (kHasHalf<NT>)
+      raise_limit(linear_narrow<W, NT, MT, KW, kGated, true>,
+                  narrow_shared_bytes<NT, MT, KW>() + kMostHalfBytes);
+  }
+
   template <int NT, int MT, bool kGated>
   static void prepare_narrow() {
-    raise_limit(linear_narrow<W, NT, MT, 8, kGated>, narrow_shared_bytes<NT, MT, 8>());
-    if constexpr (W::kParts == 1 && !kGated && NT < 4) {
-      raise_limit(linear_narrow<W, NT, MT, 16, kGated>, narrow_shared_bytes<NT, MT, 16>());
-    }
+    prepare_team<NT, MT, 8, kGated>();
+    if constexpr (W::kParts == 1 && !kGated && NT < 4) prepare_team<NT, MT, 16, kGated>();
     if constexpr (W::kParts == 1) {
-      raise_limit(linear_narrow<W, NT, MT, 4, kGated>, narrow_shared_bytes<NT, MT, 4>());
-      raise_limit(linear_narrow<W, NT, MT, 2, kGated>, narrow_shared_bytes<NT, MT, 2>());
+      prepare_team<NT, MT, 4, kGated>();
+      prepare_team<NT, MT, 2, kGated>();
     }
+    if constexpr (kHasHalf<NT>) prepare_team<NT, MT, 1, kGated>();
   }
 
   static dim3 grid(const LinearParams& p, int rows_per_block, int tile_tokens) {
@@ -104,8 +116,17 @@ class LinearLauncher {
   static void launch_narrow(const LinearParams& p, cudaStream_t stream) {
     if constexpr (KW == 16 ? W::kParts == 1 && !kGated && NT < 4 : KW == 1 || KW == 8 || W::kParts == 1) {
       constexpr int kRows = (kGated ? 16 : 16 * MT) * narrow_warps(KW) / KW;
-      launch_overlapped(linear_narrow<W, NT, MT, KW, kGated>, grid(p, kRows, 8 * NT), 32 * narrow_warps(KW),
-                        narrow_shared_bytes<NT, MT, KW>(), stream, p, "linear_narrow");
+      constexpr int kBytes = narrow_shared_bytes<NT, MT, KW>();
+      const dim3 blocks = grid(p, kRows, 8 * NT);
+      if constexpr (kHasHalf<NT>) {
+        const int bytes = half_shared_bytes(p.tile_tokens, static_cast<int>(ceil_div(p.max_cols, kBlockK)));
+        if (p.table[0] != nullptr && bytes <= kMostHalfBytes) {
+          return launch_overlapped(linear_narrow<W, NT, MT, KW, kGated, true>, blocks, 32 * narrow_warps(KW),
+                                   static_cast<size_t>(kBytes + bytes), stream, p, "linear_narrow");
+        }
+      }
+      launch_overlapped(linear_narrow<W, NT, MT, KW, kGated, false>, blocks, 32 * narrow_warps(KW), kBytes,
+                        stream, p, "linear_narrow");
     }
   }
 

@@ -2,6 +2,12 @@
 // warps share MT * 16 rows (gated: 16 of gate and 16 of up) and take every KW-th block of inputs; their sums
 // meet in shared memory and are added in order. Grid: (row tiles, token tiles of 8 NT or tiles of a MoePlan,
 // batches or pair).
+//
+// kHalf, for FP8 weights and a tile of at most 16 tokens: the block's inputs become f16 in shared memory
+// first, each token's blocks scaled by a power of two so that the largest lies below 2^15, and weights are
+// widened to f16, which takes a fifth of the instructions. Products and sums are those of bf16 times that
+// power, which is taken out of a block's sum: the same bits, but for inputs 2^-32 below the largest of their
+// block.
 #pragma once
 
 #include "cuda/linear_tile.cuh"
@@ -26,8 +32,74 @@ __host__ __device__ constexpr int narrow_blocks(int bytes, int NT, int MT, int K
 }
 
 template <int NT, int MT, int KW>
-constexpr int narrow_shared_bytes() {
+__host__ __device__ constexpr int narrow_shared_bytes() {
   return KW == 1 ? 0 : 2 * narrow_warps(KW) * MT * NT * kSumTile * static_cast<int>(sizeof(float));
+}
+
+__host__ __device__ constexpr int half_pitch(int num_blocks) {
+  return num_blocks * kBlockK * 2 + 16;
+}  // bytes of a token
+// Inputs of `tokens` as f16 [tokens, half_pitch] and their powers [tokens, num_blocks].
+__host__ __device__ constexpr int half_shared_bytes(int tokens, int num_blocks) {
+  return tokens * (half_pitch(num_blocks) + num_blocks * static_cast<int>(sizeof(float)));
+}
+
+// The block's inputs into shared memory; half a warp takes one block of inputs of one token at a time.
+__device__ __forceinline__ void stage_half_inputs(const LinearWork& work, bool is_aligned, int num_blocks,
+                                                  char* to, float* inverse) {
+  const int cols = work.weight->cols, column = threadIdx.x % 16 * 8;
+  const int items = work.count * num_blocks, step = blockDim.x / 16;
+  for (int base = threadIdx.x / 32 * 2; base < items; base += step) {
+    const int item = base + threadIdx.x / 16 % 2;
+    const int token = item / num_blocks, k = item % num_blocks * kBlockK + column;
+    uint32_t pairs[4] = {};  // [4]
+    if (item < items && k < cols) {
+      const bf16* const row = work.x_row(token);
+      if (k + 8 <= cols && is_aligned) {
+        const uint4 v = *reinterpret_cast<const uint4*>(row + k);
+        pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+      } else {
+        const uint16_t* const bits = reinterpret_cast<const uint16_t*>(row);
+        for (int i = 0; i < 8; ++i)
+          if (k + i < cols) pairs[i / 2] |= static_cast<uint32_t>(bits[k + i]) << (i % 2 * 16);
+      }
+    }
+    uint32_t most = 0;  // magnitudes of bf16 rise with their bits
+#pragma unroll
+    for (int i = 0; i < 4; ++i) most = max(most, max(pairs[i] & 0x7fffu, pairs[i] >> 16 & 0x7fffu));
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
+    const uint32_t exponent = max(most >> 7, 15u);
+    const float power = __uint_as_float((268 - exponent) << 23);
+    uint32_t halves[4];  // [4]
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 pair = __floats2half2_rn(low_float(pairs[i]) * power, high_float(pairs[i]) * power);
+      halves[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    if (item < items) {
+      *reinterpret_cast<uint4*>(to + token * half_pitch(num_blocks) + k * 2) =
+          make_uint4(halves[0], halves[1], halves[2], halves[3]);
+      if (column == 0) inverse[item] = __uint_as_float((exponent - 14) << 23);
+    }
+  }
+}
+
+// Asks for the shared expert's weights, which every plan holds, into the second-level cache, a part each
+// block.
+template <bool kGated>
+__device__ __forceinline__ void prefetch_shared(const LinearParams& p) {
+  if (threadIdx.x != 0) return;
+  const int64_t blocks = static_cast<int64_t>(gridDim.x) * gridDim.y;
+  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+#pragma unroll
+  for (int i = 0; i < (kGated ? 2 : 1); ++i) {
+    const WeightView& w = p.table[i][p.num_experts];
+    const int64_t bytes = w.rows * w.row_bytes, part = ceil_div(bytes, 128 * blocks) * 128;
+    const int64_t begin = block * part;
+    if (begin < bytes)
+      prefetch_bulk(static_cast<const char*>(w.data) + begin, static_cast<int>(min(part, bytes - begin)));
+  }
 }
 
 // Waits for the warps of one team.
@@ -36,17 +108,20 @@ __device__ __forceinline__ void team_barrier(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kThreads) : "memory");
 }
 
-template <class W, int NT, int MT, int KW, bool kGated>
+template <class W, int NT, int MT, int KW, bool kGated, bool kHalf>
 __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes, NT, MT, KW))
     linear_narrow(const __grid_constant__ LinearParams p) {
   static_assert(!kGated || MT == 2);
+  static_assert(!kHalf || (W::kBytes == 1 && NT <= 2));
   constexpr int kNarrowWarps = narrow_warps(KW);
   constexpr int kGroups = kNarrowWarps / KW;  // warps or teams of warps with rows of their own
   constexpr int kGroupRows = kGated ? 16 : 16 * MT;
-  extern __shared__ float sums[];  // [2, kNarrowWarps, MT, NT, kSumTile]
+  extern __shared__ __align__(
+      16) float sums[];  // [2, kNarrowWarps, MT, NT, kSumTile], then half_shared_bytes
 
   let_successor_begin();
   const bool is_grouped = p.table[0] != nullptr;
+  if (is_grouped && p.has_shared) prefetch_shared<kGated>(p);
   if (is_grouped) wait_for_predecessor();  // the plan; elsewhere the first weights are on their way before
   LinearWork work;
   if (!find_work(p, 8 * NT, work)) return;
@@ -73,6 +148,15 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt) x_rows[nt] = work.x_row(8 * nt + g);
 
+  char* const half_inputs =
+      reinterpret_cast<char*>(sums + narrow_shared_bytes<NT, MT, KW>() / static_cast<int>(sizeof(float)));
+  float* const inverse = reinterpret_cast<float*>(half_inputs + work.count * half_pitch(num_blocks));
+  // The power of two of a token's block that its sum has too many.
+  const auto inverse_of = [&](int token, int block) {
+    if constexpr (!kHalf) return 1.0f;
+    return token < work.count && block < num_blocks ? inverse[token * num_blocks + block] : 0.0f;
+  };
+
   // The next block's weights, on their way while this one is multiplied; the wide dtypes have no registers
   // left.
   constexpr bool kPrefetch = W::kParts == 1;
@@ -87,7 +171,7 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
           load_fragment<W>(next[mt][half][kh], rows[mt][half], block * kBlockK + 64 * kh + 16 * t, cols);
   };
   // The inputs of few tokens come ahead too where there are registers left.
-  constexpr bool kPrefetchInputs = kPrefetch && NT == 1 && (MT == 2) == (KW > 1);
+  constexpr bool kPrefetchInputs = !kHalf && kPrefetch && NT == 1 && (MT == 2) == (KW > 1);
   uint32_t next_x[2][NT][8];  // [K half, NT, 8]
   const auto load_x = [&](int block, int kh, uint32_t(&x)[2][NT][8]) {
 #pragma unroll
@@ -117,6 +201,21 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
         for (int i = 0; i < 8; ++i) x[kh][0][i] = next_x[kh][0][i];
       load_x(block + KW, 0, next_x);
       load_x(block + KW, 1, next_x);
+    } else if constexpr (kHalf) {
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        const bool is_there = 8 * nt + g < work.count && block < num_blocks;
+        const uint4* const at = reinterpret_cast<const uint4*>(
+            half_inputs + (8 * nt + g) * half_pitch(num_blocks) + (block * kBlockK + 16 * t) * 2);
+#pragma unroll
+        for (int kh = 0; kh < 2; ++kh)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint4 v = is_there ? at[8 * kh + i] : make_uint4(0, 0, 0, 0);
+            x[kh][nt][4 * i] = v.x, x[kh][nt][4 * i + 1] = v.y;
+            x[kh][nt][4 * i + 2] = v.z, x[kh][nt][4 * i + 3] = v.w;
+          }
+      }
     } else {
       load_x(block, 0, x);
       if constexpr (NT < 4) load_x(block, 1, x);
@@ -132,6 +231,14 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
 #pragma unroll
           for (int part = 0; part < W::kParts; ++part) {
             uint32_t a[4];
+            if constexpr (kHalf) {
+              W::half_pairs(now[mt][0][kh], step, a[0], a[2]);
+              W::half_pairs(now[mt][1][kh], step, a[1], a[3]);
+#pragma unroll
+              for (int nt = 0; nt < NT; ++nt)
+                mma_half(acc[mt][nt], a, x[kh][nt][2 * step], x[kh][nt][2 * step + 1]);
+              continue;
+            }
             W::pairs(now[mt][0][kh], step, part, a[0], a[2]);
             W::pairs(now[mt][1][kh], step, part, a[1], a[3]);
 #pragma unroll
@@ -152,6 +259,10 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
     }
   }
   if (!is_grouped) wait_for_predecessor();
+  if constexpr (kHalf) {
+    stage_half_inputs(work, p.is_x_aligned, num_blocks, half_inputs, inverse);
+    __syncthreads();
+  }
   if constexpr (kPrefetchInputs) {
     load_x(kw, 0, next_x);
     load_x(kw, 1, next_x);
@@ -180,13 +291,21 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
       }
       float acc[MT][NT][4];
       multiply(block, acc);
+      float powers[NT][2];  // [NT, 2]
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) powers[nt][odd] = inverse_of(8 * nt + 2 * t + odd, block);
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-          for (int c = 0; c < 4; ++c)
-            total[mt][nt][c] = add_block<W>(total[mt][nt][c], acc[mt][nt][c], scale[mt][c / 2]);
+          for (int c = 0; c < 4; ++c) {
+            float sum = acc[mt][nt][c];
+            if constexpr (kHalf) sum *= powers[nt][c % 2];
+            total[mt][nt][c] = add_block<W>(total[mt][nt][c], sum, scale[mt][c / 2]);
+          }
     }
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
@@ -243,8 +362,11 @@ __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes
         for (int w = 0; w < KW; ++w) {
           if (base + w >= num_blocks) break;
 #pragma unroll
-          for (int mt = 0; mt < MT; ++mt)
-            total[i][mt] = add_block<W>(total[i][mt], at[(w * MT + mt) * NT * kSumTile], scale[w][mt]);
+          for (int mt = 0; mt < MT; ++mt) {
+            float sum = at[(w * MT + mt) * NT * kSumTile];
+            if constexpr (kHalf) sum *= inverse_of(token, base + w);
+            total[i][mt] = add_block<W>(total[i][mt], sum, scale[w][mt]);
+          }
         }
       }
     }

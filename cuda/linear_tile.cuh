@@ -27,6 +27,10 @@ struct WeightF8 {
   __device__ static void pairs(const Fragment& f, int step, int, uint32_t& low, uint32_t& high) {
     widen_e4m3_word(f.words[step], low, high);
   }
+  __device__ static void half_pairs(const Fragment& f, int step, uint32_t& low, uint32_t& high) {
+    low = half_of_e4m3(f.words[step] & 0xffffu);
+    high = half_of_e4m3(f.words[step] >> 16);
+  }
 };
 
 struct WeightBF16 {

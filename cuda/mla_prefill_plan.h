@@ -12,9 +12,10 @@ namespace rodin::cuda {
 
 struct MlaPrefillPlan {
   std::vector<PrefillTile> tiles;  // [num_tiles]
-  std::vector<int32_t> slots;      // [num_keys] of the latents, one sequence after the other
-  std::vector<char> is_prefill;    // [S]
-  int64_t num_tokens = 0;
+  // [num_keys] of the latents, one sequence after the other; each fills up its last kPrefillKeys with its
+  // last key, since a weight of 0 times another sequence's value need not be 0.
+  std::vector<int32_t> slots;
+  std::vector<char> is_prefill;  // [S]
 
   // Takes the sequences of at least `min_tokens` tokens whose keys fit into max_keys rows, the first ones
   // first. max_keys 0: none.

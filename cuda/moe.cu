@@ -13,6 +13,7 @@ namespace rodin::cuda {
 namespace {
 
 constexpr int kPlanThreads = 1024;
+constexpr int kPlanAtOnce = 8;
 
 __global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_constant__ MoePlanParams p) {
   let_successor_begin();
@@ -22,12 +23,29 @@ __global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_con
   int32_t* place = shared + p.num_experts;
   int32_t* first_tile = shared + 2 * p.num_experts;
   const int num_slots = p.num_tokens * p.experts_per_token;
+  const bool is_dense = p.ids_stride == p.experts_per_token;
   const auto expert_of = [&](int slot) {
-    return p.expert_ids[slot / p.experts_per_token * p.ids_stride + slot % p.experts_per_token];
+    return p
+        .expert_ids[is_dense ? slot : slot / p.experts_per_token * p.ids_stride + slot % p.experts_per_token];
+  };
+  // Calls f(slot, expert) for each slot, with several loads in flight.
+  const auto for_slots = [&](const auto& f) {
+    for (int first = threadIdx.x; first < num_slots; first += kPlanAtOnce * kPlanThreads) {
+      int experts[kPlanAtOnce];  // [kPlanAtOnce]
+#pragma unroll
+      for (int i = 0; i < kPlanAtOnce; ++i) {
+        const int slot = first + i * kPlanThreads;
+        experts[i] = slot < num_slots ? expert_of(slot) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kPlanAtOnce; ++i) {
+        if (experts[i] >= 0) f(first + i * kPlanThreads, experts[i]);
+      }
+    }
   };
   for (int e = threadIdx.x; e < p.num_experts; e += kPlanThreads) count[e] = 0;
   __syncthreads();
-  for (int slot = threadIdx.x; slot < num_slots; slot += kPlanThreads) atomicAdd(&count[expert_of(slot)], 1);
+  for_slots([&](int, int expert) { atomicAdd(&count[expert], 1); });
   __syncthreads();
   if (threadIdx.x < 32) {  // running sums of counts and tiles
     const int lane = threadIdx.x;
@@ -64,39 +82,54 @@ __global__ void __launch_bounds__(kPlanThreads) moe_plan_kernel(const __grid_con
     }
   }
   __syncthreads();
-  for (int slot = threadIdx.x; slot < num_slots; slot += kPlanThreads) {
-    p.plan.order[atomicAdd(&place[expert_of(slot)], 1)] = slot;
-  }
+  for_slots([&](int slot, int expert) { p.plan.order[atomicAdd(&place[expert], 1)] = slot; });
 }
 
 constexpr int kCombineThreads = 128;
 
+// kPairs pairs of columns of a thread; rows of the experts' outputs begin at multiples of 16 bytes and are
+// padded to whole 16 bytes.
+template <int kPairs>
 __global__ void __launch_bounds__(kCombineThreads)
     moe_combine_kernel(const __grid_constant__ MoeCombineParams p) {
   let_successor_begin();
   wait_for_predecessor();
   const int64_t token = blockIdx.y;
-  const int col = (blockIdx.x * kCombineThreads + threadIdx.x) * 2;
+  const int col = (blockIdx.x * kCombineThreads + threadIdx.x) * 2 * kPairs;
   if (col >= p.cols) return;
-  // Rows of the experts' outputs begin at multiples of 16 bytes and are padded to an even number of columns.
-  const auto pair_at = [&](const void* data, int64_t row) {
-    return *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(data) + row * p.stride + col);
+  const auto load = [&](uint32_t(&pairs)[kPairs], const void* data, int64_t row) {
+    const bf16* from = static_cast<const bf16*>(data) + row * p.stride + col;
+    if constexpr (kPairs == 4) {
+      const uint4 words = *reinterpret_cast<const uint4*>(from);
+      pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
+    } else {
+      pairs[0] = *reinterpret_cast<const uint32_t*>(from);
+    }
   };
-  float low = 0, high = 0;
+  float low[kPairs] = {}, high[kPairs] = {};  // [kPairs]
+  uint32_t pairs[kPairs];                     // [kPairs]
   for (int j = 0; j < p.experts_per_token; ++j) {
     const float weight = p.expert_weights[token * p.weights_stride + j];
-    const uint32_t pair = pair_at(p.routed, token * p.experts_per_token + j);
-    low = fmaf(weight, low_float(pair), low);
-    high = fmaf(weight, high_float(pair), high);
+    load(pairs, p.routed, token * p.experts_per_token + j);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] = fmaf(weight, low_float(pairs[i]), low[i]);
+      high[i] = fmaf(weight, high_float(pairs[i]), high[i]);
+    }
   }
   if (p.shared) {
-    const uint32_t pair = pair_at(p.shared, token);
-    low += low_float(pair);
-    high += high_float(pair);
+    load(pairs, p.shared, token);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) low[i] += low_float(pairs[i]), high[i] += high_float(pairs[i]);
   }
   bf16* out = static_cast<bf16*>(p.out) + token * p.out_stride + col;
-  out[0] = __float2bfloat16_rn(low);
-  if (col + 1 < p.cols) out[1] = __float2bfloat16_rn(high);
+  if constexpr (kPairs == 4) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(pack_bf16(low[0], high[0]), pack_bf16(low[1], high[1]),
+                                                pack_bf16(low[2], high[2]), pack_bf16(low[3], high[3]));
+  } else {
+    out[0] = __float2bfloat16_rn(low[0]);
+    if (col + 1 < p.cols) out[1] = __float2bfloat16_rn(high[0]);
+  }
 }
 
 }  // namespace
@@ -114,9 +147,13 @@ void run_moe_plan(const MoePlanParams& params, cudaStream_t stream) {
 
 void run_moe_combine(const MoeCombineParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(params.cols, 2 * kCombineThreads)),
+  // Many tokens fill the GPU with wide loads; few of them need every thread.
+  const bool is_wide = params.num_tokens >= 256 && params.cols % 8 == 0 && params.out_stride % 8 == 0 &&
+                       reinterpret_cast<uintptr_t>(params.out) % 16 == 0;
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.cols, (is_wide ? 8 : 2) * kCombineThreads)),
                   static_cast<unsigned>(params.num_tokens));
-  launch_overlapped(moe_combine_kernel, grid, kCombineThreads, 0, stream, params, "moe_combine_kernel");
+  launch_overlapped(is_wide ? moe_combine_kernel<4> : moe_combine_kernel<1>, grid, kCombineThreads, 0, stream,
+                    params, "moe_combine_kernel");
 }
 
 }  // namespace rodin::cuda

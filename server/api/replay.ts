@@ -81,7 +81,7 @@ async function readReplay(body: ReplayBody, tenant: string, context: ApiContext)
 /** The chat request of the body, with its seed. Its fields are checked like those of a request of its own. */
 function readRequest(body: ReplayBody, { contract }: ApiContext): ChatBody {
   const fields: ChatBody = { ...body.request! };
-  refuseUnsupported({ ...fields }, new Set(contract.propertiesOf('ChatCompletionRequest')));
+  refuseUnsupported(fields, new Set(contract.propertiesOf('ChatCompletionRequest')));
   if ((fields.n ?? 1) !== 1) {
     throw new ApiError('invalid_value', "Replay one choice: remove 'n', and give 'seed' plus its index.", 'request.n');
   }

@@ -12,7 +12,7 @@ const HELP = `Measures the time to the first token of second turns, behind a lon
   --answers LIST     tokens of the first turn's answer (32,256,1024)
   --reasoning N      tokens of its reasoning (300)
   --rounds N         second turns of each kind (15)
-  --pause MS         between the turns (500)
+  --pause MS         between the turns (2000)
   --write            writes tests/bench/prewarm.json
 `;
 
@@ -23,7 +23,7 @@ const { values } = parseArgs({
     answers: { type: 'string', default: '32,256,1024' },
     reasoning: { type: 'string', default: '300' },
     rounds: { type: 'string', default: '15' },
-    pause: { type: 'string', default: '500' },
+    pause: { type: 'string', default: '2000' },
     write: { type: 'boolean', default: false },
     help: { type: 'boolean', default: false },
   },

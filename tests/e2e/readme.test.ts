@@ -6,6 +6,7 @@ import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { FLAGS, type Flag } from '../../server/flags.js';
 import { BUDGET_DATA, BUDGET_PLOT, plotOf, tableOf, type BudgetData } from '../bench/budget-plot.js';
+import { PREWARM_DATA, tableOf as prewarmTableOf, type PrewarmData } from '../bench/prewarm-table.js';
 import { tableOf as votesTableOf, VOTE_DATA, type VoteData, type VoteTask } from '../bench/vote-table.js';
 import { Frames } from '../helpers/frames.js';
 import { Reference, maxDifference } from '../helpers/reference.js';
@@ -43,6 +44,17 @@ test("README's table of votes is the measured one: more right than one chain, fo
   const sum = (field: keyof VoteTask): number => tasks.reduce((total, task) => total + task[field], 0);
   assert.ok(sum('rightVotes') > sum('rightChains') / data.n);
   assert.ok(data.tokens.voting < data.tokens.alone);
+});
+
+test("README's table of prewarmed turns is the measured one", () => {
+  const data = JSON.parse(readFileSync(PREWARM_DATA, 'utf8')) as PrewarmData;
+  assert.ok(README.includes(`\n${prewarmTableOf(data)}\n`));
+  assert.ok(
+    README.includes(`${data.reasoning} tokens of reasoning`) && README.includes(`medians of ${data.rounds} of`),
+  );
+  for (const { without, with: warm, prompt } of data.points) {
+    assert.ok(warm.cachedTokens > without.cachedTokens && prompt - warm.cachedTokens < 128);
+  }
 });
 
 test("README's commands are the package's", () => {

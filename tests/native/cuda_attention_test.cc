@@ -142,6 +142,8 @@ struct HostStep {
   }
 };
 
+constexpr int64_t kPromptTokens = 64;  // from so many on a sequence attends in the naive form
+
 // Each 128 of them in e4m3 and back.
 void quantize_latents(float* row, int64_t lora_rank) {  // [lora_rank]
   for (float* at = row; at < row + lora_rank; at += 128) {
@@ -248,9 +250,13 @@ void check_attention(const AttentionCase& c) {
   // The same inputs for both from here on.
   cache = cache_after;
   q = device_q.get();
-  if (!c.is_deterministic && !is_fp8) {
-    for (int64_t row = 0; row < num_slots; ++row)
-      quantize_latents(cache.data() + row * latent_dim, c.lora_rank);
+  // Prompts see quantised latents.
+  for (size_t seq = 0; seq < c.spans.size() && !c.is_deterministic && !is_fp8; ++seq) {
+    if (c.spans[seq].end - c.spans[seq].begin < kPromptTokens) continue;
+    for (const int32_t block : tables[seq]) {
+      for (int64_t slot = block * c.block_size; slot < (block + 1) * c.block_size; ++slot)
+        quantize_latents(cache.data() + slot * latent_dim, c.lora_rank);
+    }
   }
   Floats wanted(static_cast<size_t>(tokens * c.num_heads * c.v_dim));
   reference.mla_attention(host_tensor(q, tokens, heads_qk), mla, step.index,

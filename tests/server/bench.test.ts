@@ -4,12 +4,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
+import { formatOpsReport, runBenchOps } from '../../server/bench/ops.js';
 import { runBenchStep } from '../../server/bench/step.js';
 import { formatReport } from '../../server/bench/table.js';
 import { TrafficModel } from '../../server/bench/traffic.js';
 import { readCommandLine, type BenchConfig } from '../../server/config.js';
 import { readSyntheticModel } from '../../server/model/synthetic.js';
-import { POCKET_R1 } from '../helpers/checkpoint-copy.js';
+import { FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
 
 const CONFIGS = fileURLToPath(new URL('../bench/configs', import.meta.url));
 
@@ -64,7 +65,8 @@ test('bytes and flops of a step, by hand', () => {
   assert.ok(Math.abs(flops - 2 * (products + 2 * 10 * perKey)) < 1e-6);
 });
 
-test('synthetic weights run: a tiny model is timed, its figures agree with one another', async () => {
+/** Runs a test with the config.json of a tiny model. */
+async function withTinyModel(body: (file: string) => Promise<void> | void): Promise<void> {
   const folder = mkdtempSync(join(tmpdir(), 'rodin-bench-'));
   try {
     const file = join(folder, 'config.json');
@@ -94,6 +96,14 @@ test('synthetic weights run: a tiny model is timed, its figures agree with one a
       quantization_config: { quant_method: 'fp8', weight_block_size: [128, 128] },
     };
     writeFileSync(file, JSON.stringify(config));
+    await body(file);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
+test('synthetic weights run: a tiny model is timed, its figures agree with one another', () =>
+  withTinyModel(async (file) => {
     const flags = ['--model', file, '--weights', 'synthetic', '--device', 'cpu', '--threads', '1'];
     const report = await runBenchStep(benchConfig(...flags, '--batch', '1,3', '--context', '100', '--prompt', '50'));
     assert.deepEqual(
@@ -113,9 +123,55 @@ test('synthetic weights run: a tiny model is timed, its figures agree with one a
       assert.ok(Math.abs(one.bandwidthShare! - share) < 1e-9);
     }
     assert.match(formatReport(report), /decode 3 @ 100 .*\n *prefill 50 /);
-  } finally {
-    rmSync(folder, { recursive: true });
-  }
+  }));
+
+test('every op of a model is timed and agrees with the oracle', () =>
+  withTinyModel((file) => {
+    const command = readCommandLine(
+      [
+        'bench',
+        'ops',
+        '--model',
+        file,
+        '--device',
+        'cpu',
+        '--threads',
+        '1',
+        '--batch',
+        '1,5',
+        '--context',
+        '100',
+        '--prompt',
+        '40',
+      ],
+      {},
+    );
+    assert.ok(command.kind === 'bench' && command.what === 'ops');
+    const report = runBenchOps(command.config);
+    const names = (numTokens: number): string[] =>
+      report.cases.filter((one) => one.numTokens === numTokens).map(({ name }) => name);
+    const always = ['add_rms_norm 128', 'q_proj 96x128 fp8', 'kv_a_proj_with_mqa 80x128 fp8', 'o_proj 128x64 fp8'];
+    const moe = 'moe 8 of 64x128 fp8';
+    assert.deepEqual(names(5), [...always, 'lm_head 300x128 bf16', moe, 'attention 2 heads @ 100']);
+    assert.deepEqual(names(40), [...always, moe]);
+    for (const one of report.cases) {
+      assert.equal(one.skipped, null);
+      assert.ok(one.minMicros! > 0 && one.medianMicros! >= one.minMicros!, one.name);
+      // inputs and, on some paths, results are rounded to bf16
+      assert.ok(one.relativeError! < 1e-2, `${one.name}: ${one.relativeError}`);
+      assert.ok(Math.abs(one.bytesPerSecond! * one.medianMicros! - 1e6 * one.bytes) < one.bytes);
+    }
+    assert.match(formatOpsReport(report), /moe 8 of 64x128 fp8 +5 /);
+  }));
+
+test('ops are refused where they mean nothing', () => {
+  const refused = (pattern: RegExp, ...flags: string[]): void => {
+    const command = readCommandLine(['bench', 'ops', '--device', 'cpu', ...flags], {});
+    assert.ok(command.kind === 'bench');
+    assert.throws(() => runBenchOps(command.config), { name: 'StartupError', message: pattern });
+  };
+  refused(/--layers belongs to `rodin bench step`/, '--model', POCKET_R1, '--layers', '2');
+  refused(/takes models with multi-head latent attention; .* of type llama/, '--model', join(FIXTURES, 'llama-bf16'));
 });
 
 test('what cannot be measured is refused with a sentence', async () => {
