@@ -56,7 +56,7 @@ class LinearLauncher {
 
   // Whether experts' layers of a few tokens go through f16.
   template <int NT>
-  static constexpr bool kHasHalf = W::kBytes == 1 && NT <= 2;
+  static constexpr bool kHasHalf = W::kBytes == 1 && NT == 1;
   static constexpr int kMostHalfBytes = 72 << 10;
 
   template <int NT, int MT, int KW, bool kGated>

@@ -3,7 +3,7 @@
 // meet in shared memory and are added in order. Grid: (row tiles, token tiles of 8 NT or tiles of a MoePlan,
 // batches or pair).
 //
-// kHalf, for FP8 weights and a tile of at most 16 tokens: the block's inputs become f16 in shared memory
+// kHalf, for FP8 weights and a tile of at most 8 tokens: the block's inputs become f16 in shared memory
 // first, each token's blocks scaled by a power of two so that the largest lies below 2^15, and weights are
 // widened to f16, which takes a fifth of the instructions. Products and sums are those of bf16 times that
 // power, which is taken out of a block's sum: the same bits, but for inputs 2^-32 below the largest of their
@@ -112,7 +112,7 @@ template <class W, int NT, int MT, int KW, bool kGated, bool kHalf>
 __global__ void __launch_bounds__(32 * narrow_warps(KW), narrow_blocks(W::kBytes, NT, MT, KW))
     linear_narrow(const __grid_constant__ LinearParams p) {
   static_assert(!kGated || MT == 2);
-  static_assert(!kHalf || (W::kBytes == 1 && NT <= 2));
+  static_assert(!kHalf || (W::kBytes == 1 && NT == 1));
   constexpr int kNarrowWarps = narrow_warps(KW);
   constexpr int kGroups = kNarrowWarps / KW;  // warps or teams of warps with rows of their own
   constexpr int kGroupRows = kGated ? 16 : 16 * MT;
