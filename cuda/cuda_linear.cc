@@ -32,7 +32,7 @@ LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const We
 
 void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
   if (out.dtype == Dtype::kBF16 && is_quantizing(view_of(weight), x.rows)) {
-    WgmmaParams params = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, view_of(weight));
+    WgmmaParams params = wgmma_params(quantize(x), x.rows, view_of(weight));
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
@@ -49,7 +49,7 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
     return;
   }
   if (out0.dtype == Dtype::kBF16 && is_quantizing(params.weight[0], x.rows) && is_quantizing(view1, x.rows)) {
-    WgmmaParams both = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, params.weight[0]);
+    WgmmaParams both = wgmma_params(quantize(x), x.rows, params.weight[0]);
     both.weight[1] = view1;
     both.maps[1] = weight_map(view1);
     both.x[1] = both.x[0];

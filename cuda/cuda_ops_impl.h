@@ -152,9 +152,10 @@ class CudaOps final : public Ops {
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
   QuantizedView quantized_view(int64_t max_rows, int64_t cols);
-  // The first `cols` channels of a view for other layers; rows: null or of x, divided by `divisor`.
-  QuantizedView quantize(const Tensor& x, QuantizedView out, const int32_t* rows, int64_t num_rows,
-                         int32_t divisor);
+  // The view for fewer channels; throws where there is not enough room.
+  QuantizedView fitted(QuantizedView view, int64_t num_rows, int64_t cols) const;
+  QuantizeParams quantize_params(const Tensor& x) const;  // into quantized_
+  QuantizedView quantize(const Tensor& x);
   WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
   WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);
   void run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);

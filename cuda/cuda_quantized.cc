@@ -74,22 +74,27 @@ void CudaOps::reserve_quantized() {
   shared_mid_quantized_ = quantized_view(moe_tokens_, limits_.shared_intermediate_size);
 }
 
-QuantizedView CudaOps::quantize(const Tensor& x, QuantizedView out, const int32_t* rows, int64_t num_rows,
-                                int32_t divisor) {
-  const int64_t stride = padded_channels(x.cols);
-  check(stride <= out.stride && num_rows <= out.scale_stride, num_rows, " rows of ", x.cols,
-        " channels are more than the room for quantised inputs, ", out.scale_stride, " of ", out.stride);
-  out.stride = stride;
-  run_quantize({.x = x.data,
-                .x_stride = x.stride,
-                .rows = rows,
-                .rows_divisor = divisor,
-                .num_rows = static_cast<int32_t>(num_rows),
-                .cols = static_cast<int32_t>(x.cols),
-                .is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0,
-                .out = out},
-               stream_);
-  return out;
+QuantizedView CudaOps::fitted(QuantizedView view, int64_t num_rows, int64_t cols) const {
+  const int64_t stride = padded_channels(cols);
+  check(stride <= view.stride && num_rows <= view.scale_stride, num_rows, " rows of ", cols,
+        " channels are more than the room for quantised inputs, ", view.scale_stride, " of ", view.stride);
+  view.stride = stride;
+  return view;
+}
+
+QuantizeParams CudaOps::quantize_params(const Tensor& x) const {
+  return {.x = x.data,
+          .x_stride = x.stride,
+          .num_rows = static_cast<int32_t>(x.rows),
+          .cols = static_cast<int32_t>(x.cols),
+          .is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0,
+          .out = fitted(quantized_, x.rows, x.cols)};
+}
+
+QuantizedView CudaOps::quantize(const Tensor& x) {
+  const QuantizeParams params = quantize_params(x);
+  run_quantize(params, stream_);
+  return params.out;
 }
 
 WgmmaParams CudaOps::wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const {
@@ -106,7 +111,7 @@ WgmmaParams CudaOps::wgmma_params(const QuantizedView& x, int64_t num_rows, cons
 }
 
 WgmmaParams CudaOps::gated_params(const Tensor& x, const MlpWeights& mlp) {
-  WgmmaParams params = wgmma_params(quantize(x, quantized_, nullptr, x.rows, 1), x.rows, view_of(mlp.gate));
+  WgmmaParams params = wgmma_params(quantize(x), x.rows, view_of(mlp.gate));
   params.is_gated = true;
   params.weight[1] = view_of(mlp.up);
   params.maps[1] = weight_map(params.weight[1]);
@@ -143,15 +148,24 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
     params.cols[1] = view_of(weight).cols;
   };
 
-  WgmmaParams mid = wgmma_params(quantize(x, expert_quantized_, moe_plan_.order, slots, k), slots,
-                                 view_of(moe.experts[0].gate));
+  // Each token's row once for each of its experts, and once in its place for the shared one.
+  QuantizeParams inputs = quantize_params(x);
+  inputs.plain_out = inputs.out;
+  inputs.num_plain_rows = has_shared ? inputs.num_rows : 0;
+  inputs.out = fitted(expert_quantized_, slots, x.cols);
+  inputs.rows = moe_plan_.order;
+  inputs.rows_divisor = k;
+  inputs.num_rows = static_cast<int32_t>(slots);
+  run_quantize(inputs, stream_);
+
+  WgmmaParams mid = wgmma_params(inputs.out, slots, view_of(moe.experts[0].gate));
   group(mid, placed.gate_maps, placed.gate);
   mid.is_gated = true;
   mid.map_table[1] = placed.up_maps;
   mid.table[1] = placed.up;
   mid.out_quantized[0] = expert_mid_quantized_;
   mid.out_quantized[1] = shared_mid_quantized_;
-  if (has_shared) add_shared(mid, quantize(x, quantized_, nullptr, x.rows, 1), moe.shared.gate);
+  if (has_shared) add_shared(mid, inputs.plain_out, moe.shared.gate);
   run_linear_wgmma(mid, stream_);
 
   WgmmaParams down = wgmma_params(expert_mid_quantized_, slots, view_of(moe.experts[0].down));

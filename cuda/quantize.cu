@@ -13,13 +13,15 @@ constexpr int kBlockTokens = kThreads / 16;
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
   let_successor_begin();
   wait_for_predecessor();
-  const int row = blockIdx.x * kBlockTokens + threadIdx.x / 16;
+  const int index = blockIdx.x * kBlockTokens + threadIdx.x / 16;
+  const bool is_plain = index >= p.num_rows;
+  const int row = is_plain ? index - p.num_rows : index;
   const int lane = threadIdx.x % 16;
   const int col = blockIdx.y * kBlockK + lane * 8;
-  const bool is_there = row < p.num_rows;
+  const bool is_there = index < p.num_rows + p.num_plain_rows;
   float values[8] = {};  // [8]
   if (is_there) {
-    const int64_t from = p.rows ? p.rows[row] / p.rows_divisor : row;
+    const int64_t from = p.rows && !is_plain ? p.rows[row] / p.rows_divisor : row;
     const bf16* x = static_cast<const bf16*>(p.x) + from * p.x_stride + col;
     if (p.is_aligned && col + 8 <= p.cols) {
       const uint4 words = *reinterpret_cast<const uint4*>(x);
@@ -47,15 +49,16 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
           quantize_pair(values[2] * inverse, values[3] * inverse) << 16;
   out.y = quantize_pair(values[4] * inverse, values[5] * inverse) |
           quantize_pair(values[6] * inverse, values[7] * inverse) << 16;
-  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.out.data) + row * p.out.stride + col) = out;
-  if (lane == 0) p.out.scale[blockIdx.y * p.out.scale_stride + row] = most / 448.0f;
+  const QuantizedView& view = is_plain ? p.plain_out : p.out;
+  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(view.data) + row * view.stride + col) = out;
+  if (lane == 0) view.scale[blockIdx.y * view.scale_stride + row] = most / 448.0f;
 }
 
 }  // namespace
 
 void run_quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(params.num_rows, kBlockTokens)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.num_rows + params.num_plain_rows, kBlockTokens)),
                   static_cast<unsigned>(params.out.stride / kBlockK));
   launch_overlapped(quantize_kernel, grid, kThreads, 0, stream, params, "quantize_kernel");
 }

@@ -29,6 +29,9 @@ struct QuantizeParams {
   int32_t cols = 0;
   bool is_aligned = false;  // every row of x begins at a multiple of 16 bytes
   QuantizedView out;
+  // The same x again, row for row: the shared expert's tokens beside the routed ones'.
+  int32_t num_plain_rows = 0;
+  QuantizedView plain_out = {};
 };
 void run_quantize(const QuantizeParams& params, cudaStream_t stream);
 

@@ -45,9 +45,8 @@ export class AnswerMemory {
   ): void {
     const turn = turnOf(request, tokenIds, prompts);
     const [callId] = callIds;
-    // Reasoning is shown to the model again behind calls alone.
     if (callId !== undefined) this.#turns.set(callKey(key, callId), turn);
-    else if (turn.content !== null) this.#turns.set(textKey(key, turn.content.text), { ...turn, reasoning: null });
+    else if (turn.content !== null) this.#turns.set(textKey(key, turn.content.text), turn);
   }
 
   /**
@@ -131,7 +130,8 @@ export function turnOf(
   const only = (list: readonly number[][]): Run | null => (list.length === 1 ? runOf(list[0]!) : null);
   // A call that is written as one text, or with an empty part, is left as the client has it.
   const calls = runs.tool.length % 2 === 0 ? runs.tool.map(runOf) : [];
-  return { content: only(runs.answer), reasoning: only(runs.reasoning), calls };
+  // Templates show reasoning again behind calls alone.
+  return { content: only(runs.answer), reasoning: calls.length > 0 ? only(runs.reasoning) : null, calls };
 }
 
 function keyOf(salt: string, text: string): string {

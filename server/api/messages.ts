@@ -43,7 +43,7 @@ export async function createMessage(
     () => JSON.stringify(wholeMessage(context, job, choices)),
     request,
     reply,
-    (error) => toMessagesError(error, requestIdOf(reply)),
+    (error) => JSON.stringify(toMessagesError(error, requestIdOf(reply))),
   );
 }
 

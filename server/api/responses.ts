@@ -46,7 +46,11 @@ export async function createResponse(
     dialect.finish(choice, choice.completion!.output.take());
     return record.json;
   };
-  return sendWhole(context, choices, bodyOf, request, reply);
+  // Where the status is sent already, a response that failed says so itself.
+  return sendWhole(context, choices, bodyOf, request, reply, (error) => {
+    dialect.fail(error);
+    return record.json;
+  });
 }
 
 export async function countResponseTokens(

@@ -19,7 +19,7 @@ export async function sendWhole(
   bodyOf: () => string,
   request: FastifyRequest,
   reply: FastifyReply,
-  errorBodyOf: (error: ApiError) => object = (error) => error.toBody(),
+  errorBodyOf: (error: ApiError) => string = (error) => JSON.stringify(error.toBody()),
 ): Promise<unknown> {
   const { heartbeatMs } = context.sse;
   abortWithClient(context, request, reply, choices);
@@ -45,7 +45,7 @@ export async function sendWhole(
     (error: unknown) => {
       const shown = toApiError(error);
       if (shown.code === 'internal_error') reply.log.error(error, 'a completion broke');
-      end(JSON.stringify(errorBodyOf(shown)));
+      end(errorBodyOf(shown));
     },
   );
   return reply;

@@ -72,32 +72,35 @@ export class PrefixCache {
     }
   }
 
-  /** findPrefix(), with a reference taken of each block. */
-  takePrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
-    const blockIds = this.findPrefix(hashes, rootHash, tokens, needsMtp); // [num_hit]
+  /**
+   * The longest run of published blocks for `tokens`, and how many of its first ones have the MTP module's entries.
+   * `hashes` are those of all its full blocks. A hit counts only where the stored token ids and the stored parent are
+   * the same too.
+   */
+  findPrefix(
+    hashes: readonly string[],
+    rootHash: string,
+    tokens: readonly number[],
+  ): { blockIds: number[]; numWithMtp: number } {
+    const blockIds: number[] = []; // [num_hit]
+    let numWithMtp = 0;
+    for (const [index, hash] of hashes.entries()) {
+      const block = this.#byHash.get(hash);
+      if (block === undefined || block.parentHash !== (hashes[index - 1] ?? rootHash)) break;
+      const start = index * this.#blockSize;
+      if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
+      blockIds.push(block.blockId);
+      if (block.hasMtp && numWithMtp === index) numWithMtp++;
+    }
+    return { blockIds, numWithMtp };
+  }
+
+  /** Takes a reference of each of these blocks, which were found just now. */
+  takeFound(blockIds: readonly number[]): void {
     for (const blockId of blockIds) {
       this.#idle.delete(blockId);
       this.#pool.retain(blockId);
     }
-    return blockIds;
-  }
-
-  /**
-   * The longest run of published blocks for `tokens`. `hashes` are those of all its full blocks. A hit counts only where
-   * the stored token ids and the stored parent are the same too, and the MTP module's entries are there if they are
-   * needed.
-   */
-  findPrefix(hashes: readonly string[], rootHash: string, tokens: readonly number[], needsMtp: boolean): number[] {
-    const blockIds: number[] = []; // [num_hit]
-    for (const [index, hash] of hashes.entries()) {
-      const block = this.#byHash.get(hash);
-      if (block === undefined || block.parentHash !== (hashes[index - 1] ?? rootHash)) break;
-      if (needsMtp && !block.hasMtp) break;
-      const start = index * this.#blockSize;
-      if (!block.tokenIds.every((id, offset) => id === tokens[start + offset])) break;
-      blockIds.push(block.blockId);
-    }
-    return blockIds;
   }
 
   /** A block to write into: a free one, or the least recently used idle one with its content given up. */

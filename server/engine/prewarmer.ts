@@ -38,7 +38,8 @@ export class Prewarmer {
     for (let prewarm = this.#waiting[0]; prewarm !== undefined; prewarm = this.#waiting[0]) {
       const { promptIds, cacheSalt } = prewarm;
       const hashes = this.#hashesOf(promptIds, cacheSalt);
-      const numCached = this.#cache.findPrefix(hashes, this.#cache.rootHash(cacheSalt), promptIds, false).length;
+      const { blockIds } = this.#cache.findPrefix(hashes, this.#cache.rootHash(cacheSalt), promptIds);
+      const numCached = blockIds.length;
       const numBlocks = Math.min(hashes.length, numCached + this.#numBlocks);
       if (numCached < hashes.length && numBlocks < this.#cache.numAvailable) {
         if (numBlocks === hashes.length) this.#waiting.shift();

@@ -9,7 +9,6 @@ import { PlanBuilder } from './plan-builder.js';
 import { PrefixCache, type CachedBlock } from './prefix-cache.js';
 import { Prewarmer } from './prewarmer.js';
 import type {
-  EmittedToken,
   EngineEvent,
   EngineRequest,
   EngineStats,
@@ -21,7 +20,7 @@ import type {
 } from './request.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
-import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
+import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface SchedulerOptions {
   blockSize: number;
@@ -350,14 +349,13 @@ export class Scheduler {
     const { blockSize } = this.#options;
     const { tokens, rootHash, blockHashes } = sequence;
     this.#cache.extendHashes(blockHashes, rootHash, tokens);
-    const numHits = [true, false].map(
-      (needsMtp) => this.#cache.findPrefix(blockHashes, rootHash, tokens, needsMtp).length,
-    );
+    const { blockIds, numWithMtp } = this.#cache.findPrefix(blockHashes, rootHash, tokens);
     const runsMtp = this.#drafts.wantsMtp(
       Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
-      blockSize * (numHits[1]! - numHits[0]!),
+      blockSize * (blockIds.length - numWithMtp),
     );
-    const blockTable = this.#cache.takePrefix(blockHashes, rootHash, tokens, runsMtp);
+    const blockTable = runsMtp ? blockIds.slice(0, numWithMtp) : blockIds;
+    this.#cache.takeFound(blockTable);
     const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
     // One block more for each running sequence, or it would be preempted as soon as they grow.
     if (numNeeded + this.#running.length > this.#cache.numAvailable) {
@@ -402,7 +400,7 @@ export class Scheduler {
           this.#publish(sequence);
           return this.#finish(sequence, 'stop', {});
         }
-        const { tokens, numRows, isLastKept } = this.#append(sequence, outcome.tokens);
+        const { tokens, numRows, isLastKept } = sequence.appendSampled(outcome.tokens);
         this.#counters.generationTokens += tokens.length;
         // Whatever was sampled behind the last row looked at is dropped. So is the MTP entry of a token that was not kept.
         const numComputed = start + count - draftIds.length + numRows - 1;
@@ -416,29 +414,6 @@ export class Scheduler {
         return this.#finish(sequence, sequence.finishReason, { tokens, stopTokenId });
       }
     }
-  }
-
-  /** Appends sampled tokens as far as nothing else is forced. `numRows` of them were looked at, the last was kept or not. */
-  #append(
-    sequence: Sequence,
-    sampled: readonly SampledToken[],
-  ): { tokens: EmittedToken[]; numRows: number; isLastKept: boolean } {
-    // What a client has ended while the step ran takes nothing of what the step has sampled.
-    const tokens = sequence.appendForced();
-    if (tokens.length > 0) return { tokens, numRows: 1, isLastKept: false };
-    let numRows = 0;
-    let isLastKept = true;
-    for (const { id, logprobs } of sampled) {
-      numRows++;
-      const extension = sequence.appendExtension(id);
-      isLastKept = extension.length === 0;
-      if (isLastKept) tokens.push(sequence.append(id, logprobs));
-      const forced = isLastKept ? sequence.appendForced() : extension;
-      tokens.push(...forced);
-      // Behind reasoning each token needs the mask that the one before has led to.
-      if (forced.length > 0 || sequence.finishReason !== null || sequence.followsGrammar) break;
-    }
-    return { tokens, numRows, isLastKept };
   }
 
   /**

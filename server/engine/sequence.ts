@@ -8,6 +8,7 @@ import type {
   ThinkingControl,
   TokenLogprobs,
 } from './request.js';
+import type { SampledToken } from './step-plan.js';
 import { Steering, type ReasoningEnd } from './steering.js';
 
 export type SequenceStatus = 'waiting' | 'running' | 'finished';
@@ -202,6 +203,26 @@ export class Sequence {
     return logprobs === undefined ? { id: tokenId, phase } : { id: tokenId, phase, logprobs };
   }
 
+  /** Appends sampled tokens as far as nothing else is forced. `numRows` of them were looked at, the last was kept or not. */
+  appendSampled(sampled: readonly SampledToken[]): { tokens: EmittedToken[]; numRows: number; isLastKept: boolean } {
+    // What a client has ended while the step ran takes nothing of what the step has sampled.
+    const tokens = this.appendForced();
+    if (tokens.length > 0) return { tokens, numRows: 1, isLastKept: false };
+    let numRows = 0;
+    let isLastKept = true;
+    for (const { id, logprobs } of sampled) {
+      numRows++;
+      const extension = this.#appendExtension(id);
+      isLastKept = extension.length === 0;
+      if (isLastKept) tokens.push(this.append(id, logprobs));
+      const forced = isLastKept ? this.appendForced() : extension;
+      tokens.push(...forced);
+      // Behind reasoning each token needs the mask that the one before has led to.
+      if (forced.length > 0 || this.finishReason !== null || this.followsGrammar) break;
+    }
+    return { tokens, numRows, isLastKept };
+  }
+
   /** Takes in what a client asks of the reasoning; does nothing where that is over or cannot be steered. */
   control(control: ThinkingControl): void {
     const { thinking, markers } = this.request;
@@ -212,7 +233,7 @@ export class Sequence {
   /**
    * What is appended in place of a sampled end of reasoning that a client has extended; empty where the token stands.
    */
-  appendExtension(tokenId: number): EmittedToken[] {
+  #appendExtension(tokenId: number): EmittedToken[] {
     const isEnd = tokenId === this.request.markers.thinkEnd || this.#stopIds.has(tokenId);
     if (this.#steering === null || !isEnd || this.#phases.phase !== 'reasoning') return [];
     const extension: EmittedToken[] = [];

@@ -348,6 +348,18 @@ test('a failure before the first token has a status, one after it is an event', 
   await harness.close();
 });
 
+test('a whole response that fails late is one that says so', async () => {
+  const harness = startHarness({ sse: { heartbeatMs: 10, stallMs: 1000 } });
+  harness.engine.script = function* () {
+    yield new Promise<void>((resolve) => setTimeout(resolve, 50));
+    yield { finishReason: 'error', error: { code: 'engine_failed', message: 'The engine broke.' } };
+  };
+  const response = await make(harness, {});
+  assert.deepEqual([response.status, response.error.message], ['failed', 'The engine broke.']);
+  assert.deepEqual((await call(harness, 'GET', `/${response.id}`)).body, response);
+  await harness.close();
+});
+
 test('a stored response can be read, listed and deleted, by its own key alone', async () => {
   const harness = startHarness({ args: ['--api-key', 'one', '--api-key', 'two'] });
   const as = async (key: string, method: 'GET' | 'POST' | 'DELETE', path: string, body?: object): Promise<Answer> => {

@@ -106,16 +106,11 @@ test('64 lanes on 8 sockets: each gives what it gives alone, and none waits for 
     assert.deepEqual(checkEvents(frames.of(streamId)), responses[index]);
     assert.deepEqual(textsOf(responses[index]), textsOf(expected[at]));
   }
-  // On each socket the first event of every lane comes before the last event of any.
-  for (const frames of sockets) {
-    const firstEnd = frames.all.findIndex(({ type }) => type === 'response.completed');
-    const begun = new Set(
-      frames.all
-        .slice(0, firstEnd)
-        .filter(({ type }) => type.endsWith('.delta'))
-        .map((frame) => frame.stream_id),
-    );
-    assert.equal(begun.size, 8);
+  // When half of a socket's lanes have ended, all have begun: the first one may be over before the last prompt is read.
+  for (const { all } of sockets) {
+    const ends = all.flatMap(({ type }, index) => (type === 'response.completed' ? [index] : []));
+    const before = all.slice(0, ends[3]).filter(({ type }) => type.endsWith('.delta'));
+    assert.equal(new Set(before.map((frame) => frame.stream_id)).size, 8);
   }
   await Promise.all(sockets.map((frames) => frames.close()));
 });

@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
 import { after, test } from 'node:test';
 import { fixture, pooled, Server } from './server.js';
 
+const README = readFileSync(new URL('../../README.md', import.meta.url), 'utf8');
 const NUM_QUESTIONS = 12;
 const server = await Server.start();
 after(async () => {
@@ -29,4 +31,12 @@ test('chains that share a prefill vote: their answer is the one that the same ch
     assert.ok(voted.vote.counts.every(({ count }: { count: number }) => count <= voted.vote.counts[0].count));
   });
   assert.ok(numSaved > 0 && numShared > 0, `${numSaved} ${numShared}`);
+});
+
+test("README's vote comes out as README says", async () => {
+  const body = /-d '(\{"model": "pocket-r1", "n": 5, .*\})'/.exec(README)?.[1];
+  const { choices, vote } = await server.json(JSON.parse(body!));
+  assert.equal(choices.length, 1);
+  assert.match(choices[0].message.content, new RegExp(vote.answer));
+  assert.ok(vote.share > 0 && vote.num_chains === 5);
 });

@@ -25,6 +25,7 @@ test('defaults serve the bundled model', () => {
     [config.host, config.port, config.device, config.compute, config.cacheMemory, config.apiKeys, config.maxBodyBytes],
     ['127.0.0.1', 8000, 'auto', 'auto', null, [], 8 << 20],
   );
+  assert.deepEqual([config.deterministic, config.maxStepTokens], [false, null]);
   assert.ok(Object.isFrozen(config));
 });
 
@@ -35,6 +36,10 @@ test('flags win over variables, variables over defaults', () => {
   assert.deepEqual(read('serve', { RODIN_API_KEY: 'a, b' }).apiKeys, ['a', 'b']);
   assert.deepEqual(read('serve --api-key c --api-key=d', { RODIN_API_KEY: 'a' }).apiKeys, ['c', 'd']);
   assert.equal(read('logits --prompts a --out b', { RODIN_DRAFT: 'true' }).draft, true);
+  for (const line of ['serve', 'logits --prompts a --out b', 'bench step']) {
+    assert.equal(read(`${line} --deterministic`).deterministic, true);
+    assert.equal(read(line, { RODIN_DETERMINISTIC: 'true' }).deterministic, true);
+  }
 });
 
 test('sizes have units', () => {

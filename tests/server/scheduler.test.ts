@@ -142,9 +142,10 @@ test('a hash alone is no hit: token ids and parent are compared', () => {
   const cache = new PrefixCache(pool, 2, 'fake');
   const blockId = cache.take()!;
   cache.publish(blockId, 0, ['hash'], 'root', [1, 2], false);
-  assert.deepEqual(cache.takePrefix(['hash'], 'root', [1, 3], false), []);
-  assert.deepEqual(cache.takePrefix(['hash'], 'another root', [1, 2], false), []);
-  assert.deepEqual(cache.takePrefix(['hash'], 'root', [1, 2], false), [blockId]);
+  assert.deepEqual(cache.findPrefix(['hash'], 'root', [1, 3]).blockIds, []);
+  assert.deepEqual(cache.findPrefix(['hash'], 'another root', [1, 2]).blockIds, []);
+  assert.deepEqual(cache.findPrefix(['hash'], 'root', [1, 2]).blockIds, [blockId]);
+  cache.takeFound([blockId]);
   cache.release([blockId]);
   cache.release([blockId]);
   cache.checkCounts();
