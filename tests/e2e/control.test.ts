@@ -15,6 +15,7 @@ const QUESTIONS = ['What is 577 × 63?', 'Sort these numbers: 52, 17, 88, 3, 41'
 interface Heard {
   reasoning: string;
   content: string;
+  numCalls: number;
   finish: string | null;
   ended: string | null;
   numReasoning: number;
@@ -32,7 +33,7 @@ function control(id: string, body: object): Promise<Response> {
 async function listen(body: object, onFirst: (id: string, heard: Heard) => Promise<void>): Promise<Heard> {
   const response = await server.chat({ ...body, stream: true, stream_options: { include_usage: true } });
   assert.equal(response.status, 200);
-  const heard: Heard = { reasoning: '', content: '', finish: null, ended: null, numReasoning: 0 };
+  const heard: Heard = { reasoning: '', content: '', numCalls: 0, finish: null, ended: null, numReasoning: 0 };
   let steering: Promise<void> | null = null;
   let text = '';
   for await (const part of response.body!.pipeThrough(new TextDecoderStream())) {
@@ -47,6 +48,7 @@ async function listen(body: object, onFirst: (id: string, heard: Heard) => Promi
       const [choice] = choices;
       heard.reasoning += choice?.delta.reasoning_content ?? '';
       heard.content += choice?.delta.content ?? '';
+      heard.numCalls += choice?.delta.tool_calls?.length ?? 0;
       heard.finish ??= choice?.finish_reason ?? null;
       heard.ended ??= choice?.reasoning_ended ?? null;
       heard.numReasoning = usage?.completion_tokens_details.reasoning_tokens ?? heard.numReasoning;
@@ -80,8 +82,9 @@ test(`thinking is extended, and ended at ${NUM_MOMENTS} moments with a complete 
       wasEnded = ended.status === 200;
       if (!wasEnded) assert.ok([404, 409].includes(ended.status));
     });
-    assert.equal(heard.finish, 'stop');
-    assert.notEqual(heard.content.trim(), '');
+    // Some calls a tool of the tasks that the model was trained for, at this temperature.
+    if (heard.finish === 'tool_calls') assert.ok(heard.numCalls > 0);
+    else assert.deepEqual([heard.finish, heard.content.trim() === ''], ['stop', false]);
     assert.ok(heard.reasoning.startsWith(before));
     if (heard.ended !== 'client') return;
     assert.ok(wasEnded);
