@@ -53,6 +53,8 @@ export class Scheduler {
   readonly #speculation: DraftPlanner;
   readonly #prewarmer: Prewarmer;
   readonly #open = new Map<string, Sequence>();
+  /** of the open sequences, parts of prompts that nobody has asked for: they take no request's place */
+  #numPrewarms = 0;
   readonly #waiting: Sequence[] = []; // [num_waiting]
   readonly #running: Sequence[] = []; // [num_running]
   #numArrived = 0;
@@ -89,7 +91,7 @@ export class Scheduler {
 
   /** Queues a request; throws ApiError where it can never be served or the queue is full. */
   add(request: EngineRequest): void {
-    checkRequest(request, this.#open.size, this.#options.limits);
+    checkRequest(request, this.#open.size - this.#numPrewarms, this.#options.limits);
     if (request.grammar && this.#options.grammars === undefined) {
       throw new ApiError('unsupported_parameter', 'This engine cannot hold output to a format.', 'response_format');
     }
@@ -272,6 +274,7 @@ export class Scheduler {
     const { maxContext } = this.#options.limits;
     const sequence = new Sequence(request, this.#numArrived++, maxContext, this.#cache.rootHash(request.cacheSalt));
     sequence.isPrewarm = true;
+    this.#numPrewarms++;
     sequence.cachedTokens = 0; // no query of a request
     this.#open.set(sequence.id, sequence);
     insert(this.#waiting, sequence);
@@ -442,6 +445,7 @@ export class Scheduler {
     const queue = sequence.status === 'running' ? this.#running : this.#waiting;
     queue.splice(queue.indexOf(sequence), 1);
     this.#open.delete(sequence.id);
+    if (sequence.isPrewarm) this.#numPrewarms--;
     sequence.grammar?.close();
     this.#release(sequence);
     sequence.status = 'finished';

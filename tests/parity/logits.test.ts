@@ -89,7 +89,8 @@ for (const name of CHECKPOINTS) {
   const limit = MEAN_KL[name] ?? (IS_GPU && name === 'odd-fp8' ? 7.6e-3 : 1.3e-3);
   for (const cpuPath of cpuPaths()) {
     test(`${name}: mean KL on ${TEST_DEVICE}, path ${cpuPath}`, async (context) => {
-      const lines = await logitsOf(prompts, { model, cpuPath });
+      // A GPU quantises the inputs of long prompts otherwise: native tests compare that with a reference of its own.
+      const lines = await logitsOf(prompts, { model, cpuPath, deterministic: IS_GPU });
       const expected = prompts.flatMap((_, index) => reference.rows(`logits.${index}`));
       const kl = meanKl(
         lines.flatMap((line) => line.logits),
@@ -132,14 +133,9 @@ test('a checkpoint needs no tokenizer for this', async () => {
   }
 });
 
-test('a device that cannot run a checkpoint or a compute mode is refused, and auto takes another', async () => {
+test('a device that is not there, or cannot run a compute mode, is refused', async () => {
   const { usable, unusable } = loadAddon().devices();
-  const llama = join(FIXTURES, 'llama-bf16');
   if (usable.includes('cuda:0')) {
-    await assert.rejects(logitsOf([[1]], { model: llama, device: 'cuda:0' }), {
-      name: 'StartupError',
-      message: /--device cuda:0 cannot be used: .*grouped-query attention.* usable here: cpu/,
-    });
     await assert.rejects(logitsOf([[1]], { model: POCKET_R1, device: 'cuda:0', compute: 'float32' }), {
       message: /--compute float32 runs on the CPU alone/,
     });
@@ -148,6 +144,6 @@ test('a device that cannot run a checkpoint or a compute mode is refused, and au
       error.message.includes(unusable.find(({ device }) => device === 'cuda:0')!.reason),
     );
   }
-  const [line] = await logitsOf([[1]], { model: llama, device: 'auto', last: 1 });
+  const [line] = await logitsOf([[1]], { model: join(FIXTURES, 'llama-bf16'), device: 'auto', last: 1 });
   assert.equal(line!.logits.length, 1);
 });

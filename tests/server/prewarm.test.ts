@@ -53,6 +53,15 @@ test('a request waits for no more than the step that runs, and what was computed
   assert.equal(rig.scheduler.stats().prewarmedTokens, 60);
 });
 
+test('a part that is being computed takes no place in the queue', () => {
+  const rig = new Rig({ ...SETUP, blockSize: 8, numBlocks: 12, maxStepTokens: 1, maxNumSeqs: 1, maxOpen: 1 });
+  rig.prewarm(promptOf(0, 8), []);
+  rig.step();
+  rig.submit(makeRequest('r', promptOf(1, 3), { maxTokens: 2 }));
+  assert.deepEqual(rig.open(), ['r']);
+  rig.drain();
+});
+
 test('what has no room is given up, and nothing of it stays', () => {
   const rig = new Rig({ ...SETUP, numBlocks: 16 });
   rig.submit(makeRequest('long', promptOf(0, 20), { maxTokens: 40 }));
