@@ -1,4 +1,4 @@
-// Absorbed attention against the naive form; decode, chunks and batches to the bit; what may not be read is
+// Both forms of attention, over latents and over expanded keys and values, against the reference; decode, chunks and batches to the bit; what may not be read is
 // NaN.
 #include <algorithm>
 
@@ -173,6 +173,19 @@ const bool kRegistered = [] {
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 3, true, 200, 16, 0, 72, 56); });
   add_cpu_test("mla_attention, ranks that no vector divides",
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 3, true, 131, 6, 0); });
+  // What the backend caches expanded, up to the border and one head beyond it.
+  for (Dtype dtype : kWeightDtypes) {
+    add_cpu_test(std::string("mla_attention, expanded, ") + dtype_text(dtype),
+                 [=](Ops& ops) { check_mla(ops, dtype, 4, true, 512, 64, 0, 64, 64); });
+  }
+  for (int64_t heads : {1, 2, 3, 5, 6}) {
+    add_cpu_test("mla_attention around the border of expansion, heads: " + std::to_string(heads),
+                 [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 5 * (44 + 61), 18, 0, 44, 61); });
+  }
+  add_cpu_test("mla_attention, expanded, rotation by halves",
+               [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, false, 128, 32, 0, 24, 40); });
+  add_cpu_test("mla_attention, expanded, of the MTP module: slot 0 is not read",
+               [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 4, true, 256, 16, 1, 32, 32); });
   add_cpu_test("mla_attention, rotation by halves",
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 4, false, 64, 32, 0); });
   add_cpu_test("mla_attention of the MTP module: slot 0 is not read",

@@ -33,7 +33,7 @@ void CpuOps::place(MoeWeights& moe) {
   if (moe.has_shared()) place(moe.shared);
 }
 
-// kv_b is used head by head: its keys' half transposed, as the absorbed form needs it, and its values' half.
+// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half.
 void CpuOps::place(MlaWeights& mla) {
   if (mla.q_a.present()) place(mla.q_a);
   place(mla.q_b);
@@ -41,6 +41,7 @@ void CpuOps::place(MlaWeights& mla) {
   place(mla.o);
   const Weight& kv_b = mla.kv_b;
   const MlaShape& shape = mla.shape;
+  if (caches_expanded(shape)) return place(mla.kv_b);
   if (!kernels_.to_bf16 || !can_pack(kv_b)) return;
   const int64_t head_rows = shape.nope_dim + shape.v_dim;
   for (int64_t head = 0; head < shape.num_heads; ++head) {

@@ -87,6 +87,31 @@ struct AttendGqaArgs {
   float* sum = nullptr;         // [num_rows]
 };
 
+// One tile of attention over expanded keys and values for all heads h of one token, over keys j = first .. end
+// - 1: s_j = scale * q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above. A cache row is
+// [nope_0 .. nope_A-1 | rope | value_0 .. value_A-1].
+struct AttendExpandedArgs {
+  int64_t num_heads = 0;  // A
+  int64_t nope_dim = 0;
+  int64_t rope_dim = 0;
+  int64_t v_dim = 0;
+  float scale = 1;
+  const float* q = nullptr;  // [A, nope_dim + rope_dim]
+  // Cache rows; one outside first .. end - 1 stands for a row inside, and its weight becomes 0.
+  const uint16_t* const* keys = nullptr;  // [kKeyTile]
+  int64_t first = 0;
+  int64_t end = 0;
+  const uint16_t* const* next_keys = nullptr;  // [kKeyTile] as in AttendArgs
+  uint16_t* scratch = nullptr;  // [4, nope_dim and rope_dim rounded up to 32 each] working memory
+  float* out = nullptr;         // [A, v_dim]
+  float* max = nullptr;         // [A]
+  float* sum = nullptr;         // [A]
+
+  int64_t rope_at() const { return num_heads * nope_dim; }
+  int64_t value_at() const { return rope_at() + rope_dim; }
+  int64_t row_dim() const { return value_at() + num_heads * v_dim; }
+};
+
 constexpr int kProbeProducts = 16;
 
 struct Kernels {
@@ -110,6 +135,7 @@ struct Kernels {
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
   void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
+  void (*attend_expanded)(const AttendExpandedArgs& args);
   // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
   // what `linear` could reach. The result is written so that they are not left out.
   void (*probe)(int64_t n, float* out);  // out: [16]

@@ -1,0 +1,76 @@
+// Multi-head latent attention of CpuOps over expanded keys and values: kv_b is applied once, when a position
+// is stored, and attention is the ordinary one. In the place of its latents a position keeps
+//   [nope_0 .. nope_A-1 | rotated key | value_0 .. value_A-1]
+// in the cache's dtype. A query meets nope_dim + rope_dim + v_dim values of a key; absorbed, 2 lora_rank +
+// rope_dim. Tiles of kKeyTile keys at absolute positions are combined in rising order, one after another or
+// spread over the workers: the same operations either way.
+#pragma once
+
+#include <vector>
+
+#include "ops/cpu/host_ops.h"
+#include "ops/cpu/key_tile.h"
+#include "ops/cpu/kernels.h"
+
+namespace rodin {
+
+// Whether the expanded keys and values of a position take no more room than its latents. What kv_b makes of a
+// stored position is as many multiply-adds as W_UK and W_UV are for an absorbed query.
+inline bool caches_expanded(const MlaShape& shape) {
+  return shape.num_heads > 0 && shape.num_heads * (shape.nope_dim + shape.v_dim) <= shape.lora_rank;
+}
+
+class CpuExpandedMla {
+ public:
+  // `kernels` and `pool` outlive this; a call has at most max_step_tokens tokens.
+  CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const MlaShape& shape, int64_t max_step_tokens);
+
+  size_t bytes() const;
+
+  // Where kv_b's products of a step's latents go: [num_tokens, A * (nope_dim + v_dim)].
+  Tensor products(int64_t num_tokens);
+  // Rotates the keys kv[:, lora_rank:] and writes them and products() to the cache rows slots[i] that are not
+  // -1.
+  void store(const Tensor& kv, const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache);
+  // See Ops::mla_attention.
+  void attention(const Tensor& q, const StepIndex& index, const CacheLayer& cache, const Tensor& out);
+
+ private:
+  struct Call {
+    const Tensor& q;
+    const StepIndex& index;
+    const CacheLayer& cache;
+    const Tensor& out;
+  };
+  // What a worker needs for one tile of one token.
+  struct Worker {
+    std::vector<uint16_t> scratch;
+    std::vector<float> part;      // [A, v_dim]
+    std::vector<float> part_max;  // [A]
+    std::vector<float> part_sum;  // [A]
+    std::vector<float> max;       // [A]
+    std::vector<float> sum;       // [A]
+  };
+
+  int64_t out_dim() const { return shape_.num_heads * shape_.v_dim; }
+  void attend_tile(const Call& at, int64_t token, const KeyTile& keys, const KeyTile* next, Worker& worker,
+                   float* out, float* max, float* sum) const;
+  void combine(float* out, float* max, float* sum, const float* part, const float* part_max,
+               const float* part_sum) const;
+  void divide(float* out, const float* sum) const;
+  void attend_token(const Call& at, int64_t token, Worker& worker) const;
+  void attend_split(const Call& at);
+
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  const MlaShape shape_;
+  std::vector<Worker> workers_;   // [num_threads]
+  std::vector<float> products_;   // [max_step_tokens, A * (nope_dim + v_dim)]
+  std::vector<float> parts_;      // [kMaxParts, A, v_dim] tiles of attend_split
+  std::vector<float> parts_max_;  // [kMaxParts, A]
+  std::vector<float> parts_sum_;  // [kMaxParts, A]
+  std::vector<float> total_max_;  // [kMaxParts, A] of attend_split's tokens
+  std::vector<float> total_sum_;  // [kMaxParts, A]
+};
+
+}  // namespace rodin
