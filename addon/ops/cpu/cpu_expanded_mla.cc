@@ -13,6 +13,11 @@ constexpr int64_t kMinParallelWork = 256 * 1024;
 constexpr int64_t kStoredTokens = 16;
 constexpr int64_t kRowAlign = 32;
 
+// Tiles of keys of a token.
+int64_t num_tiles_of(const StepIndex& index, int64_t token) {
+  return index.cache_positions[token] / kKeyTile + 1;
+}
+
 int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 }  // namespace
@@ -22,12 +27,13 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
     : kernels_(kernels),
       pool_(pool),
       shape_(shape),
+      layout_(expanded_layout(shape)),
       workers_(static_cast<size_t>(pool.num_threads())),
       products_(static_cast<size_t>(max_step_tokens * shape.num_heads * (shape.nope_dim + shape.v_dim))) {
   const auto heads = static_cast<size_t>(shape.num_heads);
   for (Worker& worker : workers_) {
-    worker.scratch.resize(static_cast<size_t>(
-        kQueryTile * (round_up(shape.nope_dim, kRowAlign) + round_up(shape.rope_dim, kRowAlign))));
+    const int64_t query = round_up(shape.nope_dim, kRowAlign) + round_up(shape.rope_dim, kRowAlign);
+    worker.scratch.resize(static_cast<size_t>(std::max(kQueryTile * query, round_up(shape.v_dim, kRowAlign))));
     worker.part.resize(static_cast<size_t>(out_dim()));
     for (auto* values : {&worker.part_max, &worker.part_sum, &worker.max, &worker.sum}) values->resize(heads);
   }
@@ -52,40 +58,51 @@ Tensor CpuExpandedMla::products(int64_t num_tokens) {
 
 void CpuExpandedMla::store(const Tensor& kv, const Tensor& rope_table, const StepIndex& index,
                            const CacheLayer& cache) {
-  const int64_t nope = shape_.nope_dim, v = shape_.v_dim;
   const Tensor expanded = products(index.num_tokens);
-  pool_.parallel_for(ceil_div(index.num_tokens, kStoredTokens), [&](int64_t task, int) {
+  pool_.parallel_for(ceil_div(index.num_tokens, kStoredTokens), [&](int64_t task, int worker) {
     const int64_t end = std::min(index.num_tokens, (task + 1) * kStoredTokens);
     for (int64_t t = task * kStoredTokens; t < end; ++t) {
       if (index.slots[t] < 0) continue;
       float* key = kv.row<float>(t) + shape_.lora_rank;
       apply_rope(key, rope_table.row<float>(t), shape_.rope_dim, shape_.rope_interleave);
-      uint16_t* row = cache.latents.row<uint16_t>(index.slots[t]);
-      uint16_t* rope = row + shape_.num_heads * nope;
-      uint16_t* values = rope + shape_.rope_dim;
-      kernels_.to_cache(key, shape_.rope_dim, rope);
-      for (int64_t h = 0; h < shape_.num_heads; ++h) {
-        const float* from = expanded.row<float>(t) + h * (nope + v);
-        kernels_.to_cache(from, nope, row + h * nope);
-        kernels_.to_cache(from + nope, v, values + h * v);
-      }
+      StoreExpandedArgs args;
+      args.layout = layout_;
+      args.products = expanded.row<float>(t);
+      args.rope = key;
+      args.lane = index.slots[t] % kKeyGroup;
+      args.group = cache.latents.row<uint16_t>(index.slots[t] - args.lane);
+      args.scratch = workers_[static_cast<size_t>(worker)].scratch.data();
+      kernels_.store_expanded(args);
     }
   });
 }
 
-void CpuExpandedMla::attend_tile(const Call& at, int64_t token, const KeyTile& keys, const KeyTile* next,
+CpuExpandedMla::Tile CpuExpandedMla::tile_of(const Call& at, int64_t token, int64_t tile) const {
+  const StepIndex& index = at.index;
+  const int64_t begin = tile * kKeyTile;
+  Tile result;
+  result.first = std::max<int64_t>(index.first_position - begin, 0);
+  result.end = std::min<int64_t>(kKeyTile, index.cache_positions[token] + 1 - begin);
+  const int64_t first_group = result.first / kKeyGroup;
+  const int64_t last_group = (result.end - 1) / kKeyGroup;
+  for (int64_t i = 0; i < kTileGroups; ++i) {
+    const int64_t group = std::clamp(i, first_group, last_group);
+    const int64_t slot = slot_of(index, index.seq_of_token[token], begin + group * kKeyGroup);
+    result.groups[i] = at.cache.latents.row<uint16_t>(slot);
+  }
+  return result;
+}
+
+void CpuExpandedMla::attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next,
                                  Worker& worker, float* out, float* max, float* sum) const {
   AttendExpandedArgs args;
-  args.num_heads = shape_.num_heads;
-  args.nope_dim = shape_.nope_dim;
-  args.rope_dim = shape_.rope_dim;
-  args.v_dim = shape_.v_dim;
+  args.layout = layout_;
   args.scale = shape_.softmax_scale;
   args.q = at.q.row<float>(token);
-  args.keys = keys.keys;
-  args.first = keys.first;
-  args.end = keys.end;
-  args.next_keys = next ? next->keys : nullptr;
+  args.groups = tile.groups;
+  args.first = tile.first;
+  args.end = tile.end;
+  args.next_groups = next ? next->groups : nullptr;
   args.scratch = worker.scratch.data();
   args.out = out;
   args.max = max;
@@ -108,21 +125,24 @@ void CpuExpandedMla::divide(float* out, const float* sum) const {
   }
 }
 
-void CpuExpandedMla::attend_token(const Call& at, int64_t token, Worker& worker) const {
+void CpuExpandedMla::attend_token(const Call& at, int64_t token, int64_t next_token, Worker& worker) const {
   float* out = at.out.row<float>(token);
-  KeyTile tiles[2];  // [2] the one in hand, the one after it
-  tiles[0] = key_tile(at.index, at.cache, token, 0);
-  const int64_t num_tiles = num_key_tiles(at.index, token);
+  Tile tiles[2];  // [2] the one in hand, the one after it
+  tiles[0] = tile_of(at, token, 0);
+  const int64_t num_tiles = num_tiles_of(at.index, token);
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const KeyTile& keys = tiles[tile % 2];
-    KeyTile& next = tiles[(tile + 1) % 2];
-    const bool is_last = tile + 1 == num_tiles;
-    if (!is_last) next = key_tile(at.index, at.cache, token, tile + 1);
+    const Tile& keys = tiles[tile % 2];
+    Tile& next = tiles[(tile + 1) % 2];
+    const bool is_end = tile + 1 == num_tiles;
+    const bool is_last = is_end && next_token >= at.index.num_tokens;
+    if (!is_end) next = tile_of(at, token, tile + 1);
+    if (is_end && !is_last) next = tile_of(at, next_token, 0);
+    const Tile* ahead = is_last ? nullptr : &next;
     if (tile == 0) {
-      attend_tile(at, token, keys, is_last ? nullptr : &next, worker, out, worker.max.data(), worker.sum.data());
+      attend_tile(at, token, keys, ahead, worker, out, worker.max.data(), worker.sum.data());
       continue;
     }
-    attend_tile(at, token, keys, is_last ? nullptr : &next, worker, worker.part.data(), worker.part_max.data(),
+    attend_tile(at, token, keys, ahead, worker, worker.part.data(), worker.part_max.data(),
                 worker.part_sum.data());
     combine(out, worker.max.data(), worker.sum.data(), worker.part.data(), worker.part_max.data(),
             worker.part_sum.data());
@@ -138,10 +158,10 @@ void CpuExpandedMla::attention(const Tensor& q, const StepIndex& index, const Ca
   const int64_t work = num_keys * shape_.num_heads * (shape_.qk_dim() + shape_.v_dim);
   const int64_t num_threads = pool_.num_threads();
   if (num_threads == 1 || work < kMinParallelWork) {
-    for (int64_t t = 0; t < index.num_tokens; ++t) attend_token(at, t, workers_[0]);
+    for (int64_t t = 0; t < index.num_tokens; ++t) attend_token(at, t, t + 1, workers_[0]);
   } else if (index.num_tokens >= 2 * num_threads || index.max_context_len <= kKeyTile) {
     pool_.parallel_for(index.num_tokens, [&](int64_t token, int worker) {
-      attend_token(at, token, workers_[static_cast<size_t>(worker)]);
+      attend_token(at, token, token + num_threads, workers_[static_cast<size_t>(worker)]);
     });
   } else {
     attend_split(at);
@@ -160,8 +180,8 @@ void CpuExpandedMla::attend_split(const Call& at) {
     pool_.parallel_for(num_tokens * num_tiles, [&](int64_t part, int worker) {
       const int64_t token = part % num_tokens;
       const int64_t tile = first + part / num_tokens;
-      if (tile >= num_key_tiles(at.index, token)) return;
-      attend_tile(at, token, key_tile(at.index, at.cache, token, tile), nullptr,
+      if (tile >= num_tiles_of(at.index, token)) return;
+      attend_tile(at, token, tile_of(at, token, tile), nullptr,
                   workers_[static_cast<size_t>(worker)], part_of(part), parts_max_.data() + part * heads,
                   parts_sum_.data() + part * heads);
     });
@@ -169,7 +189,7 @@ void CpuExpandedMla::attend_split(const Call& at) {
       float* out = at.out.row<float>(token);
       float* max = total_max_.data() + token * heads;
       float* sum = total_sum_.data() + token * heads;
-      const int64_t end_tile = num_key_tiles(at.index, token);
+      const int64_t end_tile = num_tiles_of(at.index, token);
       for (int64_t tile = first; tile < std::min(end_tile, first + num_tiles); ++tile) {
         const int64_t part = (tile - first) * num_tokens + token;
         const float* part_max = parts_max_.data() + part * heads;

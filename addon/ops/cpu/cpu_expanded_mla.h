@@ -1,23 +1,28 @@
 // Multi-head latent attention of CpuOps over expanded keys and values: kv_b is applied once, when a position
-// is stored, and attention is the ordinary one. In the place of its latents a position keeps
-//   [nope_0 .. nope_A-1 | rotated key | value_0 .. value_A-1]
-// in the cache's dtype. A query meets nope_dim + rope_dim + v_dim values of a key; absorbed, 2 lora_rank +
-// rope_dim. Tiles of kKeyTile keys at absolute positions are combined in rising order, one after another or
-// spread over the workers: the same operations either way.
+// is stored, and attention is the ordinary one. A query meets nope_dim + rope_dim + v_dim values of a key, in
+// the absorbed form 2 lora_rank + rope_dim. The latents of 16 positions that follow one another make room for a
+// group of 16 keys and values, which lie there as the path's kernels want them (kernels.h, ExpandedLayout).
+// Tiles of kKeyTile keys at absolute positions are combined in rising order, one after another or spread over
+// the workers: the same operations either way.
 #pragma once
 
 #include <vector>
 
 #include "ops/cpu/host_ops.h"
-#include "ops/cpu/key_tile.h"
 #include "ops/cpu/kernels.h"
 
 namespace rodin {
 
-// Whether the expanded keys and values of a position take no more room than its latents. What kv_b makes of a
-// stored position is as many multiply-adds as W_UK and W_UV are for an absorbed query.
-inline bool caches_expanded(const MlaShape& shape) {
-  return shape.num_heads > 0 && shape.num_heads * (shape.nope_dim + shape.v_dim) <= shape.lora_rank;
+inline ExpandedLayout expanded_layout(const MlaShape& shape) {
+  return {shape.num_heads, shape.nope_dim, shape.rope_dim, shape.v_dim};
+}
+
+// Whether keys and values are cached expanded: where they take no more room than the latents, and groups do
+// not cross the borders of blocks. What kv_b makes of a stored position is as many multiply-adds as W_UK and
+// W_UV are for an absorbed query.
+inline bool caches_expanded(const MlaShape& shape, int64_t block_size) {
+  return shape.num_heads > 0 && block_size % kKeyGroup == 0 &&
+         expanded_layout(shape).row_dim() <= shape.latent_dim();
 }
 
 class CpuExpandedMla {
@@ -42,9 +47,15 @@ class CpuExpandedMla {
     const CacheLayer& cache;
     const Tensor& out;
   };
+  // Keys of a tile at absolute positions that a token attends to: first .. end - 1 of it.
+  struct Tile {
+    const uint16_t* groups[kTileGroups];  // [kTileGroups] one without such keys stands for one with some
+    int64_t first;
+    int64_t end;
+  };
   // What a worker needs for one tile of one token.
   struct Worker {
-    std::vector<uint16_t> scratch;
+    std::vector<uint16_t> scratch;  // of the kernels
     std::vector<float> part;      // [A, v_dim]
     std::vector<float> part_max;  // [A]
     std::vector<float> part_sum;  // [A]
@@ -53,17 +64,20 @@ class CpuExpandedMla {
   };
 
   int64_t out_dim() const { return shape_.num_heads * shape_.v_dim; }
-  void attend_tile(const Call& at, int64_t token, const KeyTile& keys, const KeyTile* next, Worker& worker,
-                   float* out, float* max, float* sum) const;
+  Tile tile_of(const Call& at, int64_t token, int64_t tile) const;
+  void attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next, Worker& worker, float* out,
+                   float* max, float* sum) const;
   void combine(float* out, float* max, float* sum, const float* part, const float* part_max,
                const float* part_sum) const;
   void divide(float* out, const float* sum) const;
-  void attend_token(const Call& at, int64_t token, Worker& worker) const;
+  // All tiles of a token, one after another; next_token is what the worker is likely to take next.
+  void attend_token(const Call& at, int64_t token, int64_t next_token, Worker& worker) const;
   void attend_split(const Call& at);
 
   const Kernels& kernels_;
   ThreadPool& pool_;
   const MlaShape shape_;
+  const ExpandedLayout layout_;
   std::vector<Worker> workers_;   // [num_threads]
   std::vector<float> products_;   // [max_step_tokens, A * (nope_dim + v_dim)]
   std::vector<float> parts_;      // [kMaxParts, A, v_dim] tiles of attend_split

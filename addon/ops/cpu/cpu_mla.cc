@@ -33,9 +33,8 @@ struct CpuOps::Attention {
   int64_t num_heads() const { return mla.shape.num_heads; }
   int64_t tiles_per_token() const { return ceil_div(num_heads(), kQueryTile); }
   // Key tiles of a token of the chunk.
-  int64_t num_key_tiles(int64_t token) const { return rodin::num_key_tiles(index, first_token + token); }
-  KeyTile key_tile(int64_t token, int64_t tile) const {
-    return rodin::key_tile(index, cache, first_token + token, tile);
+  int64_t num_key_tiles(int64_t token) const {
+    return index.cache_positions[first_token + token] / kKeyTile + 1;
   }
   int64_t row(int64_t token, int64_t head) const { return token * num_heads() + head; }
   int64_t heads_in_tile(int64_t head) const { return std::min(kQueryTile, num_heads() - head); }
@@ -157,6 +156,30 @@ void CpuOps::absorb_packed(const Weight& key, const MlaShape& shape, int64_t cou
   kernels_.linear(args);
 }
 
+// The cache rows of a tile of keys of one token of the chunk; a key before the first or after the last that
+// it attends to stands for the nearest that it does.
+CpuOps::KeyTile CpuOps::key_tile(const Attention& at, int64_t token, int64_t tile) {
+  const StepIndex& index = at.index;
+  const int64_t t = at.first_token + token;
+  const int64_t begin = tile * kKeyTile;
+  KeyTile result;
+  result.first = std::max<int64_t>(index.first_position - begin, 0);
+  result.end = std::min<int64_t>(kKeyTile, index.cache_positions[t] + 1 - begin);
+  const int32_t* blocks = index.block_table + index.block_table_start[index.seq_of_token[t]];
+  int64_t block = (begin + result.first) / index.block_size;
+  int64_t offset = (begin + result.first) % index.block_size;
+  for (int64_t j = result.first; j < result.end; ++j, ++offset) {
+    if (offset == index.block_size) {
+      offset = 0;
+      ++block;
+    }
+    result.keys[j] = at.cache.latents.row<uint16_t>(blocks[block] * index.block_size + offset);
+  }
+  std::fill(result.keys, result.keys + result.first, result.keys[result.first]);
+  std::fill(result.keys + result.end, result.keys + kKeyTile, result.keys[result.end - 1]);
+  return result;
+}
+
 // Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk; `next` is a
 // tile that is wanted soon, or null.
 void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile,
@@ -203,13 +226,13 @@ void CpuOps::attend_rows_in_order(const Attention& at) {
     const int64_t next_token = (task + pool_.num_threads()) / at.tiles_per_token();
     const bool is_last = next_token >= at.num_tokens;
     KeyTile tiles[2];  // [2] the one in hand, the one after it
-    tiles[0] = at.key_tile(token, 0);
+    tiles[0] = key_tile(at, token, 0);
     for (int64_t tile = 0; tile < at.num_key_tiles(token); ++tile) {
       const bool is_end = tile + 1 == at.num_key_tiles(token);
       const KeyTile& keys = tiles[tile % 2];
       KeyTile& next = tiles[(tile + 1) % 2];
-      if (!is_end) next = at.key_tile(token, tile + 1);
-      if (is_end && !is_last) next = at.key_tile(next_token, 0);
+      if (!is_end) next = key_tile(at, token, tile + 1);
+      if (is_end && !is_last) next = key_tile(at, next_token, 0);
       const KeyTile* ahead = is_end && is_last ? nullptr : &next;
       if (tile == 0) {
         attend_tile(at, token, head, keys, ahead, worker, out, softmax_max_ + row, softmax_sum_ + row);
@@ -242,7 +265,7 @@ void CpuOps::attend_split(const Attention& at) {
       const int64_t part = tile * num_rows + at.row(token, head);
       float* out[kQueryTile];  // [kQueryTile]
       for (int64_t i = 0; i < kQueryTile; ++i) out[i] = parts_ + (part + i) * rank;
-      attend_tile(at, token, head, at.key_tile(token, first + tile), nullptr, worker, out, parts_max_ + part,
+      attend_tile(at, token, head, key_tile(at, token, first + tile), nullptr, worker, out, parts_max_ + part,
                   parts_sum_ + part);
     });
     for_parts(num_rows, tiles * rank, [&](int64_t first_row, int64_t end_row, Worker&) {

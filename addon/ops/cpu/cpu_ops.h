@@ -120,6 +120,13 @@ class CpuOps final : public HostOps {
   void attend_rows_in_order(const Attention& at);
   void attend_split(const Attention& at);
   void apply_values(const Attention& at);
+  // Keys of a tile at absolute positions that a token attends to: first .. end - 1 of it.
+  struct KeyTile {
+    const uint16_t* keys[kKeyTile];  // [kKeyTile] cache rows
+    int64_t first;
+    int64_t end;
+  };
+  static KeyTile key_tile(const Attention& at, int64_t token, int64_t tile);
   void attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile, const KeyTile* next,
                    Worker& worker, float* const* out, float* max, float* sum) const;
 

@@ -33,15 +33,16 @@ void CpuOps::place(MoeWeights& moe) {
   if (moe.has_shared()) place(moe.shared);
 }
 
-// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half.
+// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half. Where keys and
+// values may be cached expanded, which the size of blocks decides later, it is packed as a whole too.
 void CpuOps::place(MlaWeights& mla) {
   if (mla.q_a.present()) place(mla.q_a);
   place(mla.q_b);
   place(mla.kv_a);
   place(mla.o);
-  const Weight& kv_b = mla.kv_b;
   const MlaShape& shape = mla.shape;
-  if (caches_expanded(shape)) return place(mla.kv_b);
+  if (caches_expanded(shape, kKeyGroup)) place(mla.kv_b);
+  const Weight& kv_b = mla.kv_b;
   if (!kernels_.to_bf16 || !can_pack(kv_b)) return;
   const int64_t head_rows = shape.nope_dim + shape.v_dim;
   for (int64_t head = 0; head < shape.num_heads; ++head) {
@@ -89,7 +90,7 @@ void CpuOps::place(MlaWeights& mla) {
     pack_rows(kv_b, head * head_rows + shape.nope_dim, shape.v_dim, const_cast<void*>(value.packed));
   });
   mla.packed = &packed;
-  mla.kv_b.packed = &packed;  // no product takes it as a whole
+  if (!mla.kv_b.packed) mla.kv_b.packed = &packed;  // no product takes it as a whole
 }
 
 }  // namespace rodin

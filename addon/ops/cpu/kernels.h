@@ -87,29 +87,53 @@ struct AttendGqaArgs {
   float* sum = nullptr;         // [num_rows]
 };
 
-// One tile of attention over expanded keys and values for all heads h of one token, over keys j = first .. end
-// - 1: s_j = scale * q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above. A cache row is
-// [nope_0 .. nope_A-1 | rope | value_0 .. value_A-1].
-struct AttendExpandedArgs {
+// Keys that lie together where keys and values are cached expanded, and such groups of a tile.
+constexpr int64_t kKeyGroup = 16;
+constexpr int kTileGroups = static_cast<int>(kKeyTile / kKeyGroup);
+
+// What a group holds: nope parts of all heads, rotated keys, values of all heads. How their elements are
+// ordered is the path's affair; offsets are in elements.
+struct ExpandedLayout {
   int64_t num_heads = 0;  // A
   int64_t nope_dim = 0;
-  int64_t rope_dim = 0;
+  int64_t rope_dim = 0;  // even
   int64_t v_dim = 0;
+
+  int64_t nope_room() const { return nope_dim + nope_dim % 2; }
+  int64_t values() const { return num_heads * v_dim; }
+  int64_t nope_at(int64_t head) const { return kKeyGroup * head * nope_room(); }
+  int64_t rope_at() const { return nope_at(num_heads); }
+  int64_t value_at() const { return rope_at() + kKeyGroup * rope_dim; }
+  // Elements of one position.
+  int64_t row_dim() const { return num_heads * (nope_room() + v_dim) + rope_dim; }
+};
+
+// One tile of attention over expanded keys and values for all heads h of one token, over keys j = first .. end
+// - 1: s_j = scale * q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
+struct AttendExpandedArgs {
+  ExpandedLayout layout;
   float scale = 1;
   const float* q = nullptr;  // [A, nope_dim + rope_dim]
-  // Cache rows; one outside first .. end - 1 stands for a row inside, and its weight becomes 0.
-  const uint16_t* const* keys = nullptr;  // [kKeyTile]
+  // A group without a key first .. end - 1 stands for one with some; of the other keys' values none is read.
+  const uint16_t* const* groups = nullptr;  // [kTileGroups]
   int64_t first = 0;
   int64_t end = 0;
-  const uint16_t* const* next_keys = nullptr;  // [kKeyTile] as in AttendArgs
+  // Groups that are attended to soon, brought near meanwhile; null: none.
+  const uint16_t* const* next_groups = nullptr;  // [kTileGroups]
   uint16_t* scratch = nullptr;  // [4, nope_dim and rope_dim rounded up to 32 each] working memory
   float* out = nullptr;         // [A, v_dim]
   float* max = nullptr;         // [A]
   float* sum = nullptr;         // [A]
+};
 
-  int64_t rope_at() const { return num_heads * nope_dim; }
-  int64_t value_at() const { return rope_at() + rope_dim; }
-  int64_t row_dim() const { return value_at() + num_heads * v_dim; }
+// Writes one key and its values to its lane of a group, rounded to cache_dtype.
+struct StoreExpandedArgs {
+  ExpandedLayout layout;
+  const float* products = nullptr;  // [A, nope_dim + v_dim]
+  const float* rope = nullptr;      // [rope_dim]
+  uint16_t* group = nullptr;
+  int64_t lane = 0;
+  uint16_t* scratch = nullptr;  // [largest of the three dims, rounded up to 32] working memory
 };
 
 constexpr int kProbeProducts = 16;
@@ -136,6 +160,7 @@ struct Kernels {
   void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
   void (*attend_expanded)(const AttendExpandedArgs& args);
+  void (*store_expanded)(const StoreExpandedArgs& args);
   // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
   // what `linear` could reach. The result is written so that they are not left out.
   void (*probe)(int64_t n, float* out);  // out: [16]

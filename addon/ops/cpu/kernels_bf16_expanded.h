@@ -1,5 +1,7 @@
 // Attention over one tile of keys and values that were expanded when they were stored, in bf16: queries and
-// softmax weights are rounded to bf16 too, sums are float32. Included by the units that have AVX512-BF16.
+// softmax weights are rounded to bf16 too, sums are float32. Groups of 16 keys are kept as vdpbf16ps takes
+// them: pairs of elements [(A * nope_dim + rope_dim) / 2, 16 keys, 2], then pairs of keys [8, A * v_dim, 2].
+// Included by the units that have AVX512-BF16.
 #pragma once
 
 #include "ops/cpu/kernels_bf16_attention.h"
@@ -8,102 +10,159 @@
 namespace rodin {
 namespace {
 
-// part[i] += key_i . q over `dim` elements; q has zeros after the last.
-template <int K>
-inline void dot_part(const uint16_t* const* keys, int64_t at, const uint16_t* q, int64_t dim, RowFetcher& next,
-                     V* part) {
-  for (int64_t k = 0; k < dim; k += kPairLanes) {
-    const auto query = (__m512bh)_mm512_loadu_si512(q + k);
-    next.fetch(K / 2);
-    if (dim - k >= kPairLanes) {
-      for (int i = 0; i < K; ++i) {
-        part[i] = _mm512_dpbf16_ps(part[i], (__m512bh)_mm512_loadu_si512(keys[i] + at + k), query);
-      }
-    } else {
-      for (int i = 0; i < K; ++i) {
-        part[i] = _mm512_dpbf16_ps(part[i], (__m512bh)load_part_bf16(keys[i] + at + k, dim - k), query);
-      }
+// As one type: converting between vector types makes the compiler go through memory.
+typedef __m512bh BfVector __attribute__((aligned(2), may_alias));
+inline __m512bh load_bf(const uint16_t* p) { return *reinterpret_cast<const BfVector*>(p); }
+
+// Asks for the groups of a tile line after line, a few at a time between products.
+class GroupFetcher {
+ public:
+  // No groups: asks for nothing.
+  GroupFetcher(const uint16_t* const* groups, int64_t elements) : groups_(groups) {
+    if (!groups) return;
+    num_lines_ = ceil_div(elements, kPairLanes);
+    num_groups_ = kTileGroups;
+    next_group();
+  }
+  template <int N>
+  void fetch() {
+    if (num_left_ < N) return next_group();
+    num_left_ -= N;
+    for (int i = 0; i < N; ++i) _mm_prefetch(reinterpret_cast<const char*>(at_ + i * kPairLanes), _MM_HINT_T1);
+    at_ += N * kPairLanes;
+  }
+
+ private:
+  void next_group() {
+    if (num_groups_ == 0) {
+      num_left_ = 0;
+      return;
+    }
+    --num_groups_;
+    at_ = *groups_++;
+    num_left_ = num_lines_;
+  }
+  const uint16_t* const* groups_;
+  const uint16_t* at_ = nullptr;
+  int64_t num_left_ = 0;  // lines of the group
+  int64_t num_lines_ = 0;
+  int64_t num_groups_ = 0;
+};
+
+// sums[r][g] += q[r] . keys of group g over num_pairs pairs of elements from `at` on.
+template <int R>
+inline void score_pairs(const uint16_t* const* groups, int64_t at, const uint16_t* const* q, int64_t num_pairs,
+                        GroupFetcher& next, V (*sums)[kTileGroups]) {
+  const uint16_t* keys[kTileGroups];  // [kTileGroups]
+  for (int g = 0; g < kTileGroups; ++g) keys[g] = groups[g] + at;
+  for (int64_t pair = 0; pair < num_pairs; ++pair) {
+    next.fetch<4>();
+    __m512bh elements[kTileGroups];
+    for (int g = 0; g < kTileGroups; ++g) elements[g] = load_bf(keys[g] + pair * 2 * kKeyGroup);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh by = pair_of(q[r] + 2 * pair);
+      for (int g = 0; g < kTileGroups; ++g) sums[r][g] = _mm512_dpbf16_ps(sums[r][g], elements[g], by);
     }
   }
 }
 
-// The columns col .. col + 32 C - 1 of sum_j p_j value_h(j) for R heads; of a single last vector only `left`
-// exist. Keys come in pairs, from an even j on.
+// The columns col .. col + 16 C - 1 of sum_j p_j value_h(j) for R heads; of a single last vector only `left`
+// exist. Of a pair of keys of which one is outside first .. end - 1, that one is not read.
 template <int R, int C>
 inline void mix_value_pairs(const AttendExpandedArgs& args, const uint32_t (*pairs)[kKeyTile / 2], int64_t head,
-                            int64_t col, int64_t left, RowFetcher& next) {
-  V low[R][C], high[R][C];
+                            int64_t col, int64_t left, GroupFetcher& next) {
+  V acc[R][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) low[r][c] = high[r][c] = zero();
+    for (int c = 0; c < C; ++c) acc[r][c] = zero();
   }
-  const int64_t at = args.value_at() + head * args.v_dim + col;
+  const int64_t v_dim = args.layout.v_dim;
+  const int64_t at = args.layout.value_at() + 2 * (head * v_dim + col);
   for (int64_t j = args.first / 2 * 2; j < args.end; j += 2) {
-    const uint16_t* even = args.keys[j] + at;
-    const uint16_t* odd = args.keys[j + 1] + at;
-    next.fetch(R * C);
+    const uint16_t* values = args.groups[j / kKeyGroup] + at + j % kKeyGroup * args.layout.values();
+    const bool is_whole = left >= kLanes && j >= args.first && j + 2 <= args.end;
+    uint32_t exists = left >= kLanes ? 0xffffffffu : (1u << 2 * left) - 1;
+    if (j < args.first) exists &= 0xaaaaaaaau;
+    if (j + 2 > args.end) exists &= 0x55555555u;
+    next.fetch<8>();
     for (int r = 0; r < R; ++r) {
       const auto by = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r][j / 2]));
       for (int c = 0; c < C; ++c) {
-        const int64_t from = r * args.v_dim + c * kPairLanes;
-        const __m512i first = load_bf16_row(even + from, left);
-        const __m512i second = load_bf16_row(odd + from, left);
-        low[r][c] = _mm512_dpbf16_ps(low[r][c], (__m512bh)_mm512_unpacklo_epi16(first, second), by);
-        high[r][c] = _mm512_dpbf16_ps(high[r][c], (__m512bh)_mm512_unpackhi_epi16(first, second), by);
+        const uint16_t* from = values + 2 * (r * v_dim + c * kLanes);
+        const __m512bh value = is_whole ? load_bf(from) : (__m512bh)_mm512_maskz_loadu_epi16(exists, from);
+        acc[r][c] = _mm512_dpbf16_ps(acc[r][c], value, by);
       }
     }
   }
+  const auto mask = static_cast<__mmask16>(left >= kLanes ? 0xffff : (1u << left) - 1);
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
-      store_mixed(low[r][c], high[r][c], left, args.out + (head + r) * args.v_dim + col + c * kPairLanes);
+      _mm512_mask_storeu_ps(args.out + (head + r) * v_dim + col + c * kLanes, mask, acc[r][c]);
     }
   }
 }
 
-// scratch: [R, nope_dim rounded up + rope_dim rounded up] for the rounded queries.
 template <int R>
-inline void attend_expanded_heads_bf16(const AttendExpandedArgs& args, int64_t head, RowFetcher& next) {
-  constexpr int kKeys = kAccumulators;
+inline void attend_expanded_heads_bf16(const AttendExpandedArgs& args, int64_t head, GroupFetcher& next) {
+  const ExpandedLayout& layout = args.layout;
   alignas(64) float scores[R][kKeyTile];        // [R, kKeyTile]
   alignas(64) uint32_t pairs[R][kKeyTile / 2];  // [R, kKeyTile / 2] softmax weights of two keys
-  const int64_t nope_stride = ceil_div(args.nope_dim, kPairLanes) * kPairLanes;
-  const int64_t stride = nope_stride + ceil_div(args.rope_dim, kPairLanes) * kPairLanes;
+  const int64_t nope_stride = ceil_div(layout.nope_dim, kPairLanes) * kPairLanes;
+  const int64_t stride = nope_stride + ceil_div(layout.rope_dim, kPairLanes) * kPairLanes;
+  const uint16_t* rope[R];  // [R]
+  V sums[R][kTileGroups];
   for (int r = 0; r < R; ++r) {
-    const float* q = args.q + (head + r) * (args.nope_dim + args.rope_dim);
-    to_bf16(q, args.nope_dim, args.scratch + r * stride);
-    to_bf16(q + args.nope_dim, args.rope_dim, args.scratch + r * stride + nope_stride);
-  }
-  for (int64_t j = args.first / kKeys * kKeys; j < args.end; j += kKeys) {
-    for (int r = 0; r < R; ++r) {
-      const uint16_t* q = args.scratch + r * stride;
-      V part[kKeys];
-      for (V& sum : part) sum = zero();
-      dot_part<kKeys>(args.keys + j, (head + r) * args.nope_dim, q, args.nope_dim, next, part);
-      dot_part<kKeys>(args.keys + j, args.rope_at(), q + nope_stride, args.rope_dim, next, part);
-      reduce(part, scores[r] + j);
-      store(scores[r] + j, mul(load(scores[r] + j), set1(args.scale)));
-    }
+    const float* q = args.q + (head + r) * (layout.nope_dim + layout.rope_dim);
+    uint16_t* nope = args.scratch + r * stride;
+    to_bf16(q, layout.nope_dim, nope);
+    to_bf16(q + layout.nope_dim, layout.rope_dim, nope + nope_stride);
+    rope[r] = nope + nope_stride;
+    for (V& sum : sums[r]) sum = zero();
   }
   for (int r = 0; r < R; ++r) {
+    const uint16_t* const nope[1] = {args.scratch + r * stride};  // [1]
+    score_pairs<1>(args.groups, layout.nope_at(head + r), nope, layout.nope_room() / 2, next, sums + r);
+  }
+  score_pairs<R>(args.groups, layout.rope_at(), rope, layout.rope_dim / 2, next, sums);
+  for (int r = 0; r < R; ++r) {
+    for (int g = 0; g < kTileGroups; ++g) store(scores[r] + g * kKeyGroup, mul(sums[r][g], set1(args.scale)));
     softmax_pairs(scores[r], args.first, args.end, pairs[r], args.max + head + r, args.sum + head + r);
   }
-  constexpr int C = R == 1 ? 2 : 8 / R;
+  constexpr int C = R == 1 ? 8 : 4;
   int64_t col = 0;
-  for (; col + C * kPairLanes <= args.v_dim; col += C * kPairLanes) {
-    mix_value_pairs<R, C>(args, pairs, head, col, kPairLanes, next);
+  for (; col + C * kLanes <= layout.v_dim; col += C * kLanes) {
+    mix_value_pairs<R, C>(args, pairs, head, col, kLanes, next);
   }
-  for (; col < args.v_dim; col += kPairLanes) {
-    mix_value_pairs<R, 1>(args, pairs, head, col, min_of(kPairLanes, args.v_dim - col), next);
+  for (; col < layout.v_dim; col += kLanes) {
+    mix_value_pairs<R, 1>(args, pairs, head, col, min_of(kLanes, layout.v_dim - col), next);
   }
 }
 
 void attend_expanded_bf16(const AttendExpandedArgs& args) {
-  RowFetcher next(args.next_keys, args.row_dim());
+  GroupFetcher next(args.next_groups, kKeyGroup * args.layout.row_dim());
   int64_t head = 0;
-  for (; head + kHeadGroup <= args.num_heads; head += kHeadGroup) {
+  for (; head + kHeadGroup <= args.layout.num_heads; head += kHeadGroup) {
     attend_expanded_heads_bf16<kHeadGroup>(args, head, next);
   }
-  for (; head < args.num_heads; ++head) attend_expanded_heads_bf16<1>(args, head, next);
-  next.fetch_rest();
+  for (; head < args.layout.num_heads; ++head) attend_expanded_heads_bf16<1>(args, head, next);
+}
+
+void store_expanded_bf16(const StoreExpandedArgs& args) {
+  const ExpandedLayout& layout = args.layout;
+  const auto scatter = [&](const float* from, int64_t dim, int64_t at) {
+    to_bf16(from, dim, args.scratch);  // zeros after the last
+    uint16_t* to = args.group + at + 2 * args.lane;
+    for (int64_t d = 0; d < dim; d += 2) memcpy(to + d * kKeyGroup, args.scratch + d, 2 * sizeof(uint16_t));
+  };
+  const int64_t odd = args.lane % 2;
+  uint16_t* values = args.group + layout.value_at() + (args.lane - odd) * layout.values();
+  for (int64_t h = 0; h < layout.num_heads; ++h) {
+    const float* product = args.products + h * (layout.nope_dim + layout.v_dim);
+    scatter(product, layout.nope_dim, layout.nope_at(h));
+    to_bf16(product + layout.nope_dim, layout.v_dim, args.scratch);
+    uint16_t* to = values + 2 * h * layout.v_dim + odd;
+    for (int64_t c = 0; c < layout.v_dim; ++c) to[2 * c] = args.scratch[c];
+  }
+  scatter(args.rope, layout.rope_dim, layout.rope_at());
 }
 
 }  // namespace

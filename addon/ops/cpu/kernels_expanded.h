@@ -1,7 +1,9 @@
-// Attention over one tile of cached keys and values that were expanded when they were stored. Included by one
-// translation unit per instruction path.
+// Attention over one tile of keys and values that were expanded when they were stored. Included by one
+// translation unit per instruction path. Groups of 16 keys are kept so that a vector is one element of several
+// keys, and a score a lane: [A * nope_dim + rope_dim, 16 keys], then values [16 keys, A * v_dim].
 #pragma once
 
+#include "ops/cpu/kernels_elementwise.h"
 #include "ops/cpu/kernels_gqa.h"
 
 namespace rodin {
@@ -9,26 +11,41 @@ namespace {
 
 // Heads whose values are summed side by side: enough independent sums to hide an instruction's latency.
 constexpr int kHeadGroup = 4;
+// Groups that are scored side by side, and the vectors that they take.
+constexpr int kScoredGroups = kLanes / 4;
+constexpr int64_t kGroupVectors = kKeyGroup / kLanes;
 
-// scores[j] of the keys first .. end - 1 for one query: nope parts begin at keys[j] + nope_at.
-template <bool kHasTail>
-inline void score_expanded(const AttendExpandedArgs& args, const float* q, int64_t nope_at, float* scores) {
-  const float* const nope[1] = {q};                  // [1]
-  const float* const rope[1] = {q + args.nope_dim};  // [1]
-  for (int64_t j = args.first / kAccumulators * kAccumulators; j < args.end; j += kAccumulators) {
-    const char* nope_keys[kAccumulators];  // [kAccumulators]
-    const char* rope_keys[kAccumulators];  // [kAccumulators]
-    for (int i = 0; i < kAccumulators; ++i) {
-      nope_keys[i] = reinterpret_cast<const char*>(args.keys[j + i] + nope_at);
-      rope_keys[i] = reinterpret_cast<const char*>(args.keys[j + i] + args.rope_at());
+// sums[g][i] += sum_d q[d] * element d of the keys of group g, whose elements begin at `at`.
+inline void score_part(const uint16_t* const* groups, int64_t at, const float* q, int64_t dim,
+                       V (*sums)[kGroupVectors]) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const V by = set1(q[d]);
+    for (int g = 0; g < kScoredGroups; ++g) {
+      const uint16_t* keys = groups[g] + at + d * kKeyGroup;
+      for (int64_t i = 0; i < kGroupVectors; ++i) {
+        const V wide = ReadCache::read(reinterpret_cast<const char*>(keys + i * kLanes));
+        sums[g][i] = fma(wide, by, sums[g][i]);
+      }
     }
-    V part[kAccumulators][1];
-    for (int i = 0; i < kAccumulators; ++i) part[i][0] = zero();
-    dot_block<ReadCache, kHasTail, kAccumulators, 1>(nope_keys, nope, 0, args.nope_dim, part);
-    dot_block<ReadCache, kHasTail, kAccumulators, 1>(rope_keys, rope, 0, args.rope_dim, part);
-    V sums[kAccumulators];
-    for (int i = 0; i < kAccumulators; ++i) sums[i] = part[i][0];
-    reduce(sums, scores + j);
+  }
+}
+
+// Scores of all keys of the tile, those outside first .. end - 1 too, for one head.
+inline void score_expanded(const AttendExpandedArgs& args, int64_t head, float* scores) {
+  const ExpandedLayout& layout = args.layout;
+  const float* q = args.q + head * (layout.nope_dim + layout.rope_dim);
+  for (int group = 0; group < kTileGroups; group += kScoredGroups) {
+    V sums[kScoredGroups][kGroupVectors];
+    for (auto& of_group : sums) {
+      for (V& sum : of_group) sum = zero();
+    }
+    score_part(args.groups + group, layout.nope_at(head), q, layout.nope_dim, sums);
+    score_part(args.groups + group, layout.rope_at(), q + layout.nope_dim, layout.rope_dim, sums);
+    for (int g = 0; g < kScoredGroups; ++g) {
+      for (int64_t i = 0; i < kGroupVectors; ++i) {
+        store(scores + (group + g) * kKeyGroup + i * kLanes, mul(sums[g][i], set1(args.scale)));
+      }
+    }
   }
 }
 
@@ -41,20 +58,21 @@ inline void mix_expanded(const AttendExpandedArgs& args, const float (*weights)[
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = zero();
   }
-  const int64_t at = args.value_at() + head * args.v_dim + col;
+  const int64_t v_dim = args.layout.v_dim;
   for (int64_t j = args.first; j < args.end; ++j) {
-    const char* row = reinterpret_cast<const char*>(args.keys[j] + at);
+    const int64_t at = args.layout.value_at() + j % kKeyGroup * args.layout.values() + head * v_dim + col;
+    const char* row = reinterpret_cast<const char*>(args.groups[j / kKeyGroup] + at);
     for (int r = 0; r < R; ++r) {
       const V by = set1(weights[r][j]);
       for (int c = 0; c < C; ++c) {
-        const char* from = row + (r * args.v_dim + c * kLanes) * ReadCache::kBytes;
+        const char* from = row + (r * v_dim + c * kLanes) * ReadCache::kBytes;
         const V wide = left < kLanes ? read_tail<ReadCache>(from, left) : ReadCache::read(from);
         acc[r][c] = fma(by, wide, acc[r][c]);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    float* to = args.out + (head + r) * args.v_dim + col;
+    float* to = args.out + (head + r) * v_dim + col;
     for (int c = 0; c < C; ++c) {
       if (left < kLanes) {
         store_tail(to, acc[r][c], left);
@@ -69,30 +87,39 @@ template <int R>
 inline void attend_expanded_heads(const AttendExpandedArgs& args, int64_t head) {
   float weights[R][kKeyTile];  // [R, kKeyTile]
   for (int r = 0; r < R; ++r) {
-    const float* q = args.q + (head + r) * (args.nope_dim + args.rope_dim);
-    const int64_t nope_at = (head + r) * args.nope_dim;
-    if (args.nope_dim % kLanes == 0 && args.rope_dim % kLanes == 0) {
-      score_expanded<false>(args, q, nope_at, weights[r]);
-    } else {
-      score_expanded<true>(args, q, nope_at, weights[r]);
-    }
-    for (int64_t j = args.first; j < args.end; ++j) weights[r][j] *= args.scale;
+    score_expanded(args, head + r, weights[r]);
     softmax_tile(weights[r], args.first, args.end, args.max + head + r, args.sum + head + r);
   }
+  const int64_t v_dim = args.layout.v_dim;
   constexpr int C = kAccumulators / R;
   int64_t col = 0;
-  for (; col + C * kLanes <= args.v_dim; col += C * kLanes) mix_expanded<R, C>(args, weights, head, col, kLanes);
-  for (; col < args.v_dim; col += kLanes) {
-    mix_expanded<R, 1>(args, weights, head, col, min_of(kLanes, args.v_dim - col));
+  for (; col + C * kLanes <= v_dim; col += C * kLanes) mix_expanded<R, C>(args, weights, head, col, kLanes);
+  for (; col < v_dim; col += kLanes) {
+    mix_expanded<R, 1>(args, weights, head, col, min_of(kLanes, v_dim - col));
   }
 }
 
 void attend_expanded(const AttendExpandedArgs& args) {
   int64_t head = 0;
-  for (; head + kHeadGroup <= args.num_heads; head += kHeadGroup) {
+  for (; head + kHeadGroup <= args.layout.num_heads; head += kHeadGroup) {
     attend_expanded_heads<kHeadGroup>(args, head);
   }
-  for (; head < args.num_heads; ++head) attend_expanded_heads<1>(args, head);
+  for (; head < args.layout.num_heads; ++head) attend_expanded_heads<1>(args, head);
+}
+
+void store_expanded(const StoreExpandedArgs& args) {
+  const ExpandedLayout& layout = args.layout;
+  const auto scatter = [&](const float* from, int64_t dim, int64_t at) {
+    to_cache(from, dim, args.scratch);
+    for (int64_t d = 0; d < dim; ++d) args.group[at + d * kKeyGroup + args.lane] = args.scratch[d];
+  };
+  for (int64_t h = 0; h < layout.num_heads; ++h) {
+    const float* product = args.products + h * (layout.nope_dim + layout.v_dim);
+    const int64_t value_at = layout.value_at() + args.lane * layout.values() + h * layout.v_dim;
+    scatter(product, layout.nope_dim, layout.nope_at(h));
+    to_cache(product + layout.nope_dim, layout.v_dim, args.group + value_at);
+  }
+  scatter(args.rope, layout.rope_dim, layout.rope_at());
 }
 
 }  // namespace
