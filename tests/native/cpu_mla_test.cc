@@ -188,7 +188,7 @@ const bool kRegistered = [] {
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, false, 128, 32, 0, 24, 40); });
   add_cpu_test("mla_attention, expanded, of the MTP module: slot 0 is not read",
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 4, true, 256, 16, 1, 32, 32); });
-  add_cpu_test("mla_attention, blocks that groups of keys do not divide",
+  add_cpu_test("mla_attention, blocks that do not hold whole groups of keys",
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, true, 128, 16, 0, 24, 40, 12); });
   add_cpu_test("mla_attention, rotation by halves",
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 4, false, 64, 32, 0); });

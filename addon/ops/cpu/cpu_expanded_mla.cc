@@ -23,17 +23,20 @@ int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 }  // namespace
 
 CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const MlaShape& shape,
-                               int64_t max_step_tokens)
+                               int64_t block_size, int64_t max_step_tokens)
     : kernels_(kernels),
       pool_(pool),
       shape_(shape),
       layout_(expanded_layout(shape)),
+      is_grouped_(block_size % kKeyGroup == 0),
       workers_(static_cast<size_t>(pool.num_threads())),
       products_(static_cast<size_t>(max_step_tokens * shape.num_heads * (shape.nope_dim + shape.v_dim))) {
   const auto heads = static_cast<size_t>(shape.num_heads);
   for (Worker& worker : workers_) {
     const int64_t query = round_up(shape.nope_dim, kRowAlign) + round_up(shape.rope_dim, kRowAlign);
-    worker.scratch.resize(static_cast<size_t>(std::max(kQueryTile * query, round_up(shape.v_dim, kRowAlign))));
+    worker.scratch.resize(static_cast<size_t>(kQueryTile * query));
+    worker.row.resize(static_cast<size_t>(layout_.row_dim()));
+    if (!is_grouped_) worker.groups.resize(static_cast<size_t>(kKeyTile * layout_.row_dim()));
     worker.part.resize(static_cast<size_t>(out_dim()));
     for (auto* values : {&worker.part_max, &worker.part_sum, &worker.max, &worker.sum}) values->resize(heads);
   }
@@ -46,7 +49,7 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
 size_t CpuExpandedMla::bytes() const {
   const Worker& worker = workers_[0];
   const size_t worker_bytes =
-      worker.scratch.size() * sizeof(uint16_t) + (worker.part.size() + 4 * worker.max.size()) * sizeof(float);
+      (worker.scratch.size() + worker.row.size() + worker.groups.size()) * sizeof(uint16_t) + (worker.part.size() + 4 * worker.max.size()) * sizeof(float);
   return workers_.size() * worker_bytes +
          (products_.size() + parts_.size() + 4 * parts_max_.size()) * sizeof(float);
 }
@@ -65,14 +68,25 @@ void CpuExpandedMla::store(const Tensor& kv, const Tensor& rope_table, const Ste
       if (index.slots[t] < 0) continue;
       float* key = kv.row<float>(t) + shape_.lora_rank;
       apply_rope(key, rope_table.row<float>(t), shape_.rope_dim, shape_.rope_interleave);
-      StoreExpandedArgs args;
+      const int64_t slot = index.slots[t];
+      uint16_t* row =
+          is_grouped_ ? workers_[static_cast<size_t>(worker)].row.data() : cache.latents.row<uint16_t>(slot);
+      uint16_t* values = row + layout_.value_at() / kKeyGroup;
+      for (int64_t h = 0; h < shape_.num_heads; ++h) {
+        const float* product = expanded.row<float>(t) + h * (shape_.nope_dim + shape_.v_dim);
+        uint16_t* nope = row + h * layout_.nope_room();
+        kernels_.to_cache(product, shape_.nope_dim, nope);
+        if (layout_.nope_room() > shape_.nope_dim) nope[shape_.nope_dim] = 0;
+        kernels_.to_cache(product + shape_.nope_dim, shape_.v_dim, values + h * shape_.v_dim);
+      }
+      kernels_.to_cache(key, shape_.rope_dim, values - shape_.rope_dim);
+      if (!is_grouped_) continue;
+      GroupKeyArgs args;
       args.layout = layout_;
-      args.products = expanded.row<float>(t);
-      args.rope = key;
-      args.lane = index.slots[t] % kKeyGroup;
-      args.group = cache.latents.row<uint16_t>(index.slots[t] - args.lane);
-      args.scratch = workers_[static_cast<size_t>(worker)].scratch.data();
-      kernels_.store_expanded(args);
+      args.row = row;
+      args.lane = slot % kKeyGroup;
+      args.group = cache.latents.row<uint16_t>(slot - args.lane);
+      kernels_.group_key(args);
     }
   });
 }
@@ -81,8 +95,10 @@ CpuExpandedMla::Tile CpuExpandedMla::tile_of(const Call& at, int64_t token, int6
   const StepIndex& index = at.index;
   const int64_t begin = tile * kKeyTile;
   Tile result;
+  result.begin = begin;
   result.first = std::max<int64_t>(index.first_position - begin, 0);
   result.end = std::min<int64_t>(kKeyTile, index.cache_positions[token] + 1 - begin);
+  if (!is_grouped_) return result;
   const int64_t first_group = result.first / kKeyGroup;
   const int64_t last_group = (result.end - 1) / kKeyGroup;
   for (int64_t i = 0; i < kTileGroups; ++i) {
@@ -93,16 +109,32 @@ CpuExpandedMla::Tile CpuExpandedMla::tile_of(const Call& at, int64_t token, int6
   return result;
 }
 
+void CpuExpandedMla::make_groups(const Call& at, int64_t token, Tile& tile, Worker& worker) const {
+  GroupKeyArgs args;
+  args.layout = layout_;
+  const int64_t group_size = kKeyGroup * layout_.row_dim();
+  for (int64_t j = tile.first; j < tile.end; ++j) {
+    const int64_t slot = slot_of(at.index, at.index.seq_of_token[token], tile.begin + j);
+    args.row = at.cache.latents.row<uint16_t>(slot);
+    args.lane = j % kKeyGroup;
+    args.group = worker.groups.data() + j / kKeyGroup * group_size;
+    kernels_.group_key(args);
+  }
+  for (int64_t i = 0; i < kTileGroups; ++i) tile.groups[i] = worker.groups.data() + i * group_size;
+}
+
 void CpuExpandedMla::attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next,
                                  Worker& worker, float* out, float* max, float* sum) const {
   AttendExpandedArgs args;
   args.layout = layout_;
   args.scale = shape_.softmax_scale;
   args.q = at.q.row<float>(token);
-  args.groups = tile.groups;
+  Tile grouped = tile;
+  if (!is_grouped_) make_groups(at, token, grouped, worker);
+  args.groups = grouped.groups;
   args.first = tile.first;
   args.end = tile.end;
-  args.next_groups = next ? next->groups : nullptr;
+  args.next_groups = next && is_grouped_ ? next->groups : nullptr;
   args.scratch = worker.scratch.data();
   args.out = out;
   args.max = max;

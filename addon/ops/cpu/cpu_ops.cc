@@ -42,8 +42,9 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     gqa_ = std::make_unique<CpuGqa>(kernels_, pool_, limits.gqa, limits.max_step_tokens);
     bytes += gqa_->bytes();
   }
-  if (caches_expanded(limits.mla, limits.block_size)) {
-    expanded_mla_ = std::make_unique<CpuExpandedMla>(kernels_, pool_, limits.mla, limits.max_step_tokens);
+  if (caches_expanded(limits.mla)) {
+    expanded_mla_ = std::make_unique<CpuExpandedMla>(kernels_, pool_, limits.mla, limits.block_size,
+                                                     limits.max_step_tokens);
     bytes += expanded_mla_->bytes();
   }
   const MlaShape& mla = limits.mla;

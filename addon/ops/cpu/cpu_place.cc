@@ -34,15 +34,14 @@ void CpuOps::place(MoeWeights& moe) {
   if (moe.has_shared()) place(moe.shared);
 }
 
-// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half. Where keys and
-// values may be cached expanded, which the size of blocks decides later, it is packed as a whole too.
+// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half.
 void CpuOps::place(MlaWeights& mla) {
   if (mla.q_a.present()) place(mla.q_a);
   place(mla.q_b);
   place(mla.kv_a);
   place(mla.o);
   const MlaShape& shape = mla.shape;
-  if (caches_expanded(shape, kKeyGroup)) place(mla.kv_b);
+  if (caches_expanded(shape)) return place(mla.kv_b);
   const Weight& kv_b = mla.kv_b;
   if (!kernels_.to_bf16 || !can_pack(kv_b)) return;
   const int64_t head_rows = shape.nope_dim + shape.v_dim;
@@ -93,7 +92,7 @@ void CpuOps::place(MlaWeights& mla) {
     mark_rare_groups(value.rows, value.cols, value.dtype, const_cast<void*>(value.packed));
   });
   mla.packed = &packed;
-  if (!mla.kv_b.packed) mla.kv_b.packed = &packed;  // no product takes it as a whole
+  mla.kv_b.packed = &packed;  // no product takes it as a whole
 }
 
 }  // namespace rodin

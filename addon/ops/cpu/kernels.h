@@ -126,14 +126,12 @@ struct AttendExpandedArgs {
   float* sum = nullptr;         // [A]
 };
 
-// Writes one key and its values to its lane of a group, rounded to cache_dtype.
-struct StoreExpandedArgs {
+// Copies a key and its values to their lane of a group.
+struct GroupKeyArgs {
   ExpandedLayout layout;
-  const float* products = nullptr;  // [A, nope_dim + v_dim]
-  const float* rope = nullptr;      // [rope_dim]
+  const uint16_t* row = nullptr;  // [A, nope_room | rope_dim | A, v_dim]
   uint16_t* group = nullptr;
   int64_t lane = 0;
-  uint16_t* scratch = nullptr;  // [largest of the three dims, rounded up to 32] working memory
 };
 
 constexpr int kProbeProducts = 16;
@@ -160,7 +158,7 @@ struct Kernels {
   void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
   void (*attend_expanded)(const AttendExpandedArgs& args);
-  void (*store_expanded)(const StoreExpandedArgs& args);
+  void (*group_key)(const GroupKeyArgs& args);
   // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
   // what `linear` could reach. The result is written so that they are not left out.
   void (*probe)(int64_t n, float* out);  // out: [16]

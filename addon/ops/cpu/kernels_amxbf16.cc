@@ -16,7 +16,7 @@ constexpr Kernels with_amx() {
   kernels.linear = linear_amx;
   kernels.attend = attend_bf16;
   kernels.attend_expanded = attend_expanded_bf16;
-  kernels.store_expanded = store_expanded_bf16;
+  kernels.group_key = group_key_bf16;
   kernels.probe = probe_amx;
   kernels.probe_flops = 2 * kTileRows * kPanelOutputs * kTileInputs;
   kernels.to_bf16 = to_bf16;

@@ -16,7 +16,7 @@ constexpr Kernels with_bf16() {
   kernels.linear = linear_bf16;
   kernels.attend = attend_bf16;
   kernels.attend_expanded = attend_expanded_bf16;
-  kernels.store_expanded = store_expanded_bf16;
+  kernels.group_key = group_key_bf16;
   kernels.probe = probe_bf16;
   kernels.probe_flops = 2 * 2 * kLanes;
   kernels.to_bf16 = to_bf16;

@@ -146,23 +146,14 @@ void attend_expanded_bf16(const AttendExpandedArgs& args) {
   for (; head < args.layout.num_heads; ++head) attend_expanded_heads_bf16<1>(args, head, next);
 }
 
-void store_expanded_bf16(const StoreExpandedArgs& args) {
+void group_key_bf16(const GroupKeyArgs& args) {
   const ExpandedLayout& layout = args.layout;
-  const auto scatter = [&](const float* from, int64_t dim, int64_t at) {
-    to_bf16(from, dim, args.scratch);  // zeros after the last
-    uint16_t* to = args.group + at + 2 * args.lane;
-    for (int64_t d = 0; d < dim; d += 2) memcpy(to + d * kKeyGroup, args.scratch + d, 2 * sizeof(uint16_t));
-  };
+  const int64_t num_elements = layout.value_at() / kKeyGroup;
+  uint16_t* pairs = args.group + 2 * args.lane;
+  for (int64_t d = 0; d < num_elements; d += 2) memcpy(pairs + d * kKeyGroup, args.row + d, 2 * sizeof(uint16_t));
   const int64_t odd = args.lane % 2;
-  uint16_t* values = args.group + layout.value_at() + (args.lane - odd) * layout.values();
-  for (int64_t h = 0; h < layout.num_heads; ++h) {
-    const float* product = args.products + h * (layout.nope_dim + layout.v_dim);
-    scatter(product, layout.nope_dim, layout.nope_at(h));
-    to_bf16(product + layout.nope_dim, layout.v_dim, args.scratch);
-    uint16_t* to = values + 2 * h * layout.v_dim + odd;
-    for (int64_t c = 0; c < layout.v_dim; ++c) to[2 * c] = args.scratch[c];
-  }
-  scatter(args.rope, layout.rope_dim, layout.rope_at());
+  uint16_t* values = args.group + layout.value_at() + (args.lane - odd) * layout.values() + odd;
+  for (int64_t c = 0; c < layout.values(); ++c) values[2 * c] = args.row[num_elements + c];
 }
 
 }  // namespace

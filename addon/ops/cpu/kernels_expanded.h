@@ -107,19 +107,12 @@ void attend_expanded(const AttendExpandedArgs& args) {
   for (; head < args.layout.num_heads; ++head) attend_expanded_heads<1>(args, head);
 }
 
-void store_expanded(const StoreExpandedArgs& args) {
+void group_key(const GroupKeyArgs& args) {
   const ExpandedLayout& layout = args.layout;
-  const auto scatter = [&](const float* from, int64_t dim, int64_t at) {
-    to_cache(from, dim, args.scratch);
-    for (int64_t d = 0; d < dim; ++d) args.group[at + d * kKeyGroup + args.lane] = args.scratch[d];
-  };
-  for (int64_t h = 0; h < layout.num_heads; ++h) {
-    const float* product = args.products + h * (layout.nope_dim + layout.v_dim);
-    const int64_t value_at = layout.value_at() + args.lane * layout.values() + h * layout.v_dim;
-    scatter(product, layout.nope_dim, layout.nope_at(h));
-    to_cache(product + layout.nope_dim, layout.v_dim, args.group + value_at);
-  }
-  scatter(args.rope, layout.rope_dim, layout.rope_at());
+  const int64_t num_elements = layout.value_at() / kKeyGroup;
+  for (int64_t d = 0; d < num_elements; ++d) args.group[d * kKeyGroup + args.lane] = args.row[d];
+  uint16_t* values = args.group + layout.value_at() + args.lane * layout.values();
+  memcpy(values, args.row + num_elements, static_cast<size_t>(layout.values()) * sizeof(uint16_t));
 }
 
 }  // namespace
