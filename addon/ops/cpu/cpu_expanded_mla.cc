@@ -35,6 +35,7 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
   for (Worker& worker : workers_) {
     const int64_t query = round_up(shape.nope_dim, kRowAlign) + round_up(shape.rope_dim, kRowAlign);
     worker.scratch.resize(static_cast<size_t>(kQueryTile * query));
+    worker.query.resize(static_cast<size_t>(shape.num_heads * shape.qk_dim()));
     worker.row.resize(static_cast<size_t>(layout_.row_dim()));
     if (!is_grouped_) worker.groups.resize(static_cast<size_t>(kKeyTile * layout_.row_dim()));
     worker.part.resize(static_cast<size_t>(out_dim()));
@@ -49,7 +50,7 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
 size_t CpuExpandedMla::bytes() const {
   const Worker& worker = workers_[0];
   const size_t worker_bytes =
-      (worker.scratch.size() + worker.row.size() + worker.groups.size()) * sizeof(uint16_t) + (worker.part.size() + 4 * worker.max.size()) * sizeof(float);
+      (worker.scratch.size() + worker.row.size() + worker.groups.size()) * sizeof(uint16_t) + (worker.query.size() + worker.part.size() + 4 * worker.max.size()) * sizeof(float);
   return workers_.size() * worker_bytes +
          (products_.size() + parts_.size() + 4 * parts_max_.size()) * sizeof(float);
 }
@@ -123,12 +124,16 @@ void CpuExpandedMla::make_groups(const Call& at, int64_t token, Tile& tile, Work
   for (int64_t i = 0; i < kTileGroups; ++i) tile.groups[i] = worker.groups.data() + i * group_size;
 }
 
+void CpuExpandedMla::take_query(const Call& at, int64_t token, Worker& worker) const {
+  kernels_.scale(at.q.row<float>(token), shape_.softmax_scale, shape_.num_heads * shape_.qk_dim(),
+                 worker.query.data());
+}
+
 void CpuExpandedMla::attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next,
                                  Worker& worker, float* out, float* max, float* sum) const {
   AttendExpandedArgs args;
   args.layout = layout_;
-  args.scale = shape_.softmax_scale;
-  args.q = at.q.row<float>(token);
+  args.q = worker.query.data();
   Tile grouped = tile;
   if (!is_grouped_) make_groups(at, token, grouped, worker);
   args.groups = grouped.groups;
@@ -159,6 +164,7 @@ void CpuExpandedMla::divide(float* out, const float* sum) const {
 
 void CpuExpandedMla::attend_token(const Call& at, int64_t token, int64_t next_token, Worker& worker) const {
   float* out = at.out.row<float>(token);
+  take_query(at, token, worker);
   Tile tiles[2];  // [2] the one in hand, the one after it
   tiles[0] = tile_of(at, token, 0);
   const int64_t num_tiles = num_tiles_of(at.index, token);
@@ -209,13 +215,14 @@ void CpuExpandedMla::attend_split(const Call& at) {
   const auto part_of = [&](int64_t part) { return parts_.data() + part * out_dim(); };
   for (int64_t first = 0; first < all_tiles; first += wave_tiles) {
     const int64_t num_tiles = std::min(wave_tiles, all_tiles - first);
-    pool_.parallel_for(num_tokens * num_tiles, [&](int64_t part, int worker) {
+    pool_.parallel_for(num_tokens * num_tiles, [&](int64_t part, int worker_id) {
+      Worker& worker = workers_[static_cast<size_t>(worker_id)];
       const int64_t token = part % num_tokens;
       const int64_t tile = first + part / num_tokens;
       if (tile >= num_tiles_of(at.index, token)) return;
-      attend_tile(at, token, tile_of(at, token, tile), nullptr,
-                  workers_[static_cast<size_t>(worker)], part_of(part), parts_max_.data() + part * heads,
-                  parts_sum_.data() + part * heads);
+      take_query(at, token, worker);
+      attend_tile(at, token, tile_of(at, token, tile), nullptr, worker, part_of(part),
+                  parts_max_.data() + part * heads, parts_sum_.data() + part * heads);
     });
     for (int64_t token = 0; token < num_tokens; ++token) {
       float* out = at.out.row<float>(token);

@@ -57,6 +57,7 @@ class CpuExpandedMla {
   // What a worker needs for one tile of one token.
   struct Worker {
     std::vector<uint16_t> scratch;  // of the kernels
+    std::vector<float> query;       // [A, qk_dim] times the softmax scale
     std::vector<uint16_t> row;      // [row_dim]
     std::vector<uint16_t> groups;   // [kKeyTile, row_dim] where blocks do not hold whole groups
     std::vector<float> part;      // [A, v_dim]
@@ -69,6 +70,8 @@ class CpuExpandedMla {
   int64_t out_dim() const { return shape_.num_heads * shape_.v_dim; }
   Tile tile_of(const Call& at, int64_t token, int64_t tile) const;
   void make_groups(const Call& at, int64_t token, Tile& tile, Worker& worker) const;
+  void take_query(const Call& at, int64_t token, Worker& worker) const;
+  // Of the query that the worker has taken.
   void attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next, Worker& worker, float* out,
                    float* max, float* sum) const;
   void combine(float* out, float* max, float* sum, const float* part, const float* part_max,

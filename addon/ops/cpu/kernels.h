@@ -109,11 +109,10 @@ struct ExpandedLayout {
 };
 
 // One tile of attention over expanded keys and values for all heads h of one token, over keys j = first .. end
-// - 1: s_j = scale * q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
+// - 1: s_j = q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
 struct AttendExpandedArgs {
   ExpandedLayout layout;
-  float scale = 1;
-  const float* q = nullptr;  // [A, nope_dim + rope_dim]
+  const float* q = nullptr;  // [A, nope_dim + rope_dim], softmax scale applied
   // A group without a key first .. end - 1 stands for one with some; of the other keys' values none is read.
   const uint16_t* const* groups = nullptr;  // [kTileGroups]
   int64_t first = 0;

@@ -124,7 +124,7 @@ inline void attend_expanded_heads_bf16(const AttendExpandedArgs& args, int64_t h
   }
   score_pairs<R>(args.groups, layout.rope_at(), rope, layout.rope_dim / 2, next, sums);
   for (int r = 0; r < R; ++r) {
-    for (int g = 0; g < kTileGroups; ++g) store(scores[r] + g * kKeyGroup, mul(sums[r][g], set1(args.scale)));
+    for (int g = 0; g < kTileGroups; ++g) store(scores[r] + g * kKeyGroup, sums[r][g]);
     softmax_pairs(scores[r], args.first, args.end, pairs[r], args.max + head + r, args.sum + head + r);
   }
   constexpr int C = R == 1 ? 8 : 4;

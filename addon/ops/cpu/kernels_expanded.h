@@ -43,7 +43,7 @@ inline void score_expanded(const AttendExpandedArgs& args, int64_t head, float* 
     score_part(args.groups + group, layout.rope_at(), q + layout.nope_dim, layout.rope_dim, sums);
     for (int g = 0; g < kScoredGroups; ++g) {
       for (int64_t i = 0; i < kGroupVectors; ++i) {
-        store(scores + (group + g) * kKeyGroup + i * kLanes, mul(sums[g][i], set1(args.scale)));
+        store(scores + (group + g) * kKeyGroup + i * kLanes, sums[g][i]);
       }
     }
   }
