@@ -49,21 +49,32 @@ class GroupFetcher {
   int64_t num_groups_ = 0;
 };
 
-// sums[r][g] += q[r] . keys of group g over num_pairs pairs of elements from `at` on.
-template <int R>
-inline void score_pairs(const uint16_t* const* groups, int64_t at, const uint16_t* const* q, int64_t num_pairs,
+// sums[r][g] += q[r] . keys of group g < G over num_pairs pairs of elements from `at` on.
+template <int R, int G>
+inline void score_groups(const uint16_t* const* groups, int64_t at, const uint16_t* const* q, int64_t num_pairs,
                         GroupFetcher& next, V (*sums)[kTileGroups]) {
-  const uint16_t* keys[kTileGroups];  // [kTileGroups]
-  for (int g = 0; g < kTileGroups; ++g) keys[g] = groups[g] + at;
+  const uint16_t* keys[G];  // [G]
+  for (int g = 0; g < G; ++g) keys[g] = groups[g] + at;
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
     next.fetch<4>();
-    __m512bh elements[kTileGroups];
-    for (int g = 0; g < kTileGroups; ++g) elements[g] = load_bf(keys[g] + pair * 2 * kKeyGroup);
+    __m512bh elements[G];
+    for (int g = 0; g < G; ++g) elements[g] = load_bf(keys[g] + pair * 2 * kKeyGroup);
     for (int r = 0; r < R; ++r) {
       const __m512bh by = pair_of(q[r] + 2 * pair);
-      for (int g = 0; g < kTileGroups; ++g) sums[r][g] = _mm512_dpbf16_ps(sums[r][g], elements[g], by);
+      for (int g = 0; g < G; ++g) sums[r][g] = _mm512_dpbf16_ps(sums[r][g], elements[g], by);
     }
   }
+}
+
+// For the groups with keys before `end`.
+template <int R>
+inline void score_pairs(const AttendExpandedArgs& args, int64_t at, const uint16_t* const* q, int64_t num_pairs,
+                        GroupFetcher& next, V (*sums)[kTileGroups]) {
+  const auto groups = args.groups;
+  if (args.end <= kKeyGroup) return score_groups<R, 1>(groups, at, q, num_pairs, next, sums);
+  if (args.end <= 2 * kKeyGroup) return score_groups<R, 2>(groups, at, q, num_pairs, next, sums);
+  if (args.end <= 3 * kKeyGroup) return score_groups<R, 3>(groups, at, q, num_pairs, next, sums);
+  score_groups<R, 4>(groups, at, q, num_pairs, next, sums);
 }
 
 // The columns col .. col + 16 C - 1 of sum_j p_j value_h(j) for R heads; of a single last vector only `left`
@@ -120,9 +131,9 @@ inline void attend_expanded_heads_bf16(const AttendExpandedArgs& args, int64_t h
   }
   for (int r = 0; r < R; ++r) {
     const uint16_t* const nope[1] = {args.scratch + r * stride};  // [1]
-    score_pairs<1>(args.groups, layout.nope_at(head + r), nope, layout.nope_room() / 2, next, sums + r);
+    score_pairs<1>(args, layout.nope_at(head + r), nope, layout.nope_room() / 2, next, sums + r);
   }
-  score_pairs<R>(args.groups, layout.rope_at(), rope, layout.rope_dim / 2, next, sums);
+  score_pairs<R>(args, layout.rope_at(), rope, layout.rope_dim / 2, next, sums);
   for (int r = 0; r < R; ++r) {
     for (int g = 0; g < kTileGroups; ++g) store(scores[r] + g * kKeyGroup, sums[r][g]);
     softmax_pairs(scores[r], args.first, args.end, pairs[r], args.max + head + r, args.sum + head + r);
