@@ -43,6 +43,13 @@ __device__ __forceinline__ void store_matrix_x4_trans(uint32_t shared_address, c
                : "memory");
 }
 
+// The same, not transposed: addresses of rows.
+__device__ __forceinline__ void store_matrix_x4(uint32_t shared_address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // 2^x, to two ulp; -inf gives 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float out;

@@ -21,221 +21,38 @@
 // Sources of ideas: FlashMLA (roles), FlashAttention-4 (the lazy maximum).
 #include <algorithm>
 
-#include "cuda/mla_wgmma.cuh"
+#include "cuda/mla_scores.cuh"
+#include "cuda/mla_widen.cuh"
 
 namespace rodin::cuda {
 namespace {
 
-constexpr float kLazyBits = 8;  // a weight is at most 2^8
-
 template <int N, bool kFp8>
 __host__ __device__ constexpr int threads_of() {
-  return kFp8 ? 640 : 512;
+  return kFp8 ? 512 + 32 * kWidenWarps : 512;
 }
+
+// Of a thread, by warpgroup, where they are not shared out evenly; at a launch there are 128, with FP8 80.
+template <int N, bool kFp8>
+struct Registers {
+  static constexpr bool kMoves = N == 64 || kFp8;
+  static constexpr int kScores = kFp8 ? 96 : 128;
+  static constexpr int kValues = kFp8 ? 104 : 168;
+  static constexpr int kCopies = 48;
+  template <int kCount>
+  __device__ static void take() {
+    if constexpr (kMoves) take_registers<kCount>();
+  }
+  template <int kCount>
+  __device__ static void give() {
+    if constexpr (kMoves) give_registers<kCount>();
+  }
+};
 
 template <int kCount>
 __device__ __forceinline__ void pin_all(float (&out)[4][kCount]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) pin(out[i]);
-}
-
-// Maxima over the 8 lanes that share columns: each step halves the values of a lane, as long as they are even
-// in number. values[0 .. result - 1] are those of columns offset ..
-template <int kCount>
-__device__ __forceinline__ int maximise(float (&values)[kCount], int& offset) {
-  const int lane = threadIdx.x % 32;
-  int count = kCount;
-  offset = 0;
-#pragma unroll
-  for (int bit = 16; bit >= 4; bit /= 2) {
-    if (count % 2 == 0) {
-      count /= 2;
-      const bool is_upper = (lane & bit) != 0;
-      if (is_upper) offset += count;
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) {
-        if (i >= count) break;
-        const float own = is_upper ? values[count + i] : values[i];
-        const float other = is_upper ? values[i] : values[count + i];
-        values[i] = fmaxf(own, __shfl_xor_sync(kAllLanes, other, bit));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (i >= count) break;
-        values[i] = fmaxf(values[i], __shfl_xor_sync(kAllLanes, values[i], bit));
-      }
-    }
-  }
-  return count;
-}
-
-// Warpgroup 0. A lane holds keys 16 warp + g and 8 further of columns 8 j + 2 t + c.
-template <int N, bool kFp8>
-__device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
-  using L = MlaLayout<N, kFp8>;
-  constexpr int kColumns = N / 4;  // of a lane: 2 j + c
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int g = lane / 4, t = lane % 4;
-  const float scale = p.mla.softmax_scale * 1.4426950408889634f;  // into base 2
-  MlaItems items(p.mla);
-  MlaItem item;
-  Ring<L::kSlots> ring;
-  uint32_t queries_parity = 0, weights_parity = 1;
-  int which = 0;
-  while (items.take(item)) {
-    float row_max[kColumns], row_sum[kColumns];  // [kColumns]
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) row_max[i] = -INFINITY, row_sum[i] = 0;
-    barrier_wait(at.queries_full(), queries_parity);
-    queries_parity ^= 1;
-    for (int first = item.begin; first < item.end; first += kKeys) {
-      float score[N / 2];  // [N / 2]
-      int slots[kThirds];
-#pragma unroll
-      for (int third = 0; third < kThirds; ++third) {
-        slots[third] = ring.place;
-        barrier_wait(at.full(ring.place), ring.parity);
-        products_begin();
-        const uint64_t keys = matrix_descriptor(at.slot(ring.place));
-        const uint64_t queries = matrix_descriptor(at.queries(third * kThirdBoxes));
-#pragma unroll
-        for (int box = 0; box < kThirdBoxes; ++box) {
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            wgmma_narrow<N, 0>(score, keys + box * (kBoxBytes / 16) + 2 * step,
-                               queries + box * (L::kQueryBox / 16) + 2 * step, third + box + step != 0);
-          }
-        }
-        ring.next();
-      }
-      products_commit();
-      products_wait<0>();
-      pin(score);
-      if (first + kKeys >= item.end) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(at.queries_empty());
-      }
-
-      const bool is_edge = first + kKeys > item.limit(0, p.mla.num_heads) + 1 || first < p.mla.first_position;
-      if (is_edge) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          const int limit = item.limit(8 * (i / 2) + 2 * t + i % 2, p.mla.num_heads);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int position = first + 16 * warp + g + 8 * half;
-            if (position > limit || position < p.mla.first_position)
-              score[4 * (i / 2) + 2 * half + i % 2] = -INFINITY;
-          }
-        }
-        if constexpr (!kFp8) {
-          // What nobody attends to has a weight of 0, but may hold anything.
-          const int begin = max(p.mla.first_position - first, 0), end = min(item.end - first, kKeys);
-          for (int i = threadIdx.x % 128; i < kKeys * 64; i += 128) {
-            const int row = i / 64, word = i % 64, box = word / 8;
-            if (row >= begin && row < end) continue;
-            const int slot = box < 3 ? slots[0] : box < 6 ? slots[1] : slots[2];
-            store_shared(at.slot(slot) + box % 3 * kBoxBytes + row * 128 + word % 8 * 16, make_uint4(0, 0, 0, 0));
-          }
-        }
-      }
-
-      float most[kColumns];  // [kColumns]
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i)
-        most[i] = fmaxf(score[4 * (i / 2) + i % 2], score[4 * (i / 2) + 2 + i % 2]);
-      int offset;
-      const int count = maximise(most, offset);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        if (i >= count) break;
-        store_shared_float(at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4,
-                           most[i]);
-      }
-      group_sync<1, 128>();
-      float shrink[kColumns];  // [kColumns]
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        float2 block_max = load_shared_float2(at.warp_max(which) + (8 * j + 2 * t) * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) {
-          const float2 other = load_shared_float2(at.warp_max(which) + (w * N + 8 * j + 2 * t) * 4);
-          block_max.x = fmaxf(block_max.x, other.x), block_max.y = fmaxf(block_max.y, other.y);
-        }
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int i = 2 * j + c;
-          const float seen = c == 0 ? block_max.x : block_max.y, old = row_max[i];
-          shrink[i] = 1;
-          if (old == -INFINITY) {
-            row_max[i] = seen;  // nothing has been added up yet
-          } else if ((seen - old) * scale > kLazyBits) {
-            row_max[i] = seen;
-            shrink[i] = exp2_fast((old - seen) * scale);
-          }
-        }
-      }
-      which ^= 1;
-
-      uint32_t weights[N / 4];  // [N / 4] by j and half
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        float weight[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float base = row_max[2 * j + c % 2] == -INFINITY ? 0.0f : row_max[2 * j + c % 2] * scale;
-          weight[c] = exp2_fast(fmaf(score[4 * j + c], scale, -base));
-        }
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          row_sum[2 * j + c] = fmaf(row_sum[2 * j + c], shrink[2 * j + c], weight[c] + weight[2 + c]);
-        weights[2 * j] = pack_bf16(weight[0], weight[1]);
-        weights[2 * j + 1] = pack_bf16(weight[2], weight[3]);
-      }
-      barrier_wait(at.weights_empty(), weights_parity);
-      weights_parity ^= 1;
-#pragma unroll
-      for (int j = 0; j < N / 8; j += 2) {
-        const uint32_t four[4] = {weights[2 * j], weights[2 * j + 1], weights[2 * j + 2], weights[2 * j + 3]};
-        const int column = 8 * (j + lane / 16) + lane % 8, word = 2 * warp + lane / 8 % 2;
-        store_matrix_x4_trans(at.weights() + column * 128 + ((word ^ (column & 7)) * 16), four);
-      }
-      if (warp == 0 && g == 0) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i)
-          store_shared_float(at.shrink() + (8 * (i / 2) + 2 * t + i % 2) * 4, shrink[i]);
-      }
-      shared_fence();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.weights_full());
-    }
-
-    // Sums of the four warps, in order.
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-#pragma unroll
-      for (int bit = 16; bit >= 4; bit /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], bit);
-      if (g == 0) store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
-    }
-    group_sync<1, 128>();
-    if (warp == 0 && g == 0) {
-      const int64_t row =
-          static_cast<int64_t>(item.tile.first_token - p.mla.first_token) * p.mla.num_heads + item.tile.row_begin;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int column = 8 * (i / 2) + 2 * t + i % 2;
-        float sum = load_shared_float(at.warp_max(which) + column * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) sum += load_shared_float(at.warp_max(which) + (w * N + column) * 4);
-        if (column >= item.tile.num_rows || item.limit(column, p.mla.num_heads) < item.begin) continue;
-        float* to = p.mla.partial_ml + 2 * ((row + column) * p.mla.max_splits + item.split);
-        to[0] = row_max[i] * scale;
-        to[1] = sum;
-      }
-    }
-    which ^= 1;
-  }
 }
 
 // Warpgroup 1 + kHalf: columns 256 kHalf .. + 255 of the values, four boxes.
@@ -308,8 +125,7 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
       __syncwarp();
     }
 
-    const int64_t row =
-        static_cast<int64_t>(item.tile.first_token - p.mla.first_token) * p.mla.num_heads + item.tile.row_begin;
+    const int64_t row = item.row(p.mla);
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       const int column = 8 * (i / 2) + 2 * t + i % 2;
@@ -336,7 +152,7 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
   if (threadIdx.x == 0) {
     if (at.base % 1024 != 0) __trap();  // swizzled boxes
     for (int i = 0; i < L::kSlots; ++i) {
-      barrier_init(at.full(i), kFp8 ? 4 : 1);
+      barrier_init(at.full(i), kFp8 ? kWidenWarps : 1);
       barrier_init(at.empty(i), 8);
     }
     barrier_init(at.queries_full(), 1);
@@ -345,7 +161,7 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
     barrier_init(at.weights_empty(), 8);
     for (int i = 0; i < L::kRawStages; ++i) {
       barrier_init(at.raw_full(i), 1);
-      barrier_init(at.raw_empty(i), 4);
+      barrier_init(at.raw_empty(i), kWidenWarps);
     }
     barrier_init_fence();
     prefetch_map(&p.q_latent);
@@ -354,22 +170,29 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
   }
   __syncthreads();
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-  constexpr bool kMoves = N == 64;  // registers, between the warpgroups
+  using R = Registers<N, kFp8>;
   if (group == 0) {
-    if constexpr (kMoves) take_registers<136>();
-    compute_scores(p, at);
+    R::template take<R::kScores>();
+    if constexpr (N == 64) {
+      compute_wide_scores(p, at);
+    } else {
+      compute_scores(p, at);
+    }
   } else if (group == 1) {
-    if constexpr (kMoves) take_registers<168>();
+    R::template take<R::kValues>();
     compute_values<N, kFp8, 0>(p, at);
   } else if (group == 2) {
-    if constexpr (kMoves) take_registers<168>();
+    R::template take<R::kValues>();
     compute_values<N, kFp8, 1>(p, at);
   } else if (group == 3) {
-    if constexpr (kMoves) give_registers<40>();
+    R::template give<R::kCopies>();
     if (warp == 0) bring_keys(p, at);
     if (warp == 1 && threadIdx.x % 32 == 0) bring_queries(p, at);
   } else {
-    if constexpr (kFp8) widen_keys(p, at);
+    if constexpr (kFp8) {
+      R::template give<64>();
+      widen_keys(p, at);
+    }
   }
 }
 

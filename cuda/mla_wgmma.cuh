@@ -13,7 +13,34 @@ constexpr int kThirds = 3;  // of a block of keys: the unit of the ring
 constexpr int kThirdBoxes = kBoxes / kThirds;
 constexpr int kThirdBytes = kThirdBoxes * kBoxBytes;
 constexpr int kFp8RowBytes = kMlaMaxLora + kMlaMaxLora / kFp8Group * 4 + 64 * 2;  // at most
+constexpr int kWidenWarps = 8;
 constexpr int kSharedLimit = 232448;
+
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ float load_shared_float(uint32_t from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 load_shared_float2(uint32_t from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_float(uint32_t to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
 
 // N: rows of a tile. Bytes of shared memory, from `base` on, which is a multiple of 1024.
 template <int N, bool kFp8>
@@ -67,6 +94,10 @@ struct MlaItem {
   MlaTile tile;
   int split, begin, end;
 
+  // The tile's first (token, head) of the chunk.
+  __device__ int64_t row(const MlaParams& p) const {
+    return static_cast<int64_t>(tile.first_token - p.first_token) * p.num_heads + tile.row_begin;
+  }
   // Last position that row `row` of the tile attends to.
   __device__ int limit(int row, int num_heads) const {
     return tile.first_position + (tile.row_begin + row) / num_heads;
@@ -193,112 +224,6 @@ __device__ __forceinline__ void bring_queries(const MlaWgmmaParams& p, const Mla
       copy_box(at.queries(box), &p.q_latent, box * kMlaBoxColumns, row - p.mla.first_token * p.mla.num_heads,
                at.queries_full());
     copy_box(at.queries(kBoxes - 1), &p.q_rope, 0, row, at.queries_full());
-  }
-}
-
-// Sixteen e4m3 latents times their scale, in bf16.
-__device__ __forceinline__ void widen_scaled(const uint4& packed, float scale, uint4 (&wide)[2]) {
-  // Two terms of the scale: the product is rounded once but for 2^-17 of it.
-  const float high = __bfloat162float(__float2bfloat16_rn(scale));
-  const uint32_t high_pair = pack_bf16(high, high), low_pair = pack_bf16(scale - high, scale - high);
-  const uint32_t raw[4] = {packed.x, packed.y, packed.z, packed.w};
-  uint32_t out[8];  // [8] pairs
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    uint32_t pair[2];
-    widen_e4m3_word(raw[j], pair[0], pair[1]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t low;
-      asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(low) : "r"(pair[i]), "r"(low_pair));
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[2 * j + i]) : "r"(pair[i]), "r"(high_pair), "r"(low));
-    }
-  }
-  wide[0] = make_uint4(out[0], out[1], out[2], out[3]);
-  wide[1] = make_uint4(out[4], out[5], out[6], out[7]);
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_shared(uint32_t to, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ float load_shared_float(uint32_t from) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
-  return v;
-}
-__device__ __forceinline__ float2 load_shared_float2(uint32_t from) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_shared_float(uint32_t to, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
-}
-
-// One warpgroup: raw rows to boxes of the ring, zeros for keys that nobody attends to. A lane has one of 8
-// rows and 16 latents of a box, so that 8 lanes' words lie in different banks.
-template <int N>
-__device__ __forceinline__ void widen_keys(const MlaWgmmaParams& p, const MlaLayout<N, true>& at) {
-  using L = MlaLayout<N, true>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const auto row_bytes = static_cast<int>(p.mla.cache_stride);
-  const int part = lane / 8;
-  MlaItems items(p.mla);
-  MlaItem item;
-  Ring<L::kRawStages> raw_ring;
-  Ring<L::kSlots> ring;
-  while (items.take(item)) {
-    for (int first = item.begin; first < item.end; first += kKeys) {
-      barrier_wait(at.raw_full(raw_ring.place), raw_ring.parity);
-#pragma unroll
-      for (int third = 0; third < kThirds; ++third) {
-        barrier_wait(at.empty(ring.place), ring.parity ^ 1);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = 16 * warp + 8 * half + lane % 8;
-          const bool is_there = first + row >= p.mla.first_position && first + row < item.end;
-          const uint32_t from = at.raw(raw_ring.place) + row * row_bytes;
-          const uint32_t to = at.slot(ring.place) + row * 128;
-#pragma unroll
-          for (int i = 0; i < kThirdBoxes; ++i) {
-            const int box = third * kThirdBoxes + i;
-            uint4 wide[2];
-            int word[2] = {2 * part, 2 * part + 1};
-            if (box < kBoxes - 1) {
-              const float scale = load_shared_float(from + kMlaMaxLora + box * kMlaBoxColumns / kFp8Group * 4);
-              widen_scaled(load_shared(from + box * kMlaBoxColumns + part * 16), scale, wide);
-            } else {
-              const uint32_t rope = from + kMlaMaxLora + kMlaMaxLora / kFp8Group * 4;
-#pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                word[j] = part + 4 * j;
-                wide[j] = word[j] * 8 < p.mla.rope_dim ? load_shared(rope + word[j] * 16) : make_uint4(0, 0, 0, 0);
-              }
-            }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              store_shared(to + i * kBoxBytes + (word[j] ^ (row & 7)) * 16,
-                           is_there ? wide[j] : make_uint4(0, 0, 0, 0));
-            }
-          }
-        }
-        shared_fence();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(at.full(ring.place));
-        ring.next();
-      }
-      if (lane == 0) barrier_arrive(at.raw_empty(raw_ring.place));
-      raw_ring.next();
-    }
   }
 }
 
