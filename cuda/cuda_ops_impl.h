@@ -144,6 +144,8 @@ class CudaOps final : public Ops {
   // has_q_latent: q_latent_ holds q_nope W_UK of the only chunk.
   void attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
               const Tensor& out, bool has_q_latent);
+  // Attention of one chunk up to the splits' results.
+  void run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent, const CacheLayer& cache);
   GqaParams gqa_params(const Tensor& q, const GqaShape& shape, const StepIndex& index,
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
@@ -228,6 +230,8 @@ class CudaOps final : public Ops {
   QuantizedView shared_mid_quantized_;  // [moe_tokens, Is]
 
   // Attention, for one chunk of tokens.
+  bool has_mla_wgmma_ = false;
+  MlaPlan::Limits plan_limits_;
   int64_t attention_tokens_ = 0;  // most tokens of a chunk
   int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
   int64_t latent_stride_ = 0;
