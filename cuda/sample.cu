@@ -2,9 +2,9 @@
 // busy:
 //   adjust_copy, adjust   z = logits + bias, penalties, mask; only rows that have any, into their own copy
 //   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are
-//   finite noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp
-//   (rows with
-//                         log-probabilities)
+//                         finite
+//   noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp (rows with
+//                         log-probabilities); left out where no row needs either
 // sample_finish.cu joins the chunks. Grid: (chunks, rows); adjust: (rows). Bound by bytes: the logits once or
 // twice.
 #include "cuda/sample.cuh"
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) noise_chunk_kernel(const __grid_cons
   __shared__ double sums[kThreads];             // [kThreads]
   const int64_t row = blockIdx.y;
   const SampleRow spec = p.rows[row];
-  const bool needs_noise = spec.temperature != 0 && !spec.is_filtered();
+  const bool needs_noise = spec.needs_noise();
   const bool needs_sum = spec.num_top >= 0;
   if (!needs_noise && !needs_sum) return;
   const RowSummary summary = summarise(p, row);
@@ -140,8 +140,10 @@ void run_sample(const SampleParams& params, cudaStream_t stream) {
   }
   scan_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
   RODIN_CHECK_LAUNCH("scan_chunk_kernel");
-  noise_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("noise_chunk_kernel");
+  if (params.has_noise) {
+    noise_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
+    RODIN_CHECK_LAUNCH("noise_chunk_kernel");
+  }
   run_sample_finish(params, stream);
 }
 

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
     for (int i = 0; i < p.num_chunks; ++i) sum += p.noise_chunks[row * p.num_chunks + i].sum;
     result.lse = static_cast<double>(summary.max_logit) + log(sum);
     result.logprob = static_cast<float>(static_cast<double>(logits[result.id]) - result.lse);
-    if (spec.num_top > 0 && spec.num_top <= kSampleMaxTop) {
+    if (spec.has_device_top()) {
       const RowScores values = {logits, p.vocab_size, 0.0f, 0.0f};
       write_likeliest(p, spec, values, result.lse, s);
     }

@@ -330,6 +330,8 @@ Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
   object.Set("draftIds", to_typed_array<Napi::Int32Array>(env, result.draft_ids));
   object.Set("stepMicros", result.step_micros);
   object.Set("draftMicros", result.draft_micros);
+  object.Set("deviceMicros", result.device_micros);
+  object.Set("idleMicros", result.idle_micros);
   return object;
 }
 

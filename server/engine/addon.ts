@@ -49,8 +49,9 @@ export interface NativeRunner {
   /** bytes of weights made ready so far; readable at any time */
   progress(): { loadedBytes: number; totalBytes: number };
   /**
-   * Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. Where it rejects with
-   * the code DEVICE_LOST, no later call can succeed.
+   * Runs one step on the engine thread. At most two may be under way, and end in order; a GPU goes on with the second at
+   * once. Typed arrays are copied before it returns. Where it rejects with the code DEVICE_LOST, no later call can
+   * succeed.
    */
   step(batch: StepBatch): Promise<StepResult>;
   /** Ends the engine thread and unmaps everything. Idempotent. */

@@ -38,6 +38,8 @@ export interface EngineConfig {
   maxQueue: number;
   /** tell what changes in the prefix cache; false where it is left out */
   hasCacheEvents?: boolean;
+  /** launch steps ahead; on a GPU where it is left out */
+  launchAhead?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -105,6 +107,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    launchAhead: config.launchAhead ?? device !== 'cpu',
     hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),

@@ -8,6 +8,7 @@
 #include "engine/host_index.h"
 #include "engine/latent_cache.h"
 #include "model/forward.h"
+#include "ops/sample_args.h"
 #include "tests/native/cuda_support.h"
 
 namespace rodin::test {
@@ -192,8 +193,9 @@ class StepRig {
       gpu_->upload(layer.latents.data, latents.data(), latents.size() * 2);
   }
 
-  // One step; greedy sampling on the device as in Runner, but for the settings.
-  void begin(int64_t batch, int64_t context, uint32_t seed, int64_t first_block = 0) {
+  // One step; greedy sampling on the device as in Runner, but for the settings. `tokens`: instead of random ones.
+  void begin(int64_t batch, int64_t context, uint32_t seed, int64_t first_block = 0,
+             const std::vector<int32_t>* tokens = nullptr) {
     CudaRandom random{seed};
     index_.clear();
     step_.block_table.clear();
@@ -206,10 +208,42 @@ class StepRig {
       step_.block_table_start.push_back(static_cast<int32_t>(step_.block_table.size()));
       const auto position = static_cast<int32_t>(context - 1);
       const int32_t slot = step_.block_table.back() * kBlock + position % kBlock;
-      index_.add_row(static_cast<int32_t>(random.below(spec_.vocab_size)), position, position, slot);
+      const auto token = static_cast<int32_t>(random.below(spec_.vocab_size));
+      index_.add_row(tokens ? (*tokens)[static_cast<size_t>(s)] : token, position, position, slot);
       index_.end_sequence();
       rows_.push_back(static_cast<int32_t>(s));
     }
+  }
+  // Samples greedily what run() gave, and waits for nothing.
+  void begin_sample(const float* logits, int slot) {
+    const size_t count = rows_.size();
+    sampling_ = SampleBatch{};
+    sampling_.temperature.assign(count, 0);
+    sampling_.top_p.assign(count, 1);
+    sampling_.top_k.assign(count, 0);
+    sampling_.min_p.assign(count, 0);
+    sampling_.seed_low.assign(count, 0);
+    sampling_.seed_high.assign(count, 0);
+    sampling_.presence_penalty.assign(count, 0);
+    sampling_.frequency_penalty.assign(count, 0);
+    sampling_.repetition_penalty.assign(count, 1);
+    sampling_.num_logprobs.assign(count, 2);
+    for (auto* starts : {&sampling_.history_start, &sampling_.bias_start, &sampling_.mask_start})
+      starts->assign(count + 1, 0);
+    SampleArgs args;
+    args.batch = &sampling_;
+    args.logits = logits;
+    args.row_seq = rows_.data();
+    args.row_position = rows_.data();
+    args.num_rows = static_cast<int64_t>(count);
+    args.vocab_size = spec_.vocab_size;
+    CHECK(gpu_->begin_sample(args, slot));
+  }
+  SampleResult sampled(int slot) {
+    SampleResult result;
+    gpu_->finish_sample(slot, result);
+    CHECK(gpu_->is_sampled(slot));
+    return result;
   }
   // A prompt of which one row gets logits.
   void begin_prompt(int64_t length, uint32_t seed) {
@@ -251,6 +285,7 @@ class StepRig {
   StepBatch step_;
   std::vector<int32_t> rows_;
   Tensor hidden_;
+  SampleBatch sampling_;
 };
 
 struct StepFloor {
@@ -344,6 +379,31 @@ const bool recorded_bits = add_cuda_test("step: a recorded step gives the bits o
     CHECK(rig.logits(batch) == first);
     rig.begin(batch, 450, 2, other_block);
     CHECK(rig.logits(batch) == other);
+  }
+});
+
+const bool ahead = add_cuda_test("step: tokens that only the device knows give the bits of known ones", [] {
+  StepRig rig(moonlight(2), 36, 700);
+  for (const int64_t batch : {1, 3, 17}) {
+    std::vector<int32_t> rows;  // [batch] each sequence takes another one's token
+    for (int64_t s = 0; s < batch; ++s) rows.push_back(static_cast<int32_t>(-1 - (s + 1) % batch));
+    for (uint32_t seed = 1; seed < 4; ++seed) {  // unrecorded, recorded, replayed
+      rig.begin(batch, 699, seed);
+      rig.begin_sample(rig.run(), 0);
+      rig.begin(batch, 700, 0, 0, &rows);
+      rig.begin_sample(rig.run(), 1);  // two steps are under way
+      const SampleResult first = rig.sampled(0), second = rig.sampled(1);
+      std::vector<int32_t> known;
+      for (int64_t s = 0; s < batch; ++s) known.push_back(first.sampled_ids[static_cast<size_t>((s + 1) % batch)]);
+      rig.begin(batch, 700, 0, 0, &known);
+      rig.begin_sample(rig.run(), 0);
+      const SampleResult again = rig.sampled(0);
+      CHECK(again.sampled_ids == second.sampled_ids);
+      CHECK(again.sampled_logprobs == second.sampled_logprobs);
+      CHECK(again.top_ids == second.top_ids);
+      CHECK(again.top_logprobs == second.top_logprobs);
+      CHECK(first.sampled_ids != second.sampled_ids);
+    }
   }
 });
 
