@@ -18,6 +18,8 @@ export interface ServeConfig {
   /** 'auto', 'cpu' or 'cuda:N' */
   readonly device: string;
   readonly compute: 'auto' | 'float32';
+  /** synthetic: random ones of the shape that config.json describes */
+  readonly weights: 'checkpoint' | 'synthetic';
   /** null: one per core */
   readonly threads: number | null;
   readonly maxNumSeqs: number;
@@ -224,6 +226,7 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
+    weights: values['weights'] as ServeConfig['weights'],
     maxQueue: values['max-queue'] as number,
     maxBodyBytes: values['max-body-size'] as number,
     reasoningField: values['reasoning-field'] as ReasoningField,

@@ -392,11 +392,11 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'weights',
-    commands: BENCH,
+    commands: ['serve', 'bench'],
     value: 'WHICH',
     default: 'checkpoint',
     parse: choice(['checkpoint', 'synthetic']),
-    help: 'checkpoint, or synthetic: random ones, for which --model may be a config.json alone',
+    help: 'checkpoint, or synthetic: random ones for measurements; then bench takes a config.json alone',
   },
   {
     name: 'layers',

@@ -2,8 +2,8 @@ import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
 import { usableMemory } from '../machine.js';
-import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
+import { readWeights } from '../model/synthetic.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
 import type { ComputeMode, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
 import { chooseDevice } from './device.js';
@@ -15,6 +15,8 @@ import { warmUp } from './warm-up.js';
 export interface EngineConfig {
   /** checkpoint folder */
   model: string;
+  /** synthetic: random ones of the shape that the folder's config.json describes; the checkpoint's where it is left out */
+  weights?: 'checkpoint' | 'synthetic';
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
@@ -59,7 +61,7 @@ export async function startEngine(
   onProgress: LoadProgress = () => {},
 ): Promise<Engine> {
   const { compute, cpuPath, numThreads, blockSize, maxNumSeqs, maxModelLen } = config;
-  const checkpoint = readCheckpoint(config.model);
+  const checkpoint = readWeights(config.model, config.weights ?? 'checkpoint');
   const { spec, tensors } = checkpoint;
   if (maxModelLen !== null && maxModelLen > spec.maxPositionEmbeddings) {
     throw new StartupError(

@@ -215,7 +215,7 @@ class StepRig {
     }
   }
   // Samples greedily what run() gave, and waits for nothing.
-  void begin_sample(const float* logits, int slot) {
+  void begin_sample(const float* logits, int slot, int32_t num_logprobs = 2) {
     const size_t count = rows_.size();
     sampling_ = SampleBatch{};
     sampling_.temperature.assign(count, 0);
@@ -227,7 +227,7 @@ class StepRig {
     sampling_.presence_penalty.assign(count, 0);
     sampling_.frequency_penalty.assign(count, 0);
     sampling_.repetition_penalty.assign(count, 1);
-    sampling_.num_logprobs.assign(count, 2);
+    sampling_.num_logprobs.assign(count, num_logprobs);
     for (auto* starts : {&sampling_.history_start, &sampling_.bias_start, &sampling_.mask_start})
       starts->assign(count + 1, 0);
     SampleArgs args;
@@ -259,8 +259,14 @@ class StepRig {
     rows_ = {static_cast<int32_t>(length - 1)};
   }
   const float* run() {
+    run_layers();
+    return run_head();
+  }
+  void run_layers() {
     const StepIndex index = gpu_->begin_step(index_.view(step_, kBlock, 0), 0);
     hidden_ = forward_->run(index, cache_->layers());
+  }
+  const float* run_head() {
     return forward_->logits(hidden_, rows_.data(), static_cast<int64_t>(rows_.size())).row<float>(0);
   }
   // Waits for what run() gave.
@@ -326,6 +332,40 @@ const bool step_speed = [] {
   });
   return true;
 }();
+
+// Each part enqueued again and again, so that no launch is waited for.
+const bool part_speed = add_cuda_test("speed of a Moonlight step's parts", [] {
+  StepRig rig(moonlight(27), 32, 1024, false);
+  for (const int64_t batch : {1, 32}) {
+    rig.begin(batch, 1024, 1);
+    const float* logits = rig.run();
+    const auto micros_of = [&](auto&& part) {
+      constexpr int kRounds = 40;
+      double best = 1e9;
+      for (int repeat = 0; repeat < 4; ++repeat) {
+        rig.wait(logits);
+        const auto start = std::chrono::steady_clock::now();
+        for (int round = 0; round < kRounds; ++round) part(round);
+        rig.wait(logits);
+        const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+        best = std::min(best, elapsed.count() / kRounds);
+      }
+      return best;
+    };
+    const double layers = micros_of([&](int) { rig.run_layers(); });
+    const double head = micros_of([&](int) { rig.run_head(); });
+    const double sampling = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1); });
+    const double logprobs = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 0); });
+    const double likeliest = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 20); });
+    const double all = micros_of([&](int round) { rig.begin_sample(rig.run(), round % 2, -1); });
+    std::printf(
+        "moonlight, batch %2d: layers %.0f us, head %.0f, greedy %.0f, with a logprob %.0f, with 20 %.0f; a step "
+        "%.0f\n",
+        static_cast<int>(batch), layers, head, sampling, logprobs, likeliest, all);
+    std::fflush(stdout);
+    CHECK(sampling < 0.1 * all);
+  }
+});
 
 const bool prompt_speed = add_cuda_test("speed of a Moonlight prompt", [] {
   StepRig rig(moonlight(27), 1, 8192, false, 8192);
