@@ -31,6 +31,7 @@ void CudaOps::reserve_sample() {
     RODIN_CUDA(cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming));
     slot.arrays.begin(static_cast<size_t>(rows) * sizeof(SampleRow) + (size_t{64} << 10));
   }
+  prepare_sample_select(static_cast<int32_t>(limits_.vocab_size));
   for (cudaEvent_t& event : marks_) {
     RODIN_CUDA(cudaEventCreate(&event));
     RODIN_CUDA(cudaEventRecord(event, stream_));
@@ -119,6 +120,7 @@ void CudaOps::enqueue_sample(const SampleArgs& args, SampleSlot& slot) {
     row.presence = batch.presence_penalty[s];
     params.has_adjusted = params.has_adjusted || row.is_adjusted();
     params.has_noise = params.has_noise || row.needs_noise() || row.num_top >= 0;
+    params.has_selection = params.has_selection || row.needs_selection() || row.has_device_top();
     row.top_start = num_device_top;
     if (row.has_device_top()) num_device_top += row.num_top;
   }

@@ -5,8 +5,9 @@
 //                         finite
 //   noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp (rows with
 //                         log-probabilities); left out where no row needs either
-// sample_finish.cu joins the chunks. Grid: (chunks, rows); adjust: (rows). Bound by bytes: the logits once or
-// twice.
+//   select                sample_select.cu: rows with filters, likeliest tokens
+//   finish                joins the chunks
+// Grid: (chunks, rows); adjust, finish: (rows). Bound by bytes: the logits once or twice.
 #include "cuda/sample.cuh"
 
 namespace rodin::cuda {
@@ -127,6 +128,33 @@ __global__ void __launch_bounds__(kThreads) noise_chunk_kernel(const __grid_cons
   }
 }
 
+// A warp a row.
+__global__ void __launch_bounds__(32) finish_kernel(const __grid_constant__ SampleParams p) {
+  const int64_t row = blockIdx.x;
+  const SampleRow spec = p.rows[row];
+  const RowSummary summary = summarise(p, row);
+  SampleOutcome result = {-1, 0.0f, 0.0};
+  if (summary.is_sampled()) {
+    Candidate best = summary.best;
+    if (spec.temperature != 0) {
+      best = Candidate{};
+      const int num_chunks = spec.is_filtered() ? 1 : p.num_chunks;
+      for (int i = threadIdx.x; i < num_chunks; i += 32) {
+        const SampleNoiseChunk& chunk = p.noise_chunks[row * p.num_chunks + i];
+        if (is_likelier({chunk.best, chunk.id}, best)) best = {chunk.best, chunk.id};
+      }
+      best = warp_likeliest(best);
+    }
+    result.id = best.id == INT32_MAX ? -1 : best.id;
+  }
+  if (result.id >= 0 && spec.num_top >= 0) {
+    result.lse = log_sum_exp(p, row, summary);
+    const float logit = p.logits[row * p.vocab_size + result.id];
+    result.logprob = static_cast<float>(static_cast<double>(logit) - result.lse);
+  }
+  if (threadIdx.x == 0) p.results[row] = result;
+}
+
 }  // namespace
 
 void run_sample(const SampleParams& params, cudaStream_t stream) {
@@ -144,7 +172,9 @@ void run_sample(const SampleParams& params, cudaStream_t stream) {
     noise_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
     RODIN_CHECK_LAUNCH("noise_chunk_kernel");
   }
-  run_sample_finish(params, stream);
+  if (params.has_selection) run_sample_select(params, stream);
+  finish_kernel<<<static_cast<unsigned>(params.num_rows), 32, 0, stream>>>(params);
+  RODIN_CHECK_LAUNCH("finish_kernel");
 }
 
 }  // namespace rodin::cuda

@@ -51,6 +51,7 @@ export class Server {
         cacheMemory: config.cacheMemory,
         gpuMemoryUtilization: config.gpuMemoryUtilization,
         kvCacheDtype: config.kvCacheDtype,
+        headDtype: config.headDtype,
         deterministic: config.deterministic,
         maxModelLen: config.maxModelLen,
         maxStepTokens: config.maxStepTokens,

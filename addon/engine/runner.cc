@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <deque>
 
 #include "backend.h"
 #include "engine/drafter.h"
@@ -10,6 +11,7 @@
 #include "engine/latent_cache.h"
 #include "engine/row_sampling.h"
 #include "model/forward.h"
+#include "model/quantized_matrix.h"
 #include "model/tensor_table.h"
 #include "model/weights.h"
 #include "ops/check.h"
@@ -117,6 +119,7 @@ struct Runner::State {
   std::vector<TensorEntry> entries;  // those that are loaded
   std::unique_ptr<TensorTable> table;
   std::unique_ptr<Ops> ops;
+  std::deque<QuantizedMatrix> heads;  // that were made FP8; on a CPU some Ops go on reading them
   ModelWeights weights;
   std::unique_ptr<LatentCache> cache;
   std::unique_ptr<Forward> forward;
@@ -153,6 +156,9 @@ struct Runner::State {
   // Fills the result's sampling half, or returns true: the device has been told to.
   bool sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size, StepResult& result);
   void copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out);
+
+  // Makes the language-model heads FP8, and says by how many bytes the weights have become smaller.
+  int64_t quantize_heads(int num_threads);
 };
 
 Runner::Runner(RunnerOptions options) : options_(std::move(options)) {}
@@ -195,6 +201,8 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   // A cache of a given size is refused before the weights are read.
   if (options_.memory_utilization == 0) make_cache(options_.num_blocks);
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
+  const int64_t saved_bytes =
+      options_.head_dtype == "fp8" ? state->quantize_heads(static_cast<int>(options_.num_threads)) : 0;
   place_weights(state->weights, ops, spec, state->table.get());
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
@@ -210,7 +218,7 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   RunnerInfo info;
   info.device = ops.name();
   info.num_blocks = state->cache->layers()[0].latents.rows / options_.block_size;
-  info.weight_bytes = total_bytes();
+  info.weight_bytes = total_bytes() - saved_bytes;
   info.cache_bytes = state->cache->bytes();
   info.workspace_bytes = static_cast<int64_t>(ops_bytes + state->forward->workspace_bytes());
   state_ = std::move(state);
@@ -338,6 +346,26 @@ bool Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
   }
   flush();
   return is_left;
+}
+
+int64_t Runner::State::quantize_heads(int num_threads) {
+  const Weight head = weights.lm_head;
+  int64_t saved = 0;
+  const auto quantize = [&](const Weight& from, const char* name) {
+    if (from.dtype == Dtype::kF8E4M3) return from;
+    const QuantizedMatrix& made = heads.emplace_back(from, num_threads, name);
+    saved -= made.bytes();
+    if (from.data == weights.embed.data) return made.view();  // embeddings stay as they are
+    saved += from.rows * from.cols * dtype_bytes(from.dtype);
+    table->release(from);
+    return made.view();
+  };
+  weights.lm_head = quantize(head, "lm_head.weight");
+  if (weights.mtp) {
+    Weight& own = weights.mtp->head;
+    own = own.data == head.data ? weights.lm_head : quantize(own, "the MTP module's head");
+  }
+  return saved;
 }
 
 void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out) {

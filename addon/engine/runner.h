@@ -27,6 +27,7 @@ struct RunnerOptions {
   // is left of it.
   double memory_utilization = 0;
   std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"
+  std::string head_dtype = "auto";      // "auto": the checkpoint's; "fp8": made so at loading
   bool is_deterministic = false;        // BackendOptions
   int64_t max_step_tokens = 0;
   int64_t max_num_seqs = 0;

@@ -175,6 +175,8 @@ void validate_options(const RunnerOptions& options) {
   check_range("maxNumSeqs", options.max_num_seqs, 1, 1 << 20);
   check(options.compute == "float32" || options.compute == "auto", "compute is '", options.compute,
         "'; it must be 'float32' or 'auto'");
+  check(options.head_dtype == "auto" || options.head_dtype == "fp8", "headDtype is '", options.head_dtype,
+        "'; it must be 'auto' or 'fp8'");
   check(!options.load_mtp || options.spec.num_mtp_layers > 0,
         "loadMtp is set but the checkpoint has no MTP module (numMtpLayers is 0)");
 }

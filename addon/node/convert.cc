@@ -200,6 +200,7 @@ RunnerOptions to_runner_options(const Napi::Value& value) {
   options.num_blocks = fields.count("numBlocks");
   options.memory_utilization = fields.number("gpuMemoryUtilization");
   options.kv_cache_dtype = fields.text("kvCacheDtype");
+  options.head_dtype = fields.text("headDtype");
   options.is_deterministic = fields.boolean("deterministic");
   options.max_step_tokens = fields.count("maxStepTokens");
   options.max_num_seqs = fields.count("maxNumSeqs");

@@ -79,6 +79,7 @@ export async function runBenchStep(
     numBlocks: mostSequences * blocksPerSequence,
     gpuMemoryUtilization: 0,
     kvCacheDtype: config.kvCacheDtype,
+    headDtype: config.headDtype,
     deterministic: config.deterministic,
     maxStepTokens: Math.max(mostSequences, config.prompt, config.weights === 'checkpoint' ? FILL_TOKENS : 1),
     maxNumSeqs: mostSequences,
@@ -97,7 +98,7 @@ export async function runBenchStep(
   try {
     const loadSeconds = (performance.now() - start) / 1000;
     if (config.weights === 'checkpoint') await fillCache(runner, config, spec.vocabSize, blocksPerSequence);
-    const traffic = new TrafficModel(spec, tensors, cacheBytesPerToken);
+    const traffic = new TrafficModel(spec, tensors, cacheBytesPerToken, config.headDtype);
     const cases: BenchCase[] = [];
     // As an engine launches them: ahead on a GPU, and one by one where something must be known of the step before.
     const launches = options.device === 'cpu' ? [false] : [true, false];

@@ -5,7 +5,7 @@ import { usableMemory } from '../machine.js';
 import type { ModelSpec } from '../model/spec.js';
 import { readWeights } from '../model/synthetic.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
-import type { ComputeMode, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import type { ComputeMode, HeadDtype, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
 import { chooseDevice } from './device.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { Engine } from './engine.js';
@@ -29,6 +29,8 @@ export interface EngineConfig {
   /** GPU: share of its memory for weights, workspace and cache; null: the usual one, where cacheMemory is null too */
   gpuMemoryUtilization: number | null;
   kvCacheDtype: KvCacheDtype;
+  /** of the language-model heads; the checkpoint's where it is left out */
+  headDtype?: HeadDtype;
   /** the same bits in any batch on a GPU too */
   deterministic: boolean;
   /** most tokens of one sequence; null: what the checkpoint and the cache allow */
@@ -87,6 +89,7 @@ export async function startEngine(
     numThreads,
     blockSize,
     ...cache,
+    headDtype: config.headDtype ?? 'auto',
     deterministic: config.deterministic,
     maxStepTokens,
     maxNumSeqs,

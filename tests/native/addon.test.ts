@@ -20,6 +20,7 @@ const OPTIONS: RunnerOptions = {
   numBlocks: 16,
   gpuMemoryUtilization: 0,
   kvCacheDtype: 'auto',
+  headDtype: 'auto',
   deterministic: true,
   maxStepTokens: 32,
   maxNumSeqs: 4,
@@ -182,6 +183,23 @@ test('a token id below 0 is what a row of the step before has sampled', async (t
   await assert.rejects(runner.step(next(-1)), /no row of the step before, which had 0/, 'a step that failed has none');
   await runner.step(prompt);
   await assert.rejects(runner.step(next(-2)), /no row of the step before, which had 1/);
+});
+
+test('a head made FP8 has half the bytes, and logits near those of the checkpoint', async (t) => {
+  const plain = await loadRunner(t);
+  const runner = addon.createRunner({ ...OPTIONS, headDtype: 'fp8' });
+  t.after(() => runner.close());
+  const { weightBytes } = await runner.load();
+  const head = OPTIONS.tensors.find(({ name }) => name === 'lm_head.weight') ?? OPTIONS.tensors[0]!;
+  assert.ok(weightBytes < checkpoint.weightBytes - 0.4 * head.bytes, `${weightBytes} of ${checkpoint.weightBytes}`);
+  const [exact, rounded] = [await plain.step(batchOf(PROMPT)), await runner.step(batchOf(PROMPT))];
+  for (const name of ['logits', 'draftLogits'] as const) {
+    const square = (values: Float32Array) => values.reduce((sum, x) => sum + x * x, 0);
+    const error = Math.sqrt(square(rounded[name].map((x, i) => x - exact[name][i]!)) / square(exact[name]));
+    assert.ok(error > 1e-3 && error < 0.04, `${name}: ${error}`);
+  }
+  assert.deepEqual(rounded.sampledIds, exact.sampledIds);
+  assert.throws(() => addon.createRunner({ ...OPTIONS, headDtype: 'int8' as never }), /headDtype is 'int8'/);
 });
 
 test('close without load, and a load that fails', async () => {

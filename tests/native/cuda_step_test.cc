@@ -215,11 +215,12 @@ class StepRig {
     }
   }
   // Samples greedily what run() gave, and waits for nothing.
-  void begin_sample(const float* logits, int slot, int32_t num_logprobs = 2) {
+  void begin_sample(const float* logits, int slot, int32_t num_logprobs = 2, float temperature = 0,
+                    float top_p = 1) {
     const size_t count = rows_.size();
     sampling_ = SampleBatch{};
-    sampling_.temperature.assign(count, 0);
-    sampling_.top_p.assign(count, 1);
+    sampling_.temperature.assign(count, temperature);
+    sampling_.top_p.assign(count, top_p);
     sampling_.top_k.assign(count, 0);
     sampling_.min_p.assign(count, 0);
     sampling_.seed_low.assign(count, 0);
@@ -357,13 +358,15 @@ const bool part_speed = add_cuda_test("speed of a Moonlight step's parts", [] {
     const double sampling = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1); });
     const double logprobs = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 0); });
     const double likeliest = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 20); });
+    const double noise = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 1); });
+    const double nucleus = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 0.6f, 0.95f); });
     const double all = micros_of([&](int round) { rig.begin_sample(rig.run(), round % 2, -1); });
     std::printf(
-        "moonlight, batch %2d: layers %.0f us, head %.0f, greedy %.0f, with a logprob %.0f, with 20 %.0f; a step "
-        "%.0f\n",
-        static_cast<int>(batch), layers, head, sampling, logprobs, likeliest, all);
+        "moonlight, batch %2d: layers %.0f us, head %.0f, greedy %.0f, with a logprob %.0f, with 20 %.0f, "
+        "with noise %.0f, top_p %.0f; a step %.0f\n",
+        static_cast<int>(batch), layers, head, sampling, logprobs, likeliest, noise, nucleus, all);
     std::fflush(stdout);
-    CHECK(sampling < 0.1 * all);
+    CHECK(sampling < 0.05 * all && nucleus < 0.1 * all);
   }
 });
 
