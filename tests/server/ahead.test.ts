@@ -71,7 +71,10 @@ test('who depends on the tokens before, or ends, or waits for a place, is not ru
 });
 
 test('stop tokens are banned up to minTokens, counting the token that is not known yet', () => {
-  const { ahead } = aheadOf([{ minTokens: 1, stopTokenIds: [7] }, { minTokens: 2, stopTokenIds: [7] }]);
+  const { ahead } = aheadOf([
+    { minTokens: 1, stopTokenIds: [7] },
+    { minTokens: 2, stopTokenIds: [7] },
+  ]);
   const batch = packStep(ahead!, 4);
   assert.deepEqual([...batch.biasStart], [0, 0, 1]);
 });
