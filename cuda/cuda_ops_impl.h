@@ -1,6 +1,6 @@
 // CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), finish_sample(),
-// download() and upload(). Activations and the latent cache are bf16, sums float32. The class fills params structs; the
-// arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
+// download() and upload(). Activations and the latent cache are bf16, sums float32. The class fills params
+// structs; the arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
 // cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_gqa.cc: GQA; cuda_sample.cc: sampling.
 #pragma once
 
@@ -122,11 +122,11 @@ class CudaOps final : public Ops {
   // One call of sample() or begin_sample(): its settings on their way to the device, its results back.
   struct SampleSlot {
     StepArrays arrays;
-    std::vector<SampleRow> rows;              // [R]
-    SampleOutcome* outcomes = nullptr;        // pinned [max_logit_rows]
-    int32_t* top_ids = nullptr;               // pinned [max_logit_rows * kSampleMaxTop]
-    float* top_logprobs = nullptr;            // pinned [max_logit_rows * kSampleMaxTop]
-    cudaEvent_t done = nullptr;               // the results are in host memory
+    std::vector<SampleRow> rows;        // [R]
+    SampleOutcome* outcomes = nullptr;  // pinned [max_logit_rows]
+    int32_t* top_ids = nullptr;         // pinned [max_logit_rows * kSampleMaxTop]
+    float* top_logprobs = nullptr;      // pinned [max_logit_rows * kSampleMaxTop]
+    cudaEvent_t done = nullptr;         // the results are in host memory
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.

@@ -1,5 +1,5 @@
-// Sampling: the rows' settings go to the device in one copy; tokens and log-probabilities come back into pinned
-// memory, behind which an event says that they are there.
+// Sampling: the rows' settings go to the device in one copy; tokens and log-probabilities come back into
+// pinned memory, behind which an event says that they are there.
 #include <algorithm>
 #include <cmath>
 #include <limits>

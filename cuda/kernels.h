@@ -114,7 +114,7 @@ struct EmbedParams {
   WeightView table;                        // [V, H]
   const int32_t* token_ids = nullptr;      // [T] below 0: -1 - r is sampled[r].id
   const SampleOutcome* sampled = nullptr;  // [R] of the step before
-  float* out = nullptr;                // [T, H]
+  float* out = nullptr;                    // [T, H]
   int64_t out_stride = 0;
   int32_t num_tokens = 0;
 };

@@ -1,15 +1,16 @@
-// Sampling, rows that need an order of the whole vocabulary: what min_p, top_k and top_p leave, and the likeliest
-// tokens for the log-probabilities.
+// Sampling, rows that need an order of the whole vocabulary: what min_p, top_k and top_p leave, and the
+// likeliest tokens for the log-probabilities.
 //
 // Every filter keeps a prefix of the order (likelier first, ties by lower id), so the survivors are a
 // threshold: all keys above `key`, and of those equal to it the lowest ids up to `last_id`. A threshold is
-// found by descending through the eight digits of 4 bits of the order-preserving integer key: at each digit the
-// sums of what lies at or above its 16 values, counts for top_k, masses for top_p. Masses are exp(score) in
-// fixed point, 2^-44, so that their sums do not depend on the order in which they are added.
+// found by descending through the eight digits of 4 bits of the order-preserving integer key: at each digit
+// the sums of what lies at or above its 16 values, counts for top_k, masses for top_p. Masses are exp(score)
+// in fixed point, 2^-44, so that their sums do not depend on the order in which they are added.
 //
-// Grid: (8, rows), a cluster of 8 blocks of 1024 threads a row. Each block keeps an eighth of the row's scores
-// in shared memory and its sums in registers (atomics on shared memory meet in few bins, for scores are alike);
-// blocks add theirs up through distributed shared memory. Bound by the exponentials of top_p's first digits.
+// Grid: (8, rows), a cluster of 8 blocks of 1024 threads a row. Each block keeps an eighth of the row's
+// scores in shared memory and its sums in registers (atomics on shared memory meet in few bins, for scores
+// are alike); blocks add theirs up through distributed shared memory. Bound by the exponentials of top_p's
+// first digits.
 #include <cooperative_groups.h>
 
 #include "cuda/sample.cuh"
@@ -49,17 +50,17 @@ struct Slice {
 };
 
 struct SelectShared {
-  Mass warp_sums[kWarps][kDigits];   // [kWarps, kDigits]
-  Mass block_sums[2][kDigits];       // [2, kDigits] used in turn, read by the other blocks
-  Mass row_sums[kDigits];            // [kDigits]
-  Candidate scratch[kWarps];         // [kWarps]
-  Candidate best;                    // of the block
-  int32_t warp_counts[kWarps];       // [kWarps]
-  int32_t num_ties;                  // of the block
-  int32_t last_id;                   // the tie looked for, where it is this block's
-  int32_t num_found;                 // in the first block
-  float top_values[kSampleMaxTop];   // [kSampleMaxTop] in the first block
-  int32_t top_ids[kSampleMaxTop];    // [kSampleMaxTop] in the first block
+  Mass warp_sums[kWarps][kDigits];  // [kWarps, kDigits]
+  Mass block_sums[2][kDigits];      // [2, kDigits] used in turn, read by the other blocks
+  Mass row_sums[kDigits];           // [kDigits]
+  Candidate scratch[kWarps];        // [kWarps]
+  Candidate best;                   // of the block
+  int32_t warp_counts[kWarps];      // [kWarps]
+  int32_t num_ties;                 // of the block
+  int32_t last_id;                  // the tie looked for, where it is this block's
+  int32_t num_found;                // in the first block
+  float top_values[kSampleMaxTop];  // [kSampleMaxTop] in the first block
+  int32_t top_ids[kSampleMaxTop];   // [kSampleMaxTop] in the first block
 };
 
 __device__ __forceinline__ Mass mass_of(float score) {

@@ -140,7 +140,8 @@ struct EngineThread::State {
     EngineEvent event = std::move(steps.front().event);
     if (event.error.empty()) guarded(event, [&] { runner->finish(event.result); });
     const auto now = Clock::now();
-    const std::chrono::duration<double, std::micro> elapsed = now - std::max(steps.front().start, last_finish);
+    const std::chrono::duration<double, std::micro> elapsed =
+        now - std::max(steps.front().start, last_finish);
     event.result.step_micros = elapsed.count();
     last_finish = now;
     steps.pop_front();
@@ -190,10 +191,10 @@ struct EngineThread::State {
     changed.notify_all();
   }
 
-  RunnerOptions options;         // engine thread only: load() says how many blocks there are
-  std::optional<Runner> runner;  // engine thread only, once it runs
-  bool is_loaded = false;        // engine thread only
-  std::deque<Step> steps;        // engine thread only; begun and not finished, at most Runner::kMaxBegun
+  RunnerOptions options;          // engine thread only: load() says how many blocks there are
+  std::optional<Runner> runner;   // engine thread only, once it runs
+  bool is_loaded = false;         // engine thread only
+  std::deque<Step> steps;         // engine thread only; begun and not finished, at most Runner::kMaxBegun
   Clock::time_point last_finish;  // engine thread only
   int64_t num_rows_before = 0;    // engine thread only; sampled by the step begun last, 0 where it failed
   const OnEvent on_event;

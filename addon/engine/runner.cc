@@ -38,7 +38,8 @@ void fill_index(const StepBatch& batch, const std::vector<int32_t>* ids_before, 
          ++row) {
       int32_t token_id = batch.token_ids[row];
       // A row that came out unusable has no token; what follows it is dropped by whoever asked for it.
-      if (token_id < 0 && ids_before) token_id = std::max((*ids_before)[static_cast<size_t>(-1 - token_id)], 0);
+      if (token_id < 0 && ids_before)
+        token_id = std::max((*ids_before)[static_cast<size_t>(-1 - token_id)], 0);
       index.add_row(token_id, batch.positions[row], batch.positions[row], batch.slot_mapping[row]);
     }
     index.end_sequence();
@@ -263,9 +264,8 @@ void Runner::finish(StepResult& result) {
     const bool has_clock = result.device_micros > 0;
     if (!has_clock) result.device_micros = Micros(step.end - step.start).count();
     if (number > 0) {
-      result.idle_micros = has_clock
-                               ? state.ops->micros_between(State::mark_of(number - 1, true), begin_mark)
-                               : Micros(step.start - state.last_end).count();
+      result.idle_micros = has_clock ? state.ops->micros_between(State::mark_of(number - 1, true), begin_mark)
+                                     : Micros(step.start - state.last_end).count();
     }
   }
   state.last_end = step.end;

@@ -60,8 +60,9 @@ class Runner {
   // the Runner can then only be destroyed. loaded_bytes rises while pages are made resident.
   RunnerInfo load(std::atomic<int64_t>& loaded_bytes);
 
-  // Begins one validated batch (engine/validate.h); token ids below 0 name rows of the one begun before. Where the device can, the step is left running and this
-  // returns; otherwise it has been computed by then. At most kMaxBegun may be begun and not finished.
+  // Begins one validated batch (engine/validate.h); token ids below 0 name rows of the one begun before.
+  // Where the device can, the step is left running and this returns; otherwise it has been computed by then.
+  // At most kMaxBegun may be begun and not finished.
   void begin(const StepBatch& batch);
   // Whether finish() would not wait; with a step begun.
   bool is_done();

@@ -49,7 +49,7 @@ struct StepResult : SampleResult {
   std::vector<int32_t>
       draft_ids;  // [draft_start[S]] of each sequence, in order; fewer where logits are not finite
   double step_micros = 0;
-  double draft_micros = 0;  // of step_micros, what the MTP module took
+  double draft_micros = 0;   // of step_micros, what the MTP module took
   double device_micros = 0;  // from the step's first work on the device to its last; 0 where not measured
   double idle_micros = 0;    // since the end of the step before, what the device waited for this one
 };

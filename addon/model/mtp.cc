@@ -30,8 +30,8 @@ void Forward::store_mtp(const StepIndex& index, const Tensor& hidden, const int3
 
 bool Forward::can_store_mtp() const { return ops_.has_mla_store() && !weights_.mtp->layer.is_gqa; }
 
-// Angles, and from the hidden states in at.delta the input of the module's attention: at.residual and, normed,
-// at.normed.
+// Angles, and from the hidden states in at.delta the input of the module's attention: at.residual and,
+// normed, at.normed.
 void Forward::join_mtp_input(const StepIndex& index, const ForwardBuffers& at) {
   const MtpWeights& mtp = *weights_.mtp;
   const int64_t size = spec_.hidden_size;

@@ -1,5 +1,6 @@
-// A matrix of BF16, F16 or F32 made FP8 at loading: e4m3 with a float32 scale for each block of 128x128, as V3
-// checkpoints store theirs. A block's largest value becomes 448; each other is rounded to the nearest code.
+// A matrix of BF16, F16 or F32 made FP8 at loading: e4m3 with a float32 scale for each block of 128x128, as
+// V3 checkpoints store theirs. A block's largest value becomes 448; each other is rounded to the nearest
+// code.
 #pragma once
 
 #include <cstdint>

@@ -237,10 +237,11 @@ class Ops {
   // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.
   virtual void sample(const SampleArgs& args) = 0;
 
-  // ---- running ahead: the next step is enqueued before this one's results have come -------------------------
-  // Enqueues what sample() does and reads nothing of `args` afterwards; false where the device cannot, or not
-  // with these rows. Then begin_step(.., 0) takes token ids below 0 until the next call: -1 - r is the token
-  // that row r is sampled. The result of slot 0 or 1 is fetched by finish_sample() before the slot's next use.
+  // ---- running ahead: the next step is enqueued before this one's results have come
+  // ------------------------- Enqueues what sample() does and reads nothing of `args` afterwards; false where
+  // the device cannot, or not with these rows. Then begin_step(.., 0) takes token ids below 0 until the next
+  // call: -1 - r is the token that row r is sampled. The result of slot 0 or 1 is fetched by finish_sample()
+  // before the slot's next use.
   virtual bool begin_sample([[maybe_unused]] const SampleArgs& args, [[maybe_unused]] int slot) {
     return false;
   }

@@ -193,7 +193,8 @@ class StepRig {
       gpu_->upload(layer.latents.data, latents.data(), latents.size() * 2);
   }
 
-  // One step; greedy sampling on the device as in Runner, but for the settings. `tokens`: instead of random ones.
+  // One step; greedy sampling on the device as in Runner, but for the settings. `tokens`: instead of random
+  // ones.
   void begin(int64_t batch, int64_t context, uint32_t seed, int64_t first_block = 0,
              const std::vector<int32_t>* tokens = nullptr) {
     CudaRandom random{seed};
@@ -328,9 +329,8 @@ const bool step_speed = [] {
   add_cuda_test("speed of a Moonlight step", [] {
     time_steps(true, {{1, 1020, 0.38}, {8, 2499, 0.58}, {32, 5963, 0.57}, {128, 20243, 0.38}});
   });
-  add_cuda_test("speed of a Moonlight step of quantised layers", [] {
-    time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}});
-  });
+  add_cuda_test("speed of a Moonlight step of quantised layers",
+                [] { time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}}); });
   return true;
 }();
 
@@ -359,7 +359,8 @@ const bool part_speed = add_cuda_test("speed of a Moonlight step's parts", [] {
     const double logprobs = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 0); });
     const double likeliest = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 20); });
     const double noise = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 1); });
-    const double nucleus = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 0.6f, 0.95f); });
+    const double nucleus =
+        micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 0.6f, 0.95f); });
     const double all = micros_of([&](int round) { rig.begin_sample(rig.run(), round % 2, -1); });
     std::printf(
         "moonlight, batch %2d: layers %.0f us, head %.0f, greedy %.0f, with a logprob %.0f, with 20 %.0f, "
@@ -437,7 +438,8 @@ const bool ahead = add_cuda_test("step: tokens that only the device knows give t
       rig.begin_sample(rig.run(), 1);  // two steps are under way
       const SampleResult first = rig.sampled(0), second = rig.sampled(1);
       std::vector<int32_t> known;
-      for (int64_t s = 0; s < batch; ++s) known.push_back(first.sampled_ids[static_cast<size_t>((s + 1) % batch)]);
+      for (int64_t s = 0; s < batch; ++s)
+        known.push_back(first.sampled_ids[static_cast<size_t>((s + 1) % batch)]);
       rig.begin(batch, 700, 0, 0, &known);
       rig.begin_sample(rig.run(), 0);
       const SampleResult again = rig.sampled(0);

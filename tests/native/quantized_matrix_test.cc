@@ -32,7 +32,8 @@ std::vector<float> random_values() {
       state = state * 1664525u + 1013904223u;
       const float unit = static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
       const int64_t block = row / 128 * 2 + col / 128;
-      values.push_back(block == 3 ? 0 : unit * unit * unit * std::ldexp(1.0f, static_cast<int>(3 * block) - 8));
+      values.push_back(block == 3 ? 0
+                                  : unit * unit * unit * std::ldexp(1.0f, static_cast<int>(3 * block) - 8));
     }
   }
   return values;
@@ -55,7 +56,8 @@ TEST("quantized matrix: each value is the nearest of all codes, whatever the thr
         const int beside = (codes[at] & 0x7f) + step;
         if (beside < 0 || beside > 0x7e) continue;
         const auto other = static_cast<uint8_t>((codes[at] & 0x80) | beside);
-        CHECK(error <= std::fabs(double{float_of_e4m3(other)} - double{values[at]} / double{scale}) + 1e-4 * error);
+        CHECK(error <=
+              std::fabs(double{float_of_e4m3(other)} - double{values[at]} / double{scale}) + 1e-4 * error);
       }
     }
   }
