@@ -3,14 +3,15 @@
 //
 // Every filter keeps a prefix of the order (likelier first, ties by lower id), so the survivors are a
 // threshold: all keys above `key`, and of those equal to it the lowest ids up to `last_id`. A threshold is
-// found by descending through the eight digits of 4 bits of the order-preserving integer key: at each digit
-// the sums of what lies at or above its 16 values, counts for top_k, masses for top_p. Masses are exp(score)
-// in fixed point, 2^-44, so that their sums do not depend on the order in which they are added.
+// found by cutting what it may be into 16 parts again and again, at first by distance from the largest score,
+// then by the order-preserving integer key: in each round the sums of what lies in a part or above, counts
+// for top_k, masses for top_p. Masses are exp(score) in fixed point, 2^-44, so that their sums do not depend
+// on the order in which they are added.
 //
 // Grid: (8, rows), a cluster of 8 blocks of 1024 threads a row. Each block keeps an eighth of the row's
 // scores in shared memory and its sums in registers (atomics on shared memory meet in few bins, for scores
-// are alike); blocks add theirs up through distributed shared memory. Bound by the exponentials of top_p's
-// first digits.
+// are alike); blocks add theirs up through distributed shared memory. Bound by the first round, which looks
+// at every score.
 #include <cooperative_groups.h>
 
 #include "cuda/sample.cuh"
@@ -22,8 +23,8 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 8;  // of a row
-constexpr int kDigitBits = 4;
-constexpr int kDigits = 1 << kDigitBits;
+constexpr int kPartBits = 4;
+constexpr int kParts = 1 << kPartBits;
 constexpr double kMassUnit = 0x1p44;
 using Mass = unsigned long long;
 
@@ -50,9 +51,9 @@ struct Slice {
 };
 
 struct SelectShared {
-  Mass warp_sums[kWarps][kDigits];  // [kWarps, kDigits]
-  Mass block_sums[2][kDigits];      // [2, kDigits] used in turn, read by the other blocks
-  Mass row_sums[kDigits];           // [kDigits]
+  Mass warp_sums[kWarps][kParts];   // [kWarps, kParts]
+  Mass block_sums[2][kParts];       // [2, kParts] used in turn, read by the other blocks
+  Mass row_sums[kParts];            // [kParts]
   Candidate scratch[kWarps];        // [kWarps]
   Candidate best;                   // of the block
   int32_t warp_counts[kWarps];      // [kWarps]
@@ -68,12 +69,12 @@ __device__ __forceinline__ Mass mass_of(float score) {
 }
 
 // row_sums[j] = the sum of every thread's sums[j], in all blocks. `phase` alternates between calls.
-__device__ void sum_over_row(Mass (&sums)[kDigits], int phase, SelectShared& s) {
+__device__ void sum_over_row(Mass (&sums)[kParts], int phase, SelectShared& s) {
   const auto cluster = cooperative_groups::this_cluster();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Each exchange halves the sums that a lane holds: lane 2 j and 2 j + 1 are left with sum j.
 #pragma unroll
-  for (int half = kDigits / 2; half > 0; half /= 2) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
     const bool is_upper = (lane & (2 * half)) != 0;
 #pragma unroll
     for (int j = 0; j < half; ++j) {
@@ -85,13 +86,13 @@ __device__ void sum_over_row(Mass (&sums)[kDigits], int phase, SelectShared& s) 
   sums[0] += __shfl_xor_sync(kAllLanes, sums[0], 1);
   if (lane % 2 == 0) s.warp_sums[warp][lane / 2] = sums[0];
   __syncthreads();
-  if (threadIdx.x < kDigits) {
+  if (threadIdx.x < kParts) {
     Mass sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += s.warp_sums[w][threadIdx.x];
     s.block_sums[phase][threadIdx.x] = sum;
   }
   cluster.sync();
-  if (threadIdx.x < kDigits) {
+  if (threadIdx.x < kParts) {
     Mass sum = 0;
     for (int block = 0; block < kBlocks; ++block) {
       sum += *cluster.map_shared_rank(&s.block_sums[phase][threadIdx.x], block);
@@ -153,58 +154,95 @@ __device__ int32_t tie_limit(const Slice& row, const Threshold& within, uint32_t
 }
 
 // The shortest prefix of the survivors of `within` whose count reaches `wanted_count` (kMass: whose mass
-// reaches `fraction` of all their mass); at least one.
+// reaches `fraction` of all their mass); at least one. `largest`: of the row's scores.
 template <bool kMass>
-__device__ Threshold shorten(const Slice& row, const Threshold& within, Mass wanted_count, double fraction,
-                             SelectShared& s) {
+__device__ Threshold shorten(const Slice& row, float largest, const Threshold& within, Mass wanted_count,
+                             double fraction, SelectShared& s) {
   const auto weight = [](float score) { return kMass ? mass_of(score) : Mass{1}; };
   const double unit = kMass ? kMassUnit : 1.0;
   double wanted = static_cast<double>(wanted_count);
-  uint32_t prefix = 0;
   Mass reached = 0;
-  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    const bool is_first = shift == 32 - kDigitBits;
-    Mass sums[kDigits] = {};  // [kDigits] of the own elements whose digit is at least j
-    for (int i = threadIdx.x; i < row.size; i += kThreads) {
-      const float score = row.scores[i];
-      const uint32_t key = key_of(score);
-      if (score == -INFINITY || !survives(within, key, row.first + i)) continue;
-      if (!is_first && key >> (shift + kDigitBits) != prefix) continue;
-      const Mass own = weight(score);
-      const int digit = static_cast<int>(key >> shift) & (kDigits - 1);
-#pragma unroll
-      for (int j = 0; j < kDigits; ++j) sums[j] += digit >= j ? own : 0;
-    }
-    sum_over_row(sums, shift / kDigitBits % 2, s);
-    if (kMass && is_first) wanted = fraction * (static_cast<double>(s.row_sums[0]) / kMassUnit);
-    // From the top: the first value that holds anything and at which the sum reaches what is wanted, or the
-    // lowest that holds anything.
+  // From the top: the first of 16 parts that holds anything and at which the sum reaches what is wanted, or
+  // the lowest that holds anything.
+  const auto choose = [&] {
     int chosen = 0;
     Mass above = 0, above_chosen = 0;
-    for (int digit = kDigits - 1; digit >= 0; --digit) {
-      const Mass sum = s.row_sums[digit];
+    for (int part = kParts - 1; part >= 0; --part) {
+      const Mass sum = s.row_sums[part];
       if (sum != above) {
-        chosen = digit;
+        chosen = part;
         above_chosen = above;
         if (static_cast<double>(reached + sum) / unit >= wanted) break;
       }
       above = sum;
     }
-    prefix = prefix << kDigitBits | static_cast<uint32_t>(chosen);
     reached += above_chosen;
+    return chosen;
+  };
+
+  // At first by distance from the largest score, part 15 within 1 of it, part 0 from 15 on.
+  const auto first_part = [largest](float score) {
+    return kParts - 1 - static_cast<int>(fminf(__fsub_rn(largest, score), kParts - 1));
+  };
+  Mass sums[kParts] = {};  // [kParts] of the own elements in part j or above
+  for (int i = threadIdx.x; i < row.size; i += kThreads) {
+    const float score = row.scores[i];
+    if (score == -INFINITY || !survives(within, key_of(score), row.first + i)) continue;
+    const Mass own = weight(score);
+    if (own == 0) continue;
+    const int part = first_part(score);
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) sums[j] += part >= j ? own : 0;
+  }
+  sum_over_row(sums, 0, s);
+  if (kMass) wanted = fraction * (static_cast<double>(s.row_sums[0]) / kMassUnit);
+  const int chosen = choose();
+  uint64_t left = 0;  // bit k: scores[threadIdx.x + k * kThreads] is in what was chosen so far
+  for (int i = threadIdx.x, k = 0; i < row.size; i += kThreads, ++k) {
+    const float score = row.scores[i];
+    if (score == -INFINITY || first_part(score) != chosen) continue;
+    if (survives(within, key_of(score), row.first + i)) left |= uint64_t{1} << k;
   }
 
-  // `prefix` is a whole key now. How many of the tokens that have it?
+  // Then by keys, lo .. last, until that is one. With 0 as the largest score the distances above are exact.
+  uint32_t lo = 0, last = UINT32_MAX;
+  if (largest == 0) {
+    last = key_of(static_cast<float>(chosen - (kParts - 1)));
+    if (chosen > 0) lo = key_of(static_cast<float>(chosen - kParts)) + 1;
+  }
+  for (int phase = 1; lo != last; phase ^= 1) {
+    const int shift = max(0, 32 - kPartBits - __clz(last - lo));
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) sums[j] = 0;
+    for (uint64_t rest = left; rest != 0; rest &= rest - 1) {
+      const int k = __ffsll(static_cast<long long>(rest)) - 1;
+      const float score = row.scores[threadIdx.x + k * kThreads];
+      const uint32_t key = key_of(score);
+      if (key < lo || key > last) {
+        left &= ~(uint64_t{1} << k);
+        continue;
+      }
+      const Mass own = weight(score);
+      const int part = static_cast<int>((key - lo) >> shift);
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) sums[j] += part >= j ? own : 0;
+    }
+    sum_over_row(sums, phase, s);
+    lo += static_cast<uint32_t>(choose()) << shift;
+    last = static_cast<uint32_t>(min(uint64_t{last}, lo + (uint64_t{1} << shift) - 1));
+  }
+
+  // How many of the tokens that have this key?
   Threshold threshold;
-  threshold.key = prefix;
-  const uint32_t bits = prefix & 0x80000000u ? prefix & 0x7fffffffu : ~prefix;
+  threshold.key = lo;
+  const uint32_t bits = lo & 0x80000000u ? lo & 0x7fffffffu : ~lo;
   const Mass each = weight(__uint_as_float(bits));
   const double missing = wanted - static_cast<double>(reached) / unit;
   const double one = static_cast<double>(each) / unit;
   const double count = one > 0 ? ceil(missing / one) : 1e9;
   const int num_ties = count < 1 ? 1 : (count >= 1e9 ? 1000000000 : static_cast<int>(count));
-  threshold.last_id = tie_limit(row, within, prefix, num_ties, s);
-  if (prefix == within.key && within.last_id < threshold.last_id) threshold.last_id = within.last_id;
+  threshold.last_id = tie_limit(row, within, lo, num_ties, s);
+  if (lo == within.key && within.last_id < threshold.last_id) threshold.last_id = within.last_id;
   return threshold;
 }
 
@@ -215,9 +253,9 @@ __device__ void write_noisiest(const SampleParams& p, int64_t row_index, const S
   Threshold threshold;
   if (spec.lowest_score > -3.4028234663852886e38f) threshold.key = key_of(spec.lowest_score);
   if (spec.top_k > 0 && spec.top_k < p.vocab_size) {
-    threshold = shorten<false>(row, threshold, static_cast<Mass>(spec.top_k), 0, s);
+    threshold = shorten<false>(row, 0, threshold, static_cast<Mass>(spec.top_k), 0, s);
   }
-  if (spec.top_p < 1) threshold = shorten<true>(row, threshold, 0, static_cast<double>(spec.top_p), s);
+  if (spec.top_p < 1) threshold = shorten<true>(row, 0, threshold, 0, static_cast<double>(spec.top_p), s);
   Candidate best;
   for (int quad = 4 * threadIdx.x; quad < row.size; quad += 4 * kThreads) {
     const int id = row.first + quad;
@@ -255,12 +293,12 @@ __device__ void write_noisiest(const SampleParams& p, int64_t row_index, const S
 }
 
 // The `num_top` likeliest tokens of a row, by falling logit.
-__device__ void write_likeliest(const SampleParams& p, const SampleRow& spec, const Slice& row, double lse,
-                                SelectShared& s) {
+__device__ void write_likeliest(const SampleParams& p, const SampleRow& spec, const Slice& row, float largest,
+                                double lse, SelectShared& s) {
   const auto cluster = cooperative_groups::this_cluster();
   const int count = min(spec.num_top, p.vocab_size);
   if (threadIdx.x == 0) s.num_found = 0;  // seen by the others behind the barriers of shorten()
-  const Threshold threshold = shorten<false>(row, Threshold{}, static_cast<Mass>(count), 0, s);
+  const Threshold threshold = shorten<false>(row, largest, Threshold{}, static_cast<Mass>(count), 0, s);
   int32_t* num_found = cluster.map_shared_rank(&s.num_found, 0);
   float* top_values = cluster.map_shared_rank(s.top_values, 0);
   int32_t* top_ids = cluster.map_shared_rank(s.top_ids, 0);
@@ -307,7 +345,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
     __syncthreads();
     for (int i = threadIdx.x; i < slice.size; i += kThreads) scores[i] = logits[first + i];
     __syncthreads();
-    write_likeliest(p, spec, slice, log_sum_exp(p, row, summary), s);
+    write_likeliest(p, spec, slice, summary.max_logit, log_sum_exp(p, row, summary), s);
   }
   cluster.sync();  // no block ends while another reads its shared memory
 }
