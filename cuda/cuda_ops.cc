@@ -104,7 +104,7 @@ CudaOps::~CudaOps() {
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
   }
-  if (host_outcomes_) cudaFreeHost(host_outcomes_);
+  release_sample();
 }
 
 std::string CudaOps::name() const {
@@ -267,6 +267,7 @@ void CudaOps::rope_table(const StepIndex& index, const RopeParams& params, const
 void CudaOps::embed(const Weight& table, const StepIndex& index, const Tensor& out) {
   run_embed({.table = view_of(table),
              .token_ids = index.token_ids,
+             .sampled = outcomes_,
              .out = out.row<float>(0),
              .out_stride = out.stride,
              .num_tokens = static_cast<int32_t>(index.num_tokens)},

@@ -1,6 +1,6 @@
-// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and
-// upload(). Activations and the latent cache are bf16, sums float32. The class fills params structs; the
-// arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
+// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), finish_sample(),
+// download() and upload(). Activations and the latent cache are bf16, sums float32. The class fills params
+// structs; the arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
 // cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_gqa.cc: GQA; cuda_sample.cc: sampling.
 #pragma once
 
@@ -103,6 +103,11 @@ class CudaOps final : public Ops {
                         const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
                         const float* weight, float eps, const Tensor& out) override;
   void sample(const SampleArgs& args) override;
+  bool begin_sample(const SampleArgs& args, int slot) override;
+  bool is_sampled(int slot) override;
+  void finish_sample(int slot, SampleResult& result) override;
+  void mark(int mark) override;
+  double micros_between(int first, int last) override;
 
  private:
   struct Step {
@@ -114,6 +119,16 @@ class CudaOps final : public Ops {
     const int32_t* prefill_slots = nullptr;      // device
     const int32_t* q_start = nullptr;            // device; tells whose StepIndex one is
     bool is_decode = false;                      // every sequence has a token and at most its drafts
+  };
+
+  // One call of sample() or begin_sample(): its settings on their way to the device, its results back.
+  struct SampleSlot {
+    StepArrays arrays;
+    std::vector<SampleRow> rows;        // [R]
+    SampleOutcome* outcomes = nullptr;  // pinned [max_logit_rows]
+    int32_t* top_ids = nullptr;         // pinned [max_logit_rows * kSampleMaxTop]
+    float* top_logprobs = nullptr;      // pinned [max_logit_rows * kSampleMaxTop]
+    cudaEvent_t done = nullptr;         // the results are in host memory
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
@@ -177,6 +192,10 @@ class CudaOps final : public Ops {
   void prefill_attention(const Tensor& q, const MlaWeights& mla, const Step& step, const CacheLayer& cache,
                          const Tensor& out);
   void reserve_sample();
+  void release_sample();
+  void enqueue_sample(const SampleArgs& args, SampleSlot& slot);
+  // Waits for the slot's results.
+  void collect_sample(SampleSlot& slot, SampleResult& result);
   // delta: null where nothing is added.
   NormParams norm_params(const Tensor& x, const Tensor* delta, const float* weight, float eps,
                          const Tensor& out) const;
@@ -256,14 +275,14 @@ class CudaOps final : public Ops {
   void* prefill_kv_ = nullptr;       // bf16 [prefill_head_keys, nope_dim + v_dim]
 
   // Sampling.
-  StepArrays sample_arrays_;
   float* adjusted_ = nullptr;                 // [max_logit_rows, V]
   SampleChunk* sample_chunks_ = nullptr;      // [max_logit_rows, num_chunks]
   SampleNoiseChunk* noise_chunks_ = nullptr;  // [max_logit_rows, num_chunks]
-  SampleOutcome* outcomes_ = nullptr;         // [max_logit_rows], then the likeliest tokens
+  SampleOutcome* outcomes_ = nullptr;         // [max_logit_rows] of the last call; embed() reads them
   int32_t* top_ids_ = nullptr;                // [max_logit_rows * kSampleMaxTop]
   float* top_logprobs_ = nullptr;             // [max_logit_rows * kSampleMaxTop]
-  SampleOutcome* host_outcomes_ = nullptr;    // pinned [max_logit_rows]
+  SampleSlot sample_slots_[3];                // [3] the two of begin_sample(), that of sample()
+  cudaEvent_t marks_[kNumMarks] = {};         // [kNumMarks]
 };
 
 // Fewest tokens whose linear layers pay for quantising them.

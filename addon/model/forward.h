@@ -71,8 +71,7 @@ class Forward {
                  const ForwardBuffers& at);
   // From at.delta of attention to `out`, normed with next_norm.
   void mlp(const LayerWeights& layer, const float* next_norm, const ForwardBuffers& at, const Tensor& out);
-  void join_mtp_input(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
-                      const ForwardBuffers& at);
+  void join_mtp_input(const StepIndex& index, const ForwardBuffers& at);
   Tensor head(const Weight& weight, const Tensor& hidden, const int32_t* rows, int64_t num_rows);
 
   const ModelSpec& spec_;

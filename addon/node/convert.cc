@@ -200,6 +200,7 @@ RunnerOptions to_runner_options(const Napi::Value& value) {
   options.num_blocks = fields.count("numBlocks");
   options.memory_utilization = fields.number("gpuMemoryUtilization");
   options.kv_cache_dtype = fields.text("kvCacheDtype");
+  options.head_dtype = fields.text("headDtype");
   options.is_deterministic = fields.boolean("deterministic");
   options.max_step_tokens = fields.count("maxStepTokens");
   options.max_num_seqs = fields.count("maxNumSeqs");
@@ -330,6 +331,8 @@ Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
   object.Set("draftIds", to_typed_array<Napi::Int32Array>(env, result.draft_ids));
   object.Set("stepMicros", result.step_micros);
   object.Set("draftMicros", result.draft_micros);
+  object.Set("deviceMicros", result.device_micros);
+  object.Set("idleMicros", result.idle_micros);
   return object;
 }
 

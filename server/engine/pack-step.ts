@@ -1,11 +1,13 @@
 import type { TokenLogprobs } from './request.js';
-import type { Sequence } from './sequence.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
 
 const NOTHING: ReadonlyMap<number, number> = new Map();
 
-/** Lays a plan out as flat arrays. Tokens whose latents are there already get slot -1. */
+/**
+ * Lays a plan out as flat arrays. Tokens whose latents are there already get slot -1; those that the step before samples
+ * are named by its row.
+ */
 export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const planned = plan.sequences;
   const size = planned.length; // S
@@ -16,13 +18,13 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const slotMapping = new Int32Array(qStart[size]!); // [T]
   const blockTable = new Int32Array(blockTableStart[size]!); // [blockTableStart[S]]
   for (let index = 0; index < size; index++) {
-    const { sequence, start, count, draftIds } = planned[index]!;
+    const { sequence, start, count, draftIds, rowBefore = 0 } = planned[index]!;
     const { tokens, blockTable: blocks, numShared, numComputed } = sequence;
     const numTokens = count - draftIds.length;
     for (let row = 0, to = qStart[index]!; row < count; row++, to++) {
       const position = start + row;
       const isThere = position < numShared || position < numComputed;
-      tokenIds[to] = row < numTokens ? tokens[position]! : draftIds[row - numTokens]!;
+      tokenIds[to] = row < numTokens ? (tokens[position] ?? -1 - rowBefore) : draftIds[row - numTokens]!;
       positions[to] = position;
       slotMapping[to] = isThere ? -1 : blocks[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
     }
@@ -100,7 +102,7 @@ function packHistory(planned: readonly PlannedSequence[]) {
 }
 
 function packBias(planned: readonly PlannedSequence[]) {
-  const bias = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? [] : biasOf(sequence))); // [S, biases]
+  const bias = planned.map((part) => (part.numSampled === 0 ? [] : biasOf(part))); // [S, biases]
   const biasStart = startsOf(planned.length, (index) => bias[index]!.length);
   const biasIds = new Int32Array(biasStart[planned.length]!); // [biasStart[S]]
   const biasValues = new Float32Array(biasIds.length); // [biasStart[S]]
@@ -162,8 +164,8 @@ function logprobsOf(result: StepResult, row: number): TokenLogprobs {
 }
 
 /** The request's biases, with the ids that may not be sampled yet at -Infinity. */
-function biasOf(sequence: Sequence): [number, number][] {
-  const banned = sequence.bannedIds;
+function biasOf({ sequence, start, count, draftIds }: PlannedSequence): [number, number][] {
+  const banned = sequence.bannedIdsAfter(start + count - draftIds.length - sequence.tokens.length);
   const { logitBias } = sequence.request.sampling;
   if (banned.size === 0) return logitBias;
   const biases = logitBias.filter(([id]) => !banned.has(id));

@@ -2,10 +2,10 @@ import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
 import { usableMemory } from '../machine.js';
-import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
+import { readWeights } from '../model/synthetic.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
-import type { ComputeMode, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import type { ComputeMode, HeadDtype, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
 import { chooseDevice } from './device.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { Engine } from './engine.js';
@@ -15,6 +15,8 @@ import { warmUp } from './warm-up.js';
 export interface EngineConfig {
   /** checkpoint folder */
   model: string;
+  /** synthetic: random ones of the shape that the folder's config.json describes; the checkpoint's where it is left out */
+  weights?: 'checkpoint' | 'synthetic';
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
@@ -27,6 +29,8 @@ export interface EngineConfig {
   /** GPU: share of its memory for weights, workspace and cache; null: the usual one, where cacheMemory is null too */
   gpuMemoryUtilization: number | null;
   kvCacheDtype: KvCacheDtype;
+  /** of the language-model heads; the checkpoint's where it is left out */
+  headDtype?: HeadDtype;
   /** the same bits in any batch on a GPU too */
   deterministic: boolean;
   /** most tokens of one sequence; null: what the checkpoint and the cache allow */
@@ -38,6 +42,8 @@ export interface EngineConfig {
   maxQueue: number;
   /** tell what changes in the prefix cache; false where it is left out */
   hasCacheEvents?: boolean;
+  /** launch steps ahead; on a GPU where it is left out */
+  launchAhead?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -57,7 +63,7 @@ export async function startEngine(
   onProgress: LoadProgress = () => {},
 ): Promise<Engine> {
   const { compute, cpuPath, numThreads, blockSize, maxNumSeqs, maxModelLen } = config;
-  const checkpoint = readCheckpoint(config.model);
+  const checkpoint = readWeights(config.model, config.weights ?? 'checkpoint');
   const { spec, tensors } = checkpoint;
   if (maxModelLen !== null && maxModelLen > spec.maxPositionEmbeddings) {
     throw new StartupError(
@@ -83,6 +89,7 @@ export async function startEngine(
     numThreads,
     blockSize,
     ...cache,
+    headDtype: config.headDtype ?? 'auto',
     deterministic: config.deterministic,
     maxStepTokens,
     maxNumSeqs,
@@ -105,6 +112,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    launchAhead: config.launchAhead ?? device !== 'cpu',
     hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
