@@ -17,9 +17,8 @@ void Drafter::run(const StepBatch& batch, const Tensor& hidden, StepResult& resu
   }
   if (index_.num_tokens() > 0) {
     const StepIndex index = ops_.begin_step(index_.view(batch, block_size_, 1), 1);
-    Tensor mtp_hidden = stored_rows_.empty()
-                            ? forward_.run_mtp(index, hidden, hidden_rows_.data(), cache_)
-                            : forward_.run_stored_mtp(index, stored_rows_.data(), cache_);
+    Tensor mtp_hidden = stored_rows_.empty() ? forward_.run_mtp(index, hidden, hidden_rows_.data(), cache_)
+                                             : forward_.run_stored_mtp(index, stored_rows_.data(), cache_);
     copy_logits(batch, mtp_hidden, result);
     while (!active_.empty()) {
       sample_drafts(batch, mtp_hidden);
@@ -67,7 +66,8 @@ void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& resul
           hidden_rows_.push_back(hidden_row);
           source_rows_.push_back(source_row);
         }
-        if (is_read || !stores_first) index_.add_row(token_id, position - 1, position, stores_first ? -1 : slot);
+        if (is_read || !stores_first)
+          index_.add_row(token_id, position - 1, position, stores_first ? -1 : slot);
       };
       for (int32_t row = begin + 1; row < confirmed_end; ++row) add(token(row), row - 1, row, false);
       const int32_t last = num_sampled > 0 ? outcome(confirmed_end - 1) : -1;

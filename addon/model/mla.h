@@ -17,7 +17,8 @@ struct MlaBuffers {
 void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
              const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
 
-// The same where the latents of x lie in the cache already and every slot is -1; what `at.kv` holds is of no use.
+// The same where the latents of x lie in the cache already and every slot is -1; what `at.kv` holds is of no
+// use.
 void run_stored_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
                     const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
 
