@@ -1,5 +1,5 @@
-// Both forms of attention, over latents and over expanded keys and values, against the reference; decode, chunks and batches to the bit; what may not be read is
-// NaN.
+// Both forms of attention, over latents and over expanded keys and values, against the reference; decode,
+// chunks and batches to the bit; what may not be read is NaN.
 #include <algorithm>
 
 #include "ops/cpu/host_ops.h"
@@ -181,8 +181,9 @@ const bool kRegistered = [] {
                  [=](Ops& ops) { check_mla(ops, dtype, 4, true, 512, 64, 0, 64, 64); });
   }
   for (int64_t heads : {1, 2, 3, 5, 6}) {
-    add_cpu_test("mla_attention around the border of expansion, heads: " + std::to_string(heads),
-                 [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 5 * (44 + 61), 18, 0, 44, 61); });
+    add_cpu_test(
+        "mla_attention around the border of expansion, heads: " + std::to_string(heads),
+        [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 5 * (44 + 61), 18, 0, 44, 61); });
   }
   add_cpu_test("mla_attention, expanded, rotation by halves",
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, false, 128, 32, 0, 24, 40); });

@@ -131,9 +131,8 @@ template <class F>
 bool add_cpu_test(const std::string& name, F body) {
   for (const std::string& path : cpu_paths()) {
     for (int threads : {1, 3}) {
-      add_test("cpu " + path + " x" + std::to_string(threads) + ": " + name, [=] {
-        body(*make_ops({"cpu", "auto", path, threads}));
-      });
+      add_test("cpu " + path + " x" + std::to_string(threads) + ": " + name,
+               [=] { body(*make_ops({"cpu", "auto", path, threads})); });
     }
   }
   return true;

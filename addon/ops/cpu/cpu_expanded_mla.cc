@@ -50,7 +50,8 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
 size_t CpuExpandedMla::bytes() const {
   const Worker& worker = workers_[0];
   const size_t worker_bytes =
-      (worker.scratch.size() + worker.row.size() + worker.groups.size()) * sizeof(uint16_t) + (worker.query.size() + worker.part.size() + 4 * worker.max.size()) * sizeof(float);
+      (worker.scratch.size() + worker.row.size() + worker.groups.size()) * sizeof(uint16_t) +
+      (worker.query.size() + worker.part.size() + 4 * worker.max.size()) * sizeof(float);
   return workers_.size() * worker_bytes +
          (products_.size() + parts_.size() + 4 * parts_max_.size()) * sizeof(float);
 }

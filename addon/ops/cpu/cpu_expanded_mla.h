@@ -1,7 +1,7 @@
 // Multi-head latent attention of CpuOps over expanded keys and values: kv_b is applied once, when a position
 // is stored, and attention is the ordinary one. A query meets nope_dim + rope_dim + v_dim values of a key, in
-// the absorbed form 2 lora_rank + rope_dim. The latents of 16 positions that follow one another make room for a
-// group of 16 keys and values, which lie there as the path's kernels want them (kernels.h, ExpandedLayout);
+// the absorbed form 2 lora_rank + rope_dim. The latents of 16 positions that follow one another make room for
+// a group of 16 keys and values, which lie there as the path's kernels want them (kernels.h, ExpandedLayout);
 // where groups do not fit blocks, a position keeps a row, and groups are made whenever they are needed.
 // Tiles of kKeyTile keys at absolute positions are combined in rising order, one after another or spread over
 // the workers: the same operations either way.
@@ -60,11 +60,11 @@ class CpuExpandedMla {
     std::vector<float> query;       // [A, qk_dim] times the softmax scale
     std::vector<uint16_t> row;      // [row_dim]
     std::vector<uint16_t> groups;   // [kKeyTile, row_dim] where blocks do not hold whole groups
-    std::vector<float> part;      // [A, v_dim]
-    std::vector<float> part_max;  // [A]
-    std::vector<float> part_sum;  // [A]
-    std::vector<float> max;       // [A]
-    std::vector<float> sum;       // [A]
+    std::vector<float> part;        // [A, v_dim]
+    std::vector<float> part_max;    // [A]
+    std::vector<float> part_sum;    // [A]
+    std::vector<float> max;         // [A]
+    std::vector<float> sum;         // [A]
   };
 
   int64_t out_dim() const { return shape_.num_heads * shape_.v_dim; }
@@ -72,8 +72,8 @@ class CpuExpandedMla {
   void make_groups(const Call& at, int64_t token, Tile& tile, Worker& worker) const;
   void take_query(const Call& at, int64_t token, Worker& worker) const;
   // Of the query that the worker has taken.
-  void attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next, Worker& worker, float* out,
-                   float* max, float* sum) const;
+  void attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next, Worker& worker,
+                   float* out, float* max, float* sum) const;
   void combine(float* out, float* max, float* sum, const float* part, const float* part_max,
                const float* part_sum) const;
   void divide(float* out, const float* sum) const;
@@ -85,7 +85,7 @@ class CpuExpandedMla {
   ThreadPool& pool_;
   const MlaShape shape_;
   const ExpandedLayout layout_;
-  const bool is_grouped_;  // in the cache
+  const bool is_grouped_;         // in the cache
   std::vector<Worker> workers_;   // [num_threads]
   std::vector<float> products_;   // [max_step_tokens, A * (nope_dim + v_dim)]
   std::vector<float> parts_;      // [kMaxParts, A, v_dim] tiles of attend_split

@@ -79,6 +79,7 @@ void CpuOps::store_latent(int64_t token, const Tensor& kv, const MlaWeights& mla
 
 void CpuOps::store_expanded(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
                             const StepIndex& index, const CacheLayer& cache) {
+  if (std::all_of(index.slots, index.slots + index.num_tokens, [](int32_t slot) { return slot < 0; })) return;
   const Tensor latents = kv.slice_cols(0, mla.shape.lora_rank);
   rms_norm(latents, mla.kv_a_norm, eps, latents);
   linear(latents, mla.kv_b, expanded_mla_->products(index.num_tokens));

@@ -137,10 +137,10 @@ class CpuOps final : public HostOps {
                    bool is_rounded, Worker& worker);
 
   const Kernels& kernels_;
-  std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
+  std::unique_ptr<CpuGqa> gqa_;                   // null where the model has MLA
   std::unique_ptr<CpuExpandedMla> expanded_mla_;  // null where attention is absorbed
-  std::vector<void*> buffers_;   // everything from alloc() below
-  std::vector<Worker> workers_;  // [num_threads]
+  std::vector<void*> buffers_;                    // everything from alloc() below
+  std::vector<Worker> workers_;                   // [num_threads]
 
   const float** x_rows_ = nullptr;  // [max rows] inputs of the op at hand
   // The same rounded to bf16; null on a path that takes no packed weights.

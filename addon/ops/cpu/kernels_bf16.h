@@ -1,8 +1,8 @@
 // Products with packed FP8 and BF16 weights by vdpbf16ps. Inputs come rounded to bf16. e4m3 is widened to
 // bf16 exactly, denormals included: bf16 has the wider exponent, so that the instruction's flushing of
-// denormals touches no weight. Normal codes are shifted to their place and get another exponent bias; 64 codes
-// with a denormal or a zero among them, about one such lot in a hundred, are looked up in a table. Included by
-// the units that have AVX512-BF16 and VBMI.
+// denormals touches no weight. Normal codes are shifted to their place and get another exponent bias; 64
+// codes with a denormal or a zero among them, about one such lot in a hundred, are looked up in a table.
+// Included by the units that have AVX512-BF16 and VBMI.
 #pragma once
 
 #include "ops/cpu/kernels_linear.h"
@@ -105,8 +105,8 @@ inline __m512bh pair_of(const uint16_t* x) {
   return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-// part[p][t] += panel p . x[t] over the groups of 4 inputs begin .. end - 1, in rising order. What lies `ahead`
-// bytes after the panels is asked for on the way.
+// part[p][t] += panel p . x[t] over the groups of 4 inputs begin .. end - 1, in rising order. What lies
+// `ahead` bytes after the panels is asked for on the way.
 template <class Read, int P, int M>
 inline void dot_panels(const Read& read, const char* const* panels, int64_t ahead, const uint16_t* const* x,
                        int64_t begin, int64_t end, V (&part)[P][M]) {
@@ -194,8 +194,8 @@ inline int64_t bytes_ahead(int64_t all_panels_bytes) {
 template <class Read, bool kIsScaled, int P, int M>
 [[gnu::noinline]] void linear_panels(const LinearArgs& args, const PackedRows& rows, const char* first_panel,
                                      int64_t panel_bytes, int64_t row, int64_t token) {
-  const char* panels[P];  // [P]
-  const float* scale[P];  // [P]
+  const char* panels[P];    // [P]
+  const float* scale[P];    // [P]
   const uint64_t* rare[P];  // [P]
   for (int p = 0; p < P; ++p) {
     panels[p] = first_panel + p * panel_bytes;

@@ -82,7 +82,8 @@ inline void store_mixed(V low, V high, int64_t left, float* to) {
   const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   const auto mask = static_cast<uint32_t>(left >= kPairLanes ? 0xffffffffu : (uint64_t{1} << left) - 1);
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), _mm512_permutex2var_ps(low, lower, high));
-  _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16), _mm512_permutex2var_ps(low, upper, high));
+  _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16),
+                        _mm512_permutex2var_ps(low, upper, high));
 }
 
 // pairs[j / 2] = exp(scores[j] - *row_max) of two keys in bf16, 0 outside first .. end - 1; *row_sum is their
@@ -92,7 +93,8 @@ inline void softmax_pairs(float* scores, int64_t first, int64_t end, uint32_t* p
   *row_max = largest_score(scores, first, end);
   V sum = zero();
   for (int64_t j = 0; j < kKeyTile; j += kLanes) {
-    const auto inside = static_cast<__mmask16>(((uint64_t{1} << (end - 1) << 1) - (uint64_t{1} << first)) >> j);
+    const auto inside =
+        static_cast<__mmask16>(((uint64_t{1} << (end - 1) << 1) - (uint64_t{1} << first)) >> j);
     const V weight = _mm512_maskz_mov_ps(inside, exp(sub(load(scores + j), set1(*row_max))));
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
     _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + j / 2), rounded);

@@ -28,7 +28,8 @@ class GroupFetcher {
   void fetch() {
     if (num_left_ < N) return next_group();
     num_left_ -= N;
-    for (int i = 0; i < N; ++i) _mm_prefetch(reinterpret_cast<const char*>(at_ + i * kPairLanes), _MM_HINT_T1);
+    for (int i = 0; i < N; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(at_ + i * kPairLanes), _MM_HINT_T1);
     at_ += N * kPairLanes;
   }
 
@@ -51,8 +52,8 @@ class GroupFetcher {
 
 // sums[r][g] += q[r] . keys of group g < G over num_pairs pairs of elements from `at` on.
 template <int R, int G>
-inline void score_groups(const uint16_t* const* groups, int64_t at, const uint16_t* const* q, int64_t num_pairs,
-                        GroupFetcher& next, V (*sums)[kTileGroups]) {
+inline void score_groups(const uint16_t* const* groups, int64_t at, const uint16_t* const* q,
+                         int64_t num_pairs, GroupFetcher& next, V (*sums)[kTileGroups]) {
   const uint16_t* keys[G];  // [G]
   for (int g = 0; g < G; ++g) keys[g] = groups[g] + at;
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
@@ -68,8 +69,8 @@ inline void score_groups(const uint16_t* const* groups, int64_t at, const uint16
 
 // For the groups with keys before `end`.
 template <int R>
-inline void score_pairs(const AttendExpandedArgs& args, int64_t at, const uint16_t* const* q, int64_t num_pairs,
-                        GroupFetcher& next, V (*sums)[kTileGroups]) {
+inline void score_pairs(const AttendExpandedArgs& args, int64_t at, const uint16_t* const* q,
+                        int64_t num_pairs, GroupFetcher& next, V (*sums)[kTileGroups]) {
   const auto groups = args.groups;
   if (args.end <= kKeyGroup) return score_groups<R, 1>(groups, at, q, num_pairs, next, sums);
   if (args.end <= 2 * kKeyGroup) return score_groups<R, 2>(groups, at, q, num_pairs, next, sums);
@@ -80,8 +81,8 @@ inline void score_pairs(const AttendExpandedArgs& args, int64_t at, const uint16
 // The columns col .. col + 16 C - 1 of sum_j p_j value_h(j) for R heads; of a single last vector only `left`
 // exist. Of a pair of keys of which one is outside first .. end - 1, that one is not read.
 template <int R, int C>
-inline void mix_value_pairs(const AttendExpandedArgs& args, const uint32_t (*pairs)[kKeyTile / 2], int64_t head,
-                            int64_t col, int64_t left, GroupFetcher& next) {
+inline void mix_value_pairs(const AttendExpandedArgs& args, const uint32_t (*pairs)[kKeyTile / 2],
+                            int64_t head, int64_t col, int64_t left, GroupFetcher& next) {
   V acc[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = zero();
@@ -161,7 +162,8 @@ void group_key_bf16(const GroupKeyArgs& args) {
   const ExpandedLayout& layout = args.layout;
   const int64_t num_elements = layout.value_at() / kKeyGroup;
   uint16_t* pairs = args.group + 2 * args.lane;
-  for (int64_t d = 0; d < num_elements; d += 2) memcpy(pairs + d * kKeyGroup, args.row + d, 2 * sizeof(uint16_t));
+  for (int64_t d = 0; d < num_elements; d += 2)
+    memcpy(pairs + d * kKeyGroup, args.row + d, 2 * sizeof(uint16_t));
   const int64_t odd = args.lane % 2;
   uint16_t* values = args.group + layout.value_at() + (args.lane - odd) * layout.values() + odd;
   for (int64_t c = 0; c < layout.values(); ++c) values[2 * c] = args.row[num_elements + c];

@@ -1,6 +1,6 @@
 // Attention over one tile of keys and values that were expanded when they were stored. Included by one
-// translation unit per instruction path. Groups of 16 keys are kept so that a vector is one element of several
-// keys, and a score a lane: [A * nope_dim + rope_dim, 16 keys], then values [16 keys, A * v_dim].
+// translation unit per instruction path. Groups of 16 keys are kept so that a vector is one element of
+// several keys, and a score a lane: [A * nope_dim + rope_dim, 16 keys], then values [16 keys, A * v_dim].
 #pragma once
 
 #include "ops/cpu/kernels_elementwise.h"

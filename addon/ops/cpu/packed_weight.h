@@ -2,7 +2,8 @@
 // panels of 16 outputs; in a panel, for every 4 inputs, the pairs (k, k+1) of all 16 outputs and the pairs
 // (k+2, k+3). Zeros after the last input and the last output.
 //   BF16: [panels, cols / 4, 2 pairs, 16 outputs, 2 inputs], the rows of an AMX tile
-//   FP8:  [panels, cols / 4, 16 outputs, 2 inputs, 2 pairs], the second pair first: a 16-bit word has a code of
+//   FP8:  [panels, cols / 4, 16 outputs, 2 inputs, 2 pairs], the second pair first: a 16-bit word has a code
+//   of
 //         either of the two rows of the above. Behind the panels [panels, groups / 64 rounded up] words of 64
 //         bits: one bit for each 4 inputs of a panel, set where some code is a denormal or zero, which takes
 //         more to widen.
