@@ -68,21 +68,28 @@ __device__ __forceinline__ Mass mass_of(float score) {
   return __double2ull_rn(static_cast<double>(exp_non_positive(score)) * kMassUnit);
 }
 
+// Lanes 2 * kHalf apart exchange half of their sums each: sums[0 .. kHalf - 1] are left, of the lower lane's
+// half or of the upper's.
+template <int kHalf>
+__device__ __forceinline__ void exchange(Mass (&sums)[kParts]) {
+  const bool is_upper = (threadIdx.x & (2 * kHalf)) != 0;
+#pragma unroll
+  for (int j = 0; j < kHalf; ++j) {
+    const Mass sent = is_upper ? sums[j] : sums[j + kHalf];
+    const Mass kept = is_upper ? sums[j + kHalf] : sums[j];
+    sums[j] = kept + __shfl_xor_sync(kAllLanes, sent, 2 * kHalf);
+  }
+}
+
 // row_sums[j] = the sum of every thread's sums[j], in all blocks. `phase` alternates between calls.
-__device__ void sum_over_row(Mass (&sums)[kParts], int phase, SelectShared& s) {
+__device__ __forceinline__ void sum_over_row(Mass (&sums)[kParts], int phase, SelectShared& s) {
   const auto cluster = cooperative_groups::this_cluster();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Each exchange halves the sums that a lane holds: lane 2 j and 2 j + 1 are left with sum j.
-#pragma unroll
-  for (int half = kParts / 2; half > 0; half /= 2) {
-    const bool is_upper = (lane & (2 * half)) != 0;
-#pragma unroll
-    for (int j = 0; j < half; ++j) {
-      const Mass sent = is_upper ? sums[j] : sums[j + half];
-      const Mass kept = is_upper ? sums[j + half] : sums[j];
-      sums[j] = kept + __shfl_xor_sync(kAllLanes, sent, 2 * half);
-    }
-  }
+  static_assert(kParts == 16);
+  exchange<8>(sums);
+  exchange<4>(sums);
+  exchange<2>(sums);
+  exchange<1>(sums);  // lanes 2 j and 2 j + 1 are left with sum j
   sums[0] += __shfl_xor_sync(kAllLanes, sums[0], 1);
   if (lane % 2 == 0) s.warp_sums[warp][lane / 2] = sums[0];
   __syncthreads();
@@ -163,20 +170,16 @@ __device__ Threshold shorten(const Slice& row, float largest, const Threshold& w
   double wanted = static_cast<double>(wanted_count);
   Mass reached = 0;
   // From the top: the first of 16 parts that holds anything and at which the sum reaches what is wanted, or
-  // the lowest that holds anything.
+  // the lowest that holds anything. Lanes j and j + 16 look at part j.
   const auto choose = [&] {
-    int chosen = 0;
-    Mass above = 0, above_chosen = 0;
-    for (int part = kParts - 1; part >= 0; --part) {
-      const Mass sum = s.row_sums[part];
-      if (sum != above) {
-        chosen = part;
-        above_chosen = above;
-        if (static_cast<double>(reached + sum) / unit >= wanted) break;
-      }
-      above = sum;
-    }
-    reached += above_chosen;
+    const int part = threadIdx.x % kParts;
+    const Mass sum = s.row_sums[part];
+    const bool is_filled = sum != (part + 1 == kParts ? 0 : s.row_sums[part + 1]);
+    const bool is_enough = is_filled && static_cast<double>(reached + sum) / unit >= wanted;
+    const unsigned filled = __ballot_sync(kAllLanes, is_filled), enough = __ballot_sync(kAllLanes, is_enough);
+    const int highest_enough = (31 - __clz(static_cast<int>(enough))) % kParts;
+    const int chosen = enough != 0 ? highest_enough : filled != 0 ? __ffs(static_cast<int>(filled)) - 1 : 0;
+    if (chosen + 1 < kParts) reached += s.row_sums[chosen + 1];
     return chosen;
   };
 

@@ -29,7 +29,7 @@ const SETTLING_STEPS = 2;
 /** The number of drafts that makes most tokens a microsecond, from measured acceptance and measured costs. */
 export class AdaptiveDrafts implements DraftPolicy {
   readonly isOn = true;
-  readonly #costs = new CostModel();
+  readonly #costs: CostModel;
   readonly #acceptance: number[] = new Array<number>(MAX_DRAFTS).fill(PRIOR_ACCEPTANCE); // [MAX_DRAFTS]
   readonly #numVerified: number[] = new Array<number>(MAX_DRAFTS).fill(0); // [MAX_DRAFTS]
   #numSteps = 0;
@@ -39,6 +39,11 @@ export class AdaptiveDrafts implements DraftPolicy {
   #lastDrafts = -1;
   #decision = { numSequences: 0, numDrafting: 0, count: 0, until: 0 };
   #numSettled = 0;
+
+  /** launchesAhead: a step without drafts is launched before the one ahead of it is over, and one with drafts is not */
+  constructor(launchesAhead = false) {
+    this.#costs = new CostModel(launchesAhead);
+  }
 
   wantsMtp(numSequences: number, numLost = 0): boolean {
     // Cached tokens are given up for a gain that is known, and seldom: so that a prefix that many share gets entries.

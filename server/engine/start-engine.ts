@@ -77,7 +77,8 @@ export async function startEngine(
       `--max-step-tokens is ${maxStepTokens}; it must be at least --max-num-seqs, which is ${maxNumSeqs}.`,
     );
   }
-  const drafts = draftPolicy(config.speculativeTokens, spec);
+  const launchAhead = config.launchAhead ?? device !== 'cpu';
+  const drafts = draftPolicy(config.speculativeTokens, spec, launchAhead);
   const loadMtp = drafts.isOn;
   const cache = planCache(addon, config, { spec, device, loadMtp });
   const options: RunnerOptions = {
@@ -112,7 +113,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
-    launchAhead: config.launchAhead ?? device !== 'cpu',
+    launchAhead,
     hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
@@ -128,8 +129,12 @@ export async function startEngine(
 }
 
 /** Who drafts: nobody without an MTP module. */
-export function draftPolicy(speculativeTokens: number | 'auto', { numMtpLayers }: ModelSpec): DraftPolicy {
-  if (speculativeTokens === 'auto') return numMtpLayers > 0 ? new AdaptiveDrafts() : new FixedDrafts(0);
+export function draftPolicy(
+  speculativeTokens: number | 'auto',
+  { numMtpLayers }: ModelSpec,
+  launchesAhead = false,
+): DraftPolicy {
+  if (speculativeTokens === 'auto') return numMtpLayers > 0 ? new AdaptiveDrafts(launchesAhead) : new FixedDrafts(0);
   if (speculativeTokens === 0 || numMtpLayers > 0) return new FixedDrafts(speculativeTokens);
   throw new StartupError(
     `--speculative-tokens is ${speculativeTokens} but the checkpoint has no MTP layer (num_nextn_predict_layers); give 0 or auto.`,
