@@ -92,6 +92,7 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
   RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
   prepare_linear_wgmma();
+  prepare_linear_split();
   prepare_mla_prefill();
   prepare_mla();
   prepare_mla_wgmma();
@@ -103,7 +104,7 @@ CudaOps::~CudaOps() {
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
   }
-  if (host_outcomes_) cudaFreeHost(host_outcomes_);
+  release_sample();
 }
 
 std::string CudaOps::name() const {
@@ -266,6 +267,7 @@ void CudaOps::rope_table(const StepIndex& index, const RopeParams& params, const
 void CudaOps::embed(const Weight& table, const StepIndex& index, const Tensor& out) {
   run_embed({.table = view_of(table),
              .token_ids = index.token_ids,
+             .sampled = outcomes_,
              .out = out.row<float>(0),
              .out_stride = out.stride,
              .num_tokens = static_cast<int32_t>(index.num_tokens)},

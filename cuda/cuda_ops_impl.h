@@ -1,6 +1,6 @@
-// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), download() and
-// upload(). Activations and the latent cache are bf16, sums float32. The class fills params structs; the
-// arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
+// CudaOps: Ops on one sm_90 GPU. One stream; nothing waits for the device but sample(), finish_sample(),
+// download() and upload(). Activations and the latent cache are bf16, sums float32. The class fills params
+// structs; the arithmetic is in the kernels. cuda_ops.cc: memory and elementwise ops; cuda_place.cc: weights;
 // cuda_linear.cc: linear layers and MoE; cuda_attention.cc: MLA; cuda_gqa.cc: GQA; cuda_sample.cc: sampling.
 #pragma once
 
@@ -30,10 +30,12 @@ struct PlacedMoe {
   const WeightView* down = nullptr;  // [E + 1]
   Dtype gate_dtype = Dtype::kBF16;
   Dtype down_dtype = Dtype::kBF16;
-  // Boxes of the same matrices; null where the layer has no kernels for many tokens.
-  const TensorMap* gate_maps = nullptr;  // [E + 1] as the tables above, if has_shared_maps
-  const TensorMap* up_maps = nullptr;    // [E + 1]
-  const TensorMap* down_maps = nullptr;  // [E + 1]
+  // Boxes of the same matrices for linear_wgmma and linear_split; null where the layer is not for these.
+  const TensorMap* gate_maps = nullptr;        // [E + 1] as the tables above, if has_shared_maps
+  const TensorMap* up_maps = nullptr;          // [E + 1]
+  const TensorMap* down_maps = nullptr;        // [E + 1] for both
+  const TensorMap* split_gate_maps = nullptr;  // [E + 1]
+  const TensorMap* split_up_maps = nullptr;    // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
 };
@@ -101,6 +103,11 @@ class CudaOps final : public Ops {
                         const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
                         const float* weight, float eps, const Tensor& out) override;
   void sample(const SampleArgs& args) override;
+  bool begin_sample(const SampleArgs& args, int slot) override;
+  bool is_sampled(int slot) override;
+  void finish_sample(int slot, SampleResult& result) override;
+  void mark(int mark) override;
+  double micros_between(int first, int last) override;
 
  private:
   struct Step {
@@ -112,6 +119,16 @@ class CudaOps final : public Ops {
     const int32_t* prefill_slots = nullptr;      // device
     const int32_t* q_start = nullptr;            // device; tells whose StepIndex one is
     bool is_decode = false;                      // every sequence has a token and at most its drafts
+  };
+
+  // One call of sample() or begin_sample(): its settings on their way to the device, its results back.
+  struct SampleSlot {
+    StepArrays arrays;
+    std::vector<SampleRow> rows;        // [R]
+    SampleOutcome* outcomes = nullptr;  // pinned [max_logit_rows]
+    int32_t* top_ids = nullptr;         // pinned [max_logit_rows * kSampleMaxTop]
+    float* top_logprobs = nullptr;      // pinned [max_logit_rows * kSampleMaxTop]
+    cudaEvent_t done = nullptr;         // the results are in host memory
   };
 
   // A matrix that must be widened, or a kv_b whose W_UK must be transposed, once the uploads are done.
@@ -133,7 +150,7 @@ class CudaOps final : public Ops {
   // Waits for the uploads and runs what depends on them.
   void finish_placing();
   void widen_and_transpose(const PendingTranspose& pending);
-  // Of the experts' matrices, where all of them have kernels for many tokens.
+  // Of the experts' matrices, where all of them have boxes.
   void place_maps(const MoeWeights& moe, PlacedMoe& placed);
   template <class T>
   const T* upload_table(const std::vector<T>& table);
@@ -150,6 +167,11 @@ class CudaOps final : public Ops {
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  // Whether a layer of so many tokens takes linear_split.
+  bool is_splitting(int64_t num_tokens) const;
+  SplitParams split_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
+  void run_split_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  void run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
   // Whether a layer of so many tokens takes the kernels that quantise them.
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
@@ -170,6 +192,10 @@ class CudaOps final : public Ops {
   void prefill_attention(const Tensor& q, const MlaWeights& mla, const Step& step, const CacheLayer& cache,
                          const Tensor& out);
   void reserve_sample();
+  void release_sample();
+  void enqueue_sample(const SampleArgs& args, SampleSlot& slot);
+  // Waits for the slot's results.
+  void collect_sample(SampleSlot& slot, SampleResult& result);
   // delta: null where nothing is added.
   NormParams norm_params(const Tensor& x, const Tensor* delta, const float* weight, float eps,
                          const Tensor& out) const;
@@ -249,14 +275,14 @@ class CudaOps final : public Ops {
   void* prefill_kv_ = nullptr;       // bf16 [prefill_head_keys, nope_dim + v_dim]
 
   // Sampling.
-  StepArrays sample_arrays_;
   float* adjusted_ = nullptr;                 // [max_logit_rows, V]
   SampleChunk* sample_chunks_ = nullptr;      // [max_logit_rows, num_chunks]
   SampleNoiseChunk* noise_chunks_ = nullptr;  // [max_logit_rows, num_chunks]
-  SampleOutcome* outcomes_ = nullptr;         // [max_logit_rows], then the likeliest tokens
+  SampleOutcome* outcomes_ = nullptr;         // [max_logit_rows] of the last call; embed() reads them
   int32_t* top_ids_ = nullptr;                // [max_logit_rows * kSampleMaxTop]
   float* top_logprobs_ = nullptr;             // [max_logit_rows * kSampleMaxTop]
-  SampleOutcome* host_outcomes_ = nullptr;    // pinned [max_logit_rows]
+  SampleSlot sample_slots_[3];                // [3] the two of begin_sample(), that of sample()
+  cudaEvent_t marks_[kNumMarks] = {};         // [kNumMarks]
 };
 
 // Fewest tokens whose linear layers pay for quantising them.
@@ -264,7 +290,12 @@ constexpr int64_t kMinQuantizedTokens = 64;
 // Fewest tokens of a sequence for which its keys and values are expanded.
 constexpr int64_t kMinPrefillTokens = 64;
 
-TensorMap weight_map(const WeightView& weight);
+// Whether kernels that take weights in boxes of 64 rows and kBlockK columns, each with one scale, have this one.
+bool has_boxes(const WeightView& weight);
+bool has_boxes(const MlpWeights& mlp);
+TensorMap weight_map(const WeightView& weight, int32_t box_rows = 64);
+LinearIo io_of(const Tensor& x, const Tensor& out);
+bool has_aligned_rows(const Tensor& x);  // every row begins at a multiple of 16 bytes
 
 // The placed form of a weight; throws for one that place() has not seen.
 const WeightView& view_of(const Weight& weight);

@@ -1,4 +1,5 @@
-// Row copies: the embedding of each token in float32 and gathered rows. One block a row.
+// Row copies: the embedding of each token in float32, also of one that the step before has sampled and the
+// host does not know yet; gathered rows. One block a row.
 #include "cuda/common.cuh"
 
 namespace rodin::cuda {
@@ -9,7 +10,10 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ EmbedParams p) {
   let_successor_begin();
   const WeightView& w = p.table;
-  const int64_t token_id = p.token_ids[blockIdx.x];
+  // The step before has ended: this step's index arrays were copied behind it. What follows a row that came
+  // out unusable is dropped, whatever it was made from.
+  int64_t token_id = p.token_ids[blockIdx.x];
+  if (token_id < 0) token_id = max(p.sampled[-1 - token_id].id, 0);
   const void* row = static_cast<const char*>(w.data) + token_id * w.row_bytes;
   const float* scales = w.scale ? w.scale + token_id / w.block_rows * w.scale_cols : nullptr;
   float* out = p.out + blockIdx.x * p.out_stride;

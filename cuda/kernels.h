@@ -104,10 +104,17 @@ bool is_norm_in_registers(const NormParams& params);
 
 // ---- embed.cu -------------------------------------------------------------------------------------------
 
+struct SampleOutcome {
+  int32_t id;  // -1: none
+  float logprob;
+  double lse;  // log-sum-exp of the raw logits, where logprobs are asked for
+};
+
 struct EmbedParams {
-  WeightView table;                    // [V, H]
-  const int32_t* token_ids = nullptr;  // [T]
-  float* out = nullptr;                // [T, H]
+  WeightView table;                        // [V, H]
+  const int32_t* token_ids = nullptr;      // [T] below 0: -1 - r is sampled[r].id
+  const SampleOutcome* sampled = nullptr;  // [R] of the step before
+  float* out = nullptr;                    // [T, H]
   int64_t out_stride = 0;
   int32_t num_tokens = 0;
 };
@@ -216,7 +223,7 @@ struct MoeNormParams {
 bool is_moe_norm(const MoeNormParams& params);
 void run_moe_norm(const MoeNormParams& params, cudaStream_t stream);
 
-// ---- sample.cu, sample_finish.cu ------------------------------------------------------------------------
+// ---- sample.cu, sample_select.cu ------------------------------------------------------------------------
 
 constexpr int kSampleChunk = 4096;   // logits per block of the scanning kernels
 constexpr int kSampleMaxTop = 1024;  // most likeliest tokens the GPU selects for a row
@@ -240,15 +247,12 @@ struct SampleRow {
   __host__ __device__ bool is_adjusted() const {
     return bias_begin != bias_end || history_begin != history_end || mask_begin != mask_end;
   }
+  __host__ __device__ bool needs_noise() const { return temperature != 0 && !is_filtered(); }
+  __host__ __device__ bool needs_selection() const { return temperature != 0 && is_filtered(); }
+  __host__ __device__ bool has_device_top() const { return num_top > 0 && num_top <= kSampleMaxTop; }
   __host__ __device__ bool is_filtered() const {
     return lowest_score > -3.4028234663852886e38f || top_k != 0 || top_p < 1;
   }
-};
-
-struct SampleOutcome {
-  int32_t id;
-  float logprob;
-  double lse;  // log-sum-exp of the raw logits, where logprobs are asked for
 };
 
 struct SampleChunk {
@@ -282,9 +286,13 @@ struct SampleParams {
   int32_t vocab_size = 0;  // V
   int32_t num_chunks = 0;  // ceil(V / kSampleChunk)
   bool has_adjusted = false;
+  bool has_noise = false;      // some row's chunks of noise or sums are needed
+  bool has_selection = false;  // some row has filters or asks for likeliest tokens
 };
-void run_sample(const SampleParams& params, cudaStream_t stream);  // all but the next
-void run_sample_finish(const SampleParams& params,
-                       cudaStream_t stream);  // results, filters, likeliest tokens
+void run_sample(const SampleParams& params, cudaStream_t stream);
+// Its part for rows with filters, and for likeliest tokens.
+void run_sample_select(const SampleParams& params, cudaStream_t stream);
+// Throws where the vocabulary is too large for it.
+void prepare_sample_select(int32_t vocab_size);
 
 }  // namespace rodin::cuda

@@ -2,11 +2,12 @@
 // busy:
 //   adjust_copy, adjust   z = logits + bias, penalties, mask; only rows that have any, into their own copy
 //   scan_chunk            of each chunk: largest logit, largest z and its lowest id, whether all logits are
-//   finite noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp
-//   (rows with
-//                         log-probabilities)
-// sample_finish.cu joins the chunks. Grid: (chunks, rows); adjust: (rows). Bound by bytes: the logits once or
-// twice.
+//                         finite
+//   noise_chunk           of each chunk: largest score + noise (rows without filters), sum of exp (rows with
+//                         log-probabilities); left out where no row needs either
+//   select                sample_select.cu: rows with filters, likeliest tokens
+//   finish                joins the chunks
+// Grid: (chunks, rows); adjust, finish: (rows). Bound by bytes: the logits once or twice.
 #include "cuda/sample.cuh"
 
 namespace rodin::cuda {
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) noise_chunk_kernel(const __grid_cons
   __shared__ double sums[kThreads];             // [kThreads]
   const int64_t row = blockIdx.y;
   const SampleRow spec = p.rows[row];
-  const bool needs_noise = spec.temperature != 0 && !spec.is_filtered();
+  const bool needs_noise = spec.needs_noise();
   const bool needs_sum = spec.num_top >= 0;
   if (!needs_noise && !needs_sum) return;
   const RowSummary summary = summarise(p, row);
@@ -127,6 +128,33 @@ __global__ void __launch_bounds__(kThreads) noise_chunk_kernel(const __grid_cons
   }
 }
 
+// A warp a row.
+__global__ void __launch_bounds__(32) finish_kernel(const __grid_constant__ SampleParams p) {
+  const int64_t row = blockIdx.x;
+  const SampleRow spec = p.rows[row];
+  const RowSummary summary = summarise(p, row);
+  SampleOutcome result = {-1, 0.0f, 0.0};
+  if (summary.is_sampled()) {
+    Candidate best = summary.best;
+    if (spec.temperature != 0) {
+      best = Candidate{};
+      const int num_chunks = spec.is_filtered() ? 1 : p.num_chunks;
+      for (int i = threadIdx.x; i < num_chunks; i += 32) {
+        const SampleNoiseChunk& chunk = p.noise_chunks[row * p.num_chunks + i];
+        if (is_likelier({chunk.best, chunk.id}, best)) best = {chunk.best, chunk.id};
+      }
+      best = warp_likeliest(best);
+    }
+    result.id = best.id == INT32_MAX ? -1 : best.id;
+  }
+  if (result.id >= 0 && spec.num_top >= 0) {
+    result.lse = log_sum_exp(p, row, summary);
+    const float logit = p.logits[row * p.vocab_size + result.id];
+    result.logprob = static_cast<float>(static_cast<double>(logit) - result.lse);
+  }
+  if (threadIdx.x == 0) p.results[row] = result;
+}
+
 }  // namespace
 
 void run_sample(const SampleParams& params, cudaStream_t stream) {
@@ -140,9 +168,13 @@ void run_sample(const SampleParams& params, cudaStream_t stream) {
   }
   scan_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
   RODIN_CHECK_LAUNCH("scan_chunk_kernel");
-  noise_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
-  RODIN_CHECK_LAUNCH("noise_chunk_kernel");
-  run_sample_finish(params, stream);
+  if (params.has_noise) {
+    noise_chunk_kernel<<<grid, kThreads, 0, stream>>>(params);
+    RODIN_CHECK_LAUNCH("noise_chunk_kernel");
+  }
+  if (params.has_selection) run_sample_select(params, stream);
+  finish_kernel<<<static_cast<unsigned>(params.num_rows), 32, 0, stream>>>(params);
+  RODIN_CHECK_LAUNCH("finish_kernel");
 }
 
 }  // namespace rodin::cuda

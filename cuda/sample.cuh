@@ -50,17 +50,34 @@ struct RowSummary {
   __device__ bool is_sampled() const { return !is_bad && fabsf(best.score) < INFINITY; }
 };
 
+// Called by whole warps; the same in every lane.
 __device__ __forceinline__ RowSummary summarise(const SampleParams& p, int64_t row) {
   RowSummary summary;
-  for (int i = 0; i < p.num_chunks; ++i) {
+  for (int i = threadIdx.x % 32; i < p.num_chunks; i += 32) {
     const SampleChunk chunk = p.chunks[row * p.num_chunks + i];
     summary.max_logit = fmaxf(summary.max_logit, chunk.max_logit);
     summary.is_bad = summary.is_bad || chunk.is_bad;
     const Candidate candidate = {chunk.max_z, chunk.max_id};
     if (is_likelier(candidate, summary.best)) summary.best = candidate;
   }
+  summary.best = warp_likeliest(summary.best);
+  summary.is_bad = __any_sync(kAllLanes, summary.is_bad);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    summary.max_logit = fmaxf(summary.max_logit, __shfl_xor_sync(kAllLanes, summary.max_logit, offset));
+  }
   return summary;
 }
+
+// Of a row's raw logits, for which the chunks have their sums.
+__device__ __forceinline__ double log_sum_exp(const SampleParams& p, int64_t row, const RowSummary& summary) {
+  double sum = 0;
+  for (int i = 0; i < p.num_chunks; ++i) sum += p.noise_chunks[row * p.num_chunks + i].sum;
+  return static_cast<double>(summary.max_logit) + log(sum);
+}
+
+// Scores that one of the blocks of a row keeps.
+__host__ __device__ constexpr int select_slice_size(int vocab_size) { return (vocab_size + 31) / 32 * 4; }
 
 __device__ __forceinline__ const float* adjusted_row(const SampleParams& p, int64_t row) {
   return (p.rows[row].is_adjusted() ? p.adjusted : p.logits) + row * p.vocab_size;

@@ -18,6 +18,8 @@ export interface ServeConfig {
   /** 'auto', 'cpu' or 'cuda:N' */
   readonly device: string;
   readonly compute: 'auto' | 'float32';
+  /** synthetic: random ones of the shape that config.json describes */
+  readonly weights: 'checkpoint' | 'synthetic';
   /** null: one per core */
   readonly threads: number | null;
   readonly maxNumSeqs: number;
@@ -28,6 +30,7 @@ export interface ServeConfig {
   /** share of a GPU's memory for weights, workspace and cache; null: the usual one */
   readonly gpuMemoryUtilization: number | null;
   readonly kvCacheDtype: 'auto' | 'bf16' | 'fp8';
+  readonly headDtype: 'auto' | 'fp8';
   /** one regime of kernels for any number of tokens */
   readonly deterministic: boolean;
   readonly blockSize: number;
@@ -92,6 +95,7 @@ export interface LogitsConfig {
   readonly device: string;
   readonly compute: 'auto' | 'float32';
   readonly threads: number | null;
+  readonly headDtype?: ServeConfig['headDtype'];
   readonly deterministic: boolean;
   readonly last: number;
   readonly draft: boolean;
@@ -117,6 +121,7 @@ export interface BenchConfig {
   readonly compute: 'auto' | 'float32';
   readonly cpuPath: string;
   readonly kvCacheDtype: ServeConfig['kvCacheDtype'];
+  readonly headDtype: ServeConfig['headDtype'];
   readonly deterministic: boolean;
   readonly threads: number | null;
   readonly json: boolean;
@@ -220,10 +225,12 @@ function serveConfig(values: Record<string, FlagValue>, env: NodeJS.ProcessEnv):
     cacheMemory: values['cache-memory'] as number | null,
     gpuMemoryUtilization: values['gpu-memory-utilization'] as number | null,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    headDtype: values['head-dtype'] as ServeConfig['headDtype'],
     deterministic: values['deterministic'] as boolean,
     blockSize: values['block-size'] as number,
     speculativeTokens: values['speculative-tokens'] as ServeConfig['speculativeTokens'],
     maxModelLen: values['max-model-len'] as number | null,
+    weights: values['weights'] as ServeConfig['weights'],
     maxQueue: values['max-queue'] as number,
     maxBodyBytes: values['max-body-size'] as number,
     reasoningField: values['reasoning-field'] as ReasoningField,
@@ -267,6 +274,7 @@ function logitsConfig(values: Record<string, FlagValue>): LogitsConfig {
     device: values['device'] as string,
     compute: values['compute'] as LogitsConfig['compute'],
     threads: values['threads'] as number | null,
+    headDtype: values['head-dtype'] as ServeConfig['headDtype'],
     deterministic: values['deterministic'] as boolean,
     last: values['last'] as number,
     draft: values['draft'] as boolean,
@@ -293,6 +301,7 @@ function benchConfig(values: Record<string, FlagValue>): BenchConfig {
     compute: values['compute'] as BenchConfig['compute'],
     cpuPath: values['cpu-path'] as string,
     kvCacheDtype: values['kv-cache-dtype'] as ServeConfig['kvCacheDtype'],
+    headDtype: values['head-dtype'] as ServeConfig['headDtype'],
     deterministic: values['deterministic'] as boolean,
     threads: values['threads'] as number | null,
     json: values['json'] as boolean,

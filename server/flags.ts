@@ -156,6 +156,14 @@ export const FLAGS: readonly Flag[] = [
     help: 'latent cache on a GPU: bf16 (auto) or fp8, which holds 1.8 times the tokens with less precision',
   },
   {
+    name: 'head-dtype',
+    commands: RUN,
+    value: 'DTYPE',
+    default: 'auto',
+    parse: choice(['auto', 'fp8']),
+    help: "language-model head: the checkpoint's (auto) or fp8, made while loading: half the bytes, logits a little off",
+  },
+  {
     name: 'deterministic',
     commands: RUN,
     default: false,
@@ -392,11 +400,11 @@ export const FLAGS: readonly Flag[] = [
   },
   {
     name: 'weights',
-    commands: BENCH,
+    commands: ['serve', 'bench'],
     value: 'WHICH',
     default: 'checkpoint',
     parse: choice(['checkpoint', 'synthetic']),
-    help: 'checkpoint, or synthetic: random ones, for which --model may be a config.json alone',
+    help: 'checkpoint, or synthetic: random ones for measurements; then bench takes a config.json alone',
   },
   {
     name: 'layers',

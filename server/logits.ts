@@ -51,6 +51,7 @@ export async function runLogits(options: LogitsOptions, addon: NativeAddon = loa
     numBlocks: Math.ceil(longest / BLOCK_SIZE),
     gpuMemoryUtilization: 0,
     kvCacheDtype: 'auto',
+    headDtype: options.headDtype ?? 'auto',
     deterministic: options.deterministic,
     maxStepTokens,
     maxNumSeqs: 1,

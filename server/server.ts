@@ -11,8 +11,8 @@ import { StartupError } from './errors.js';
 import { readAddress } from './kv-events/address.js';
 import { KvEvents } from './kv-events/kv-events.js';
 import { usableCores } from './machine.js';
-import { readCheckpoint } from './model/checkpoint.js';
 import type { Checkpoint } from './model/spec.js';
+import { readWeights } from './model/synthetic.js';
 import { CompletionTracer } from './telemetry/completion-trace.js';
 import { OtlpExporter } from './telemetry/otlp.js';
 import { PromptEncoder } from './text/prompt-encoder.js';
@@ -42,6 +42,7 @@ export class Server {
     this.engine = new EngineClient({
       config: {
         model: checkpoint.folder,
+        weights: config.weights,
         device: config.device,
         compute: config.compute,
         cpuPath: 'auto',
@@ -50,6 +51,7 @@ export class Server {
         cacheMemory: config.cacheMemory,
         gpuMemoryUtilization: config.gpuMemoryUtilization,
         kvCacheDtype: config.kvCacheDtype,
+        headDtype: config.headDtype,
         deterministic: config.deterministic,
         maxModelLen: config.maxModelLen,
         maxStepTokens: config.maxStepTokens,
@@ -77,7 +79,7 @@ export class Server {
 
   /** Reads the checkpoint and starts to load it. Throws StartupError for what cannot be served or listened on. */
   static async create(config: ServeConfig, logger?: AppOptions['logger']): Promise<Server> {
-    const checkpoint = readCheckpoint(config.model);
+    const checkpoint = readWeights(config.model, config.weights);
     const prompts = PromptEncoder.read(config.model, config.reasoningFormat === 'r1-zero' ? 'r1-zero' : 'marked');
     const parts: Parts = { checkpoint, prompts, kvEvents: null, responses: null, log: () => {} };
     try {

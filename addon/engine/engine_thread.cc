@@ -1,5 +1,6 @@
 #include "engine/engine_thread.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -21,6 +22,8 @@
 
 namespace rodin {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // How long the thread stays awake for the next call, leaving its core to whoever wants it: between two steps
 // the scheduler runs for tens to hundreds of microseconds, and waking a sleeper costs the caller tens.
@@ -50,6 +53,11 @@ struct EngineThread::State {
     StepBatch batch;  // of kStepped
   };
 
+  struct Step {
+    EngineEvent event;  // with the error of one that could not be begun
+    Clock::time_point start;
+  };
+
   State(RunnerOptions given, OnEvent on_event)
       : options(without_tensors(given)),
         runner(std::in_place, std::move(given)),
@@ -75,8 +83,8 @@ struct EngineThread::State {
   }
 
   Call next_call() {
-    const auto end = std::chrono::steady_clock::now() + kAwakeTime;
-    while (num_calls.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < end) {
+    const auto end = Clock::now() + kAwakeTime;
+    while (num_calls.load(std::memory_order_acquire) == 0 && Clock::now() < end) {
       std::this_thread::yield();
     }
     std::unique_lock<std::mutex> lock(mutex);
@@ -87,31 +95,34 @@ struct EngineThread::State {
     return call;
   }
 
-  // The only place where an exception becomes a message.
+  // Does what a call asks for; a step is begun, and its event completed by finish_step().
   void run_call(const Call& call, EngineEvent& event) {
+    switch (call.kind) {
+      case EngineEvent::Kind::kLoaded:
+        check(!is_loaded, "the model has been loaded already");
+        event.info = runner->load(loaded_bytes);
+        options.num_blocks = event.info.num_blocks;
+        is_loaded = true;
+        pin_to_current_cpu(options.num_threads);
+        break;
+      case EngineEvent::Kind::kStepped:
+        check(is_loaded, "the model is not loaded: call load() and wait for it before step()");
+        validate_batch(call.batch, options, std::exchange(num_rows_before, 0));
+        runner->begin(call.batch);
+        num_rows_before = call.batch.num_sampled_rows();
+        break;
+      case EngineEvent::Kind::kClosed:
+        is_loaded = false;
+        runner.reset();
+        break;
+    }
+  }
+
+  // The only place where an exception becomes a message.
+  template <class F>
+  static void guarded(EngineEvent& event, F&& f) {
     try {
-      switch (call.kind) {
-        case EngineEvent::Kind::kLoaded:
-          check(!is_loaded, "the model has been loaded already");
-          event.info = runner->load(loaded_bytes);
-          options.num_blocks = event.info.num_blocks;
-          is_loaded = true;
-          pin_to_current_cpu(options.num_threads);
-          break;
-        case EngineEvent::Kind::kStepped: {
-          check(is_loaded, "the model is not loaded: call load() and wait for it before step()");
-          const auto start = std::chrono::steady_clock::now();
-          validate_batch(call.batch, options);
-          runner->step(call.batch, event.result);
-          const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
-          event.result.step_micros = elapsed.count();
-          break;
-        }
-        case EngineEvent::Kind::kClosed:
-          is_loaded = false;
-          runner.reset();
-          break;
-      }
+      f();
     } catch (const DeviceLost& error) {
       event.error = error.what();
       event.is_device_lost = true;
@@ -124,16 +135,54 @@ struct EngineThread::State {
     }
   }
 
+  // Of the oldest step begun.
+  void finish_step() {
+    EngineEvent event = std::move(steps.front().event);
+    if (event.error.empty()) guarded(event, [&] { runner->finish(event.result); });
+    const auto now = Clock::now();
+    const std::chrono::duration<double, std::micro> elapsed =
+        now - std::max(steps.front().start, last_finish);
+    event.result.step_micros = elapsed.count();
+    last_finish = now;
+    steps.pop_front();
+    on_event(std::move(event));
+  }
+
+  // Whether the oldest step's event is there, or another step may not be begun before it.
+  bool must_finish() {
+    if (steps.empty()) return false;
+    if (steps.size() == Runner::kMaxBegun || !steps.front().event.error.empty()) return true;
+    bool is_done = true;
+    EngineEvent ignored;  // what fails here fails again in finish()
+    guarded(ignored, [&] { is_done = runner->is_done(); });
+    return is_done;
+  }
+
   void run() {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "rodin-engine");
 #endif
     bool is_closed = false;
     while (!is_closed) {
+      if (must_finish()) {
+        finish_step();
+        continue;
+      }
+      if (!steps.empty() && num_calls.load(std::memory_order_acquire) == 0) {
+        std::this_thread::yield();
+        continue;
+      }
       const Call call = next_call();
+      const auto start = Clock::now();
       EngineEvent event;
       event.kind = call.kind;
-      run_call(call, event);
+      if (call.kind == EngineEvent::Kind::kStepped) {
+        guarded(event, [&] { run_call(call, event); });
+        steps.push_back({std::move(event), start});
+        continue;
+      }
+      while (!steps.empty()) finish_step();
+      guarded(event, [&] { run_call(call, event); });
       is_closed = call.kind == EngineEvent::Kind::kClosed;
       on_event(std::move(event));
     }
@@ -142,9 +191,12 @@ struct EngineThread::State {
     changed.notify_all();
   }
 
-  RunnerOptions options;         // engine thread only: load() says how many blocks there are
-  std::optional<Runner> runner;  // engine thread only, once it runs
-  bool is_loaded = false;        // engine thread only
+  RunnerOptions options;          // engine thread only: load() says how many blocks there are
+  std::optional<Runner> runner;   // engine thread only, once it runs
+  bool is_loaded = false;         // engine thread only
+  std::deque<Step> steps;         // engine thread only; begun and not finished, at most Runner::kMaxBegun
+  Clock::time_point last_finish;  // engine thread only
+  int64_t num_rows_before = 0;    // engine thread only; sampled by the step begun last, 0 where it failed
   const OnEvent on_event;
   std::atomic<int64_t> loaded_bytes{0};
   int64_t total_bytes = 0;

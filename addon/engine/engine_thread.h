@@ -1,4 +1,5 @@
-// The one native thread that owns a Runner: it loads, steps and destroys it, in the order of the calls.
+// The one native thread that owns a Runner: it loads, steps and destroys it, in the order of the calls. A
+// step that the device is left running with does not keep the next one from being begun.
 #pragma once
 
 #include <chrono>

@@ -1,7 +1,9 @@
 #include "engine/runner.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <deque>
 
 #include "backend.h"
 #include "engine/drafter.h"
@@ -9,6 +11,7 @@
 #include "engine/latent_cache.h"
 #include "engine/row_sampling.h"
 #include "model/forward.h"
+#include "model/quantized_matrix.h"
 #include "model/tensor_table.h"
 #include "model/weights.h"
 #include "ops/check.h"
@@ -17,19 +20,27 @@
 namespace rodin {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+using Micros = std::chrono::duration<double, std::micro>;
+
 // Rows of logits held at once; a step with more is worked off in several parts. A GPU reads the head anew for
 // each.
 constexpr int64_t kMaxLogitRows = 64;
 constexpr int64_t kMaxLogitRowsOfGpu = 128;
 
-void fill_index(const StepBatch& batch, HostIndex& index) {
+// `ids_before` [R before]: what the step before sampled, to take the place of token ids below 0; null where
+// the device knows it alone.
+void fill_index(const StepBatch& batch, const std::vector<int32_t>* ids_before, HostIndex& index) {
   index.clear();
   for (int64_t s = 0; s < batch.num_seqs(); ++s) {
     const auto at = static_cast<size_t>(s);
     for (auto row = static_cast<size_t>(batch.q_start[at]); row < static_cast<size_t>(batch.q_start[at + 1]);
          ++row) {
-      index.add_row(batch.token_ids[row], batch.positions[row], batch.positions[row],
-                    batch.slot_mapping[row]);
+      int32_t token_id = batch.token_ids[row];
+      // A row that came out unusable has no token; what follows it is dropped by whoever asked for it.
+      if (token_id < 0 && ids_before)
+        token_id = std::max((*ids_before)[static_cast<size_t>(-1 - token_id)], 0);
+      index.add_row(token_id, batch.positions[row], batch.positions[row], batch.slot_mapping[row]);
     }
     index.end_sequence();
   }
@@ -109,6 +120,7 @@ struct Runner::State {
   std::vector<TensorEntry> entries;  // those that are loaded
   std::unique_ptr<TensorTable> table;
   std::unique_ptr<Ops> ops;
+  std::deque<QuantizedMatrix> heads;  // that were made FP8; on a CPU some Ops go on reading them
   ModelWeights weights;
   std::unique_ptr<LatentCache> cache;
   std::unique_ptr<Forward> forward;
@@ -122,8 +134,32 @@ struct Runner::State {
   RowSampling row_sampling;        // of each of them, where drafts change penalties
   StepResult part;
 
-  void sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size, StepResult& result);
+  // The steps begun: number n is in slot n % kMaxBegun and has the marks 2 n and 2 n + 1 of the device.
+  struct Begun {
+    bool is_left_running = false;
+    StepResult result;  // of one that is not
+    Clock::time_point start, end;
+  };
+  std::array<Begun, kMaxBegun> begun;
+  int64_t num_begun = 0;
+  int64_t num_finished = 0;
+  bool is_before_running = false;   // the step begun last was left running
+  Clock::time_point last_end;       // of the step finished last
+  std::vector<int32_t> ids_before;  // [R of it] what it sampled, otherwise
+
+  Begun& begun_at(int64_t number) { return begun[static_cast<size_t>(number % kMaxBegun)]; }
+  static int mark_of(int64_t number, bool is_end) {
+    return static_cast<int>(number * 2 % Ops::kNumMarks) + (is_end ? 1 : 0);
+  }
+  // Computes the step, or leaves it running.
+  void run(const StepBatch& batch, const RunnerOptions& options, Begun& step);
+  bool may_be_left(const StepBatch& batch) const;
+  // Fills the result's sampling half, or returns true: the device has been told to.
+  bool sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size, StepResult& result);
   void copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out);
+
+  // Makes the language-model heads FP8, and says by how many bytes the weights have become smaller.
+  int64_t quantize_heads(int num_threads);
 };
 
 Runner::Runner(RunnerOptions options) : options_(std::move(options)) {}
@@ -166,6 +202,8 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   // A cache of a given size is refused before the weights are read.
   if (options_.memory_utilization == 0) make_cache(options_.num_blocks);
   state->table->make_resident(loaded_bytes, static_cast<int>(options_.num_threads));
+  const int64_t saved_bytes =
+      options_.head_dtype == "fp8" ? state->quantize_heads(static_cast<int>(options_.num_threads)) : 0;
   place_weights(state->weights, ops, spec, state->table.get());
   const size_t ops_bytes = ops.reserve(ops_limits(options_));
   state->forward = std::make_unique<Forward>(spec, state->weights, ops, options_.max_step_tokens,
@@ -181,42 +219,88 @@ RunnerInfo Runner::load(std::atomic<int64_t>& loaded_bytes) {
   RunnerInfo info;
   info.device = ops.name();
   info.num_blocks = state->cache->layers()[0].latents.rows / options_.block_size;
-  info.weight_bytes = total_bytes();
+  info.weight_bytes = total_bytes() - saved_bytes;
   info.cache_bytes = state->cache->bytes();
   info.workspace_bytes = static_cast<int64_t>(ops_bytes + state->forward->workspace_bytes());
   state_ = std::move(state);
   return info;
 }
 
-void Runner::step(const StepBatch& batch, StepResult& result) {
-  using Micros = std::chrono::duration<double, std::micro>;
-  const auto start = std::chrono::steady_clock::now();
+void Runner::begin(const StepBatch& batch) {
   State& state = *state_;
-  fill_index(batch, state.index);
-  const StepIndex index = state.ops->begin_step(state.index.view(batch, options_.block_size, 0), 0);
-  const Tensor hidden = state.forward->run(index, state.cache->layers());
-  const auto vocab_size = static_cast<size_t>(options_.spec.vocab_size);
-  state.sample(batch, hidden, options_.spec.vocab_size, result);
-  result.logits.resize(batch.logit_rows.size() * vocab_size);
-  state.copy_logits(hidden, batch.logit_rows, result.logits.data());
-  const auto drafts_start = std::chrono::steady_clock::now();
-  result.draft_logits.resize(batch.draft_logit_rows.size() * vocab_size);
-  result.draft_start.assign(batch.num_sampled.size() + 1, 0);
-  result.draft_ids.clear();
-  if (state.drafter) state.drafter->run(batch, hidden, result);
-  const auto end = std::chrono::steady_clock::now();
-  result.draft_micros = Micros(end - drafts_start).count();
-  result.step_micros = Micros(end - start).count();
+  check(state.num_begun - state.num_finished < kMaxBegun, "more than ", kMaxBegun, " steps at a time");
+  State::Begun& step = state.begun_at(state.num_begun);
+  step.is_left_running = false;
+  step.result = {};
+  step.start = Clock::now();
+  state.run(batch, options_, step);
+  step.end = Clock::now();
+  state.is_before_running = step.is_left_running;
+  if (!step.is_left_running) state.ids_before = step.result.sampled_ids;
+  ++state.num_begun;
 }
 
-void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size,
+bool Runner::is_done() {
+  const State::Begun& step = state_->begun_at(state_->num_finished);
+  return !step.is_left_running || state_->ops->is_sampled(static_cast<int>(state_->num_finished % kMaxBegun));
+}
+
+void Runner::finish(StepResult& result) {
+  State& state = *state_;
+  const int64_t number = state.num_finished;
+  check(number < state.num_begun, "no step was begun");
+  State::Begun& step = state.begun_at(number);
+  ++state.num_finished;
+  if (step.is_left_running) {
+    state.ops->finish_sample(static_cast<int>(number % kMaxBegun), step.result);
+    step.end = Clock::now();
+  }
+  result = std::move(step.result);
+  step.result = {};
+  // Nothing waits for a step that samples nothing, and so nothing times it.
+  if (!result.sampled_ids.empty()) {
+    const int begin_mark = State::mark_of(number, false);
+    result.device_micros = state.ops->micros_between(begin_mark, State::mark_of(number, true));
+    const bool has_clock = result.device_micros > 0;
+    if (!has_clock) result.device_micros = Micros(step.end - step.start).count();
+    if (number > 0) {
+      result.idle_micros = has_clock ? state.ops->micros_between(State::mark_of(number - 1, true), begin_mark)
+                                     : Micros(step.start - state.last_end).count();
+    }
+  }
+  state.last_end = step.end;
+}
+
+void Runner::State::run(const StepBatch& batch, const RunnerOptions& options, Begun& step) {
+  StepResult& result = step.result;
+  result.draft_start.assign(batch.num_sampled.size() + 1, 0);
+  fill_index(batch, is_before_running ? nullptr : &ids_before, index);
+  const StepIndex step_index = ops->begin_step(index.view(batch, options.block_size, 0), 0);
+  ops->mark(mark_of(num_begun, false));
+  const Tensor hidden = forward->run(step_index, cache->layers());
+  const int64_t vocab_size = options.spec.vocab_size;
+  step.is_left_running = sample(batch, hidden, vocab_size, result);
+  if (!step.is_left_running) {
+    result.logits.resize(batch.logit_rows.size() * static_cast<size_t>(vocab_size));
+    copy_logits(hidden, batch.logit_rows, result.logits.data());
+    const auto drafts_start = Clock::now();
+    result.draft_logits.resize(batch.draft_logit_rows.size() * static_cast<size_t>(vocab_size));
+    if (drafter) drafter->run(batch, hidden, result);
+    result.draft_micros = Micros(Clock::now() - drafts_start).count();
+  }
+  ops->mark(mark_of(num_begun, true));
+}
+
+// A step may be left running where the host has nothing to do with what it samples.
+bool Runner::State::may_be_left(const StepBatch& batch) const {
+  const auto is_zero = [](uint8_t flag) { return flag == 0; };
+  return batch.num_sampled_rows() <= forward->max_logit_rows() && batch.logit_rows.empty() &&
+         std::all_of(batch.run_mtp.begin(), batch.run_mtp.end(), is_zero);
+}
+
+bool Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t vocab_size,
                            StepResult& result) {
-  result.sampled_ids.clear();
-  result.sampled_logprobs.clear();
   result.top_start.assign(1, 0);
-  result.top_ids.clear();
-  result.top_logprobs.clear();
-  result.non_finite.clear();
   rows.clear();
   row_seq.clear();
   positions.clear();
@@ -225,6 +309,8 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
   for (int64_t s = 0; s < batch.num_seqs(); ++s) {
     has_own_rows = has_own_rows || (batch.num_sampled[static_cast<size_t>(s)] > 1 && has_penalty(batch, s));
   }
+  const bool is_leaving = may_be_left(batch);
+  bool is_left = false;
   const auto flush = [&] {
     if (rows.empty()) return;
     const auto num_rows = static_cast<int64_t>(rows.size());
@@ -236,8 +322,11 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
     args.num_rows = num_rows;
     args.vocab_size = vocab_size;
     args.result = &part;
-    ops->sample(args);
-    append(part, result);
+    is_left = is_leaving && ops->begin_sample(args, static_cast<int>(num_begun % kMaxBegun));
+    if (!is_left) {
+      ops->sample(args);
+      append(part, result);
+    }
     rows.clear();
     row_seq.clear();
     positions.clear();
@@ -256,6 +345,27 @@ void Runner::State::sample(const StepBatch& batch, const Tensor& hidden, int64_t
     }
   }
   flush();
+  return is_left;
+}
+
+int64_t Runner::State::quantize_heads(int num_threads) {
+  const Weight head = weights.lm_head;
+  int64_t saved = 0;
+  const auto quantize = [&](const Weight& from, const char* name) {
+    if (from.dtype == Dtype::kF8E4M3) return from;
+    const QuantizedMatrix& made = heads.emplace_back(from, num_threads, name);
+    saved -= made.bytes();
+    if (from.data == weights.embed.data) return made.view();  // embeddings stay as they are
+    saved += from.rows * from.cols * dtype_bytes(from.dtype);
+    table->release(from);
+    return made.view();
+  };
+  weights.lm_head = quantize(head, "lm_head.weight");
+  if (weights.mtp) {
+    Weight& own = weights.mtp->head;
+    own = own.data == head.data ? weights.lm_head : quantize(own, "the MTP module's head");
+  }
+  return saved;
 }
 
 void Runner::State::copy_logits(const Tensor& hidden, const std::vector<int32_t>& all_rows, float* out) {

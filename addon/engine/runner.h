@@ -27,6 +27,7 @@ struct RunnerOptions {
   // is left of it.
   double memory_utilization = 0;
   std::string kv_cache_dtype = "auto";  // "auto" | "bf16" | "fp8"
+  std::string head_dtype = "auto";      // "auto": the checkpoint's; "fp8": made so at loading
   bool is_deterministic = false;        // BackendOptions
   int64_t max_step_tokens = 0;
   int64_t max_num_seqs = 0;
@@ -43,6 +44,8 @@ struct RunnerInfo {
 
 class Runner {
  public:
+  static constexpr int kMaxBegun = 2;
+
   // Keeps the options; touches no file.
   explicit Runner(RunnerOptions options);
   ~Runner();
@@ -57,8 +60,18 @@ class Runner {
   // the Runner can then only be destroyed. loaded_bytes rises while pages are made resident.
   RunnerInfo load(std::atomic<int64_t>& loaded_bytes);
 
-  // Runs one validated batch (engine/validate.h). Every vector of the result is overwritten.
-  void step(const StepBatch& batch, StepResult& result);
+  // Begins one validated batch (engine/validate.h); token ids below 0 name rows of the one begun before.
+  // Where the device can, the step is left running and this returns; otherwise it has been computed by then.
+  // At most kMaxBegun may be begun and not finished.
+  void begin(const StepBatch& batch);
+  // Whether finish() would not wait; with a step begun.
+  bool is_done();
+  // Waits for the oldest step begun. Every vector of the result is overwritten.
+  void finish(StepResult& result);
+  void step(const StepBatch& batch, StepResult& result) {
+    begin(batch);
+    finish(result);
+  }
 
  private:
   struct State;

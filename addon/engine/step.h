@@ -19,7 +19,8 @@ namespace rodin {
 constexpr int32_t kMaxDrafts = 4;
 
 struct StepBatch : SampleBatch {
-  std::vector<int32_t> token_ids;     // [T]
+  // [T] below 0 in a sequence's only sampled row: -1 - r is the token that row r of the step before sampled
+  std::vector<int32_t> token_ids;
   std::vector<int32_t> positions;     // [T] absolute position of each token
   std::vector<int32_t> slot_mapping;  // [T] block_id * block_size + offset; -1: already there, do not write
   std::vector<int32_t> q_start;       // [S + 1]
@@ -48,7 +49,9 @@ struct StepResult : SampleResult {
   std::vector<int32_t>
       draft_ids;  // [draft_start[S]] of each sequence, in order; fewer where logits are not finite
   double step_micros = 0;
-  double draft_micros = 0;  // of step_micros, what the MTP module took
+  double draft_micros = 0;   // of step_micros, what the MTP module took
+  double device_micros = 0;  // from the step's first work on the device to its last; 0 where not measured
+  double idle_micros = 0;    // since the end of the step before, what the device waited for this one
 };
 
 }  // namespace rodin

@@ -39,6 +39,21 @@ void check_ids(const char* name, const std::vector<int32_t>& ids, int64_t limit,
   }
 }
 
+// Ids of the vocabulary, or rows of the step before: of the only token sampled of a sequence without the MTP
+// module, which would need it here.
+void check_token_ids(const StepBatch& batch, int64_t vocab_size, int64_t num_rows_before) {
+  for (size_t s = 0; s < batch.num_sampled.size(); ++s) {
+    const auto last = static_cast<size_t>(batch.q_start[s + 1]) - 1;
+    for (auto t = static_cast<size_t>(batch.q_start[s]); t <= last; ++t) {
+      const int64_t id = batch.token_ids[t];
+      const bool may_be_row = t == last && batch.num_sampled[s] == 1 && batch.run_mtp[s] == 0;
+      check(id < vocab_size && id >= (may_be_row ? -num_rows_before : 0), "token_ids[", t, "] is ", id,
+            ", outside 0 .. ", vocab_size - 1, " (vocab_size)",
+            may_be_row ? " and no row of the step before, which had " + std::to_string(num_rows_before) : "");
+    }
+  }
+}
+
 // The MTP module's part of sequence s, whose tokens are checked; adds the slots that it may write.
 void check_mtp(const StepBatch& batch, const RunnerOptions& options, size_t s,
                std::vector<int32_t>& written) {
@@ -160,11 +175,13 @@ void validate_options(const RunnerOptions& options) {
   check_range("maxNumSeqs", options.max_num_seqs, 1, 1 << 20);
   check(options.compute == "float32" || options.compute == "auto", "compute is '", options.compute,
         "'; it must be 'float32' or 'auto'");
+  check(options.head_dtype == "auto" || options.head_dtype == "fp8", "headDtype is '", options.head_dtype,
+        "'; it must be 'auto' or 'fp8'");
   check(!options.load_mtp || options.spec.num_mtp_layers > 0,
         "loadMtp is set but the checkpoint has no MTP module (numMtpLayers is 0)");
 }
 
-void validate_batch(const StepBatch& batch, const RunnerOptions& options) {
+void validate_batch(const StepBatch& batch, const RunnerOptions& options, int64_t num_rows_before) {
   const int64_t num_seqs = batch.num_seqs(), num_tokens = batch.num_tokens();
   const int64_t vocab_size = options.spec.vocab_size;
   check(num_seqs >= 1 && num_seqs <= options.max_num_seqs, "the step has ", num_seqs,
@@ -200,7 +217,7 @@ void validate_batch(const StepBatch& batch, const RunnerOptions& options) {
           num_words, " words; a vocabulary of ", vocab_size, " takes ", (vocab_size + 31) / 32);
   }
 
-  check_ids("token_ids", batch.token_ids, vocab_size, "vocab_size");
+  check_token_ids(batch, vocab_size, num_rows_before);
   check_ids("block_table", batch.block_table, options.num_blocks, "numBlocks");
   check_tokens(batch, options);
   check_sampling(batch, vocab_size);

@@ -10,7 +10,8 @@ namespace rodin {
 // Sizes, threads and names; the spec and the tensor table are checked where they are used.
 void validate_options(const RunnerOptions& options);
 
-// Lengths, ids, positions, slots, ranges and sampling values of a batch.
-void validate_batch(const StepBatch& batch, const RunnerOptions& options);
+// Lengths, ids, positions, slots, ranges and sampling values of a batch. num_rows_before: rows that the step
+// before samples, which token ids below 0 may name.
+void validate_batch(const StepBatch& batch, const RunnerOptions& options, int64_t num_rows_before = 0);
 
 }  // namespace rodin

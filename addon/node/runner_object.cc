@@ -126,15 +126,19 @@ Napi::Value RunnerObject::progress(const Napi::CallbackInfo& info) {
 Napi::Value RunnerObject::step(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   if (is_closing_) return rejected(env, "the runner is closed");
-  if (stepping_) return rejected(env, "a step is running: wait for its promise before the next step()");
+  if (stepping_.size() >= Runner::kMaxBegun) {
+    return rejected(env, "two steps are running: wait for the first one's promise before the next step()");
+  }
   try {
     StepBatch batch = to_step_batch(info[0]);
     // Reading the batch may have run JavaScript (a getter), which may have called this object.
-    if (is_closing_ || stepping_) return rejected(env, "the runner was used while its batch was read");
-    stepping_ = Napi::Promise::Deferred::New(env);
+    if (is_closing_ || stepping_.size() >= Runner::kMaxBegun) {
+      return rejected(env, "the runner was used while its batch was read");
+    }
+    stepping_.push_back(Napi::Promise::Deferred::New(env));
     begin_call(env);
     engine_->step(std::move(batch));
-    return stepping_->Promise();
+    return stepping_.back().Promise();
   } catch (const Napi::Error& error) {
     const auto deferred = Napi::Promise::Deferred::New(env);
     deferred.Reject(error.Value());
@@ -175,14 +179,19 @@ void RunnerObject::settle(Napi::Env env, const EngineEvent& event) {
     channel_->cut(true);
     return;
   }
-  auto& pending = event.kind == EngineEvent::Kind::kLoaded ? loading_ : stepping_;
-  const Napi::Promise::Deferred deferred = *std::exchange(pending, std::nullopt);
+  const bool is_loaded = event.kind == EngineEvent::Kind::kLoaded;
+  const Napi::Promise::Deferred deferred = is_loaded ? *loading_ : stepping_.front();
+  if (is_loaded) {
+    loading_.reset();
+  } else {
+    stepping_.pop_front();
+  }
   try {
     if (!event.error.empty()) {
       const Napi::Error error = Napi::Error::New(env, event.error);
       if (event.is_device_lost) error.Set("code", Napi::String::New(env, "DEVICE_LOST"));
       deferred.Reject(error.Value());
-    } else if (event.kind == EngineEvent::Kind::kLoaded) {
+    } else if (is_loaded) {
       deferred.Resolve(from_runner_info(env, event.info));
     } else {
       deferred.Resolve(from_step_result(env, event.result));

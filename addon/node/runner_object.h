@@ -4,6 +4,7 @@
 
 #include <napi.h>
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -61,7 +62,7 @@ class RunnerObject : public Napi::ObjectWrap<RunnerObject> {
   int64_t loaded_bytes_ = 0;  // what progress() says once closed
   int64_t total_bytes_ = 0;
   std::optional<Napi::Promise::Deferred> loading_;
-  std::optional<Napi::Promise::Deferred> stepping_;
+  std::deque<Napi::Promise::Deferred> stepping_;  // at most Runner::kMaxBegun, in order
   std::vector<Napi::Promise::Deferred> closing_;
 };
 

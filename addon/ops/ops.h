@@ -7,7 +7,8 @@
 // - Batch invariance: what an op computes for a row depends on that row (and the cache rows that it attends
 //   to) alone: not on T, on the row's place in the batch, or on how a prompt was cut into chunks. On a GPU
 //   only with BackendOptions::is_deterministic.
-// - Ops may run asynchronously; download() and sample() return when their results are in host memory.
+// - Ops may run asynchronously; download(), sample() and finish_sample() return when their results are in
+//   host memory.
 // - Shapes are the caller's duty and checked cheaply; an op throws std::runtime_error with one sentence.
 #pragma once
 
@@ -22,6 +23,7 @@
 namespace rodin {
 
 struct SampleArgs;
+struct SampleResult;
 
 // Upper bounds of everything a step can hold: sizes an Ops' own workspace, once.
 struct OpsLimits {
@@ -74,7 +76,8 @@ struct RopeParams {
   float multiplier = 1.0f;
 };
 
-// One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key]; GQA:
+// One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key], or what
+// else a device keeps of a position in that room; GQA:
 // [G * D rotated keys | G * D values]. kF8E4M3 (MLA alone): bytes, [lora_rank e4m3 | a float32 scale for each
 // 128 of them | rope_dim bf16].
 struct CacheLayer {
@@ -234,6 +237,24 @@ class Ops {
   // ---- sampling -----------------------------------------------------------------------------------------
   // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.
   virtual void sample(const SampleArgs& args) = 0;
+
+  // ---- running ahead: the next step is enqueued before this one's results have come
+  // ------------------------- Enqueues what sample() does and reads nothing of `args` afterwards; false where
+  // the device cannot, or not with these rows. Then begin_step(.., 0) takes token ids below 0 until the next
+  // call: -1 - r is the token that row r is sampled. The result of slot 0 or 1 is fetched by finish_sample()
+  // before the slot's next use.
+  virtual bool begin_sample([[maybe_unused]] const SampleArgs& args, [[maybe_unused]] int slot) {
+    return false;
+  }
+  // Whether finish_sample() would not wait.
+  virtual bool is_sampled([[maybe_unused]] int slot) { return true; }
+  virtual void finish_sample([[maybe_unused]] int slot, [[maybe_unused]] SampleResult& result) {}
+
+  // Marks 0 .. kNumMarks - 1: moments of the device's clock, between what is enqueued before and after the
+  // call. micros_between() waits for the later one; 0 where the device has no clock of its own.
+  static constexpr int kNumMarks = 8;
+  virtual void mark([[maybe_unused]] int mark) {}
+  virtual double micros_between([[maybe_unused]] int first, [[maybe_unused]] int last) { return 0; }
 };
 
 }  // namespace rodin

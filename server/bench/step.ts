@@ -2,6 +2,7 @@
 import type { BenchConfig } from '../config.js';
 import type { Ceilings, NativeAddon, NativeRunner, RunnerOptions } from '../engine/addon.js';
 import { loadAddon } from '../engine/load-addon.js';
+import type { StepResult } from '../engine/step-batch.js';
 import { chooseDevice } from '../engine/device.js';
 import { loadRunner, type LoadProgress } from '../engine/start-engine.js';
 import { StartupError } from '../errors.js';
@@ -21,11 +22,17 @@ const FILL_TOKENS = 512;
 
 export interface BenchCase extends Step {
   kind: 'decode' | 'prefill';
+  /** each step was launched before the one ahead of it was over */
+  isAhead: boolean;
   numSteps: number;
   /** the least that other programs have interrupted */
   minMs: number;
   medianMs: number;
   p90Ms: number;
+  /** from a step's first work on the device to its last, median */
+  deviceMs: number;
+  /** how long the device waited for a step, median */
+  idleMs: number;
   tokensPerSecond: number;
   bytesPerStep: number;
   bytesPerSecond: number;
@@ -72,6 +79,7 @@ export async function runBenchStep(
     numBlocks: mostSequences * blocksPerSequence,
     gpuMemoryUtilization: 0,
     kvCacheDtype: config.kvCacheDtype,
+    headDtype: config.headDtype,
     deterministic: config.deterministic,
     maxStepTokens: Math.max(mostSequences, config.prompt, config.weights === 'checkpoint' ? FILL_TOKENS : 1),
     maxNumSeqs: mostSequences,
@@ -90,20 +98,25 @@ export async function runBenchStep(
   try {
     const loadSeconds = (performance.now() - start) / 1000;
     if (config.weights === 'checkpoint') await fillCache(runner, config, spec.vocabSize, blocksPerSequence);
-    const traffic = new TrafficModel(spec, tensors, cacheBytesPerToken);
+    const traffic = new TrafficModel(spec, tensors, cacheBytesPerToken, config.headDtype);
     const cases: BenchCase[] = [];
+    // As an engine launches them: ahead on a GPU, and one by one where something must be known of the step before.
+    const launches = options.device === 'cpu' ? [false] : [true, false];
     for (const numSequences of config.batches) {
-      const micros = await timeSteps((step) =>
-        runner.step(decodeBatch(numSequences, config.context, spec.vocabSize, BLOCK_SIZE, blocksPerSequence, step)),
-      );
-      cases.push(caseOf('decode', { numSequences, numTokens: 1, context: config.context }, micros, traffic, ceilings));
+      for (const isAhead of launches) {
+        const times = await timeSteps(isAhead, (step) =>
+          runner.step(decodeBatch(numSequences, config.context, spec.vocabSize, BLOCK_SIZE, blocksPerSequence, step)),
+        );
+        const step = { numSequences, numTokens: 1, context: config.context };
+        cases.push(caseOf({ kind: 'decode', isAhead, ...step }, times, traffic, ceilings));
+      }
     }
     if (config.prompt > 0) {
-      const micros = await timeSteps((step) =>
+      const times = await timeSteps(false, (step) =>
         runner.step(prefillBatch(0, config.prompt, 0, spec.vocabSize, BLOCK_SIZE, step)),
       );
       const step = { numSequences: 1, numTokens: config.prompt, context: 0 };
-      cases.push(caseOf('prefill', step, micros, traffic, ceilings));
+      cases.push(caseOf({ kind: 'prefill', isAhead: false, ...step }, times, traffic, ceilings));
     }
     return {
       model: config.model,
@@ -142,39 +155,47 @@ async function fillCache(runner: NativeRunner, config: BenchConfig, vocabSize: n
   }
 }
 
-/** Microseconds on the engine thread, ascending. */
-async function timeSteps(runStep: (step: number) => Promise<{ stepMicros: number }>): Promise<number[]> {
-  const micros: number[] = []; // [num_steps]
+type StepTimes = Pick<StepResult, 'stepMicros' | 'deviceMicros' | 'idleMicros'>;
+
+/** What each step took. isAhead: the next one is launched before it is over. */
+async function timeSteps(isAhead: boolean, runStep: (step: number) => Promise<StepTimes>): Promise<StepTimes[]> {
+  const times: StepTimes[] = []; // [num_steps]
   let end = Infinity;
-  for (let step = 0; step < MAX_STEPS + WARM_UP_STEPS; step++) {
-    const { stepMicros } = await runStep(step);
-    if (step < WARM_UP_STEPS) continue;
-    if (micros.length === 0) end = performance.now() + CASE_MS;
-    micros.push(stepMicros);
-    if (micros.length >= MIN_STEPS && performance.now() > end) break;
+  let running = runStep(0);
+  for (let step = 1; step < MAX_STEPS + WARM_UP_STEPS; step++) {
+    const next = isAhead ? runStep(step) : null;
+    const { stepMicros, deviceMicros, idleMicros } = await running;
+    running = next ?? runStep(step);
+    if (step <= WARM_UP_STEPS) continue;
+    if (times.length === 0) end = performance.now() + CASE_MS;
+    times.push({ stepMicros, deviceMicros, idleMicros });
+    if (times.length >= MIN_STEPS && performance.now() > end) break;
   }
-  return micros.sort((a, b) => a - b);
+  await running;
+  return times;
 }
 
 function caseOf(
-  kind: BenchCase['kind'],
-  step: Step,
-  micros: number[],
+  one: Step & Pick<BenchCase, 'kind' | 'isAhead'>,
+  times: StepTimes[],
   traffic: TrafficModel,
   ceilings: Ceilings,
 ): BenchCase {
-  const at = (share: number): number => micros[Math.ceil(share * micros.length) - 1]!;
+  const rising = (name: keyof StepTimes) => times.map((time) => time[name]).sort((a, b) => a - b);
+  const micros = rising('stepMicros'); // [num_steps]
+  const at = (share: number, values = micros): number => values[Math.ceil(share * values.length) - 1]!;
   const perSecond = 1e6 / at(0.5);
-  const { bytes, flops } = traffic.of(step);
+  const { bytes, flops } = traffic.of(one);
   const shareOf = (value: number, ceiling: number): number | null => (ceiling > 0 ? value / ceiling : null);
   return {
-    kind,
-    ...step,
+    ...one,
     numSteps: micros.length,
     minMs: micros[0]! / 1000,
     medianMs: at(0.5) / 1000,
     p90Ms: at(0.9) / 1000,
-    tokensPerSecond: step.numSequences * step.numTokens * perSecond,
+    deviceMs: at(0.5, rising('deviceMicros')) / 1000,
+    idleMs: at(0.5, rising('idleMicros')) / 1000,
+    tokensPerSecond: one.numSequences * one.numTokens * perSecond,
     bytesPerStep: Math.round(bytes),
     bytesPerSecond: bytes * perSecond,
     bandwidthShare: shareOf(bytes * perSecond, ceilings.readBytesPerSecond),

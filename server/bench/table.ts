@@ -1,4 +1,4 @@
-import type { BenchReport } from './step.js';
+import type { BenchCase, BenchReport } from './step.js';
 
 /** The report as text for a terminal. */
 export function formatReport(report: BenchReport): string {
@@ -9,11 +9,13 @@ export function formatReport(report: BenchReport): string {
     `ceilings: reads ${known(ceilings.readBytesPerSecond, gb)} GB/s, products ${known(ceilings.flopsPerSecond, tera)} TFLOP/s`,
   ];
   const rows = report.cases.map((one) => [
-    one.kind === 'decode' ? `decode ${one.numSequences} @ ${one.context}` : `prefill ${one.numTokens}`,
+    nameOf(one),
     String(one.numSteps),
     one.minMs.toFixed(3),
     one.medianMs.toFixed(3),
     one.p90Ms.toFixed(3),
+    one.deviceMs.toFixed(3),
+    (1000 * one.idleMs).toFixed(0),
     one.tokensPerSecond.toFixed(1),
     (one.bytesPerStep / 1e6).toFixed(1),
     gb(one.bytesPerSecond),
@@ -27,6 +29,8 @@ export function formatReport(report: BenchReport): string {
     'min ms',
     'median ms',
     'p90 ms',
+    'device ms',
+    'idle us',
     'tokens/s',
     'MB/step',
     'GB/s',
@@ -35,6 +39,11 @@ export function formatReport(report: BenchReport): string {
     'of products',
   ];
   return [...head, '', ...formatTable([titles, ...rows])].join('\n');
+}
+
+function nameOf({ kind, numSequences, numTokens, context, isAhead }: BenchCase): string {
+  if (kind === 'prefill') return `prefill ${numTokens}`;
+  return `decode ${numSequences} @ ${context}${isAhead ? ', ahead' : ''}`;
 }
 
 /** Lines of a table whose first row are the titles; the first column is flush left, the others right. */

@@ -1,4 +1,5 @@
 /** What a step must read and compute, from shapes alone. */
+import type { HeadDtype } from '../engine/addon.js';
 import type { ModelSpec, TensorEntry } from '../model/spec.js';
 
 export interface Step {
@@ -29,7 +30,12 @@ export class TrafficModel {
   #expertWeights = 0;
   #headWeights = 0;
 
-  constructor(spec: ModelSpec, tensors: readonly TensorEntry[], cacheBytesPerToken: number) {
+  constructor(
+    spec: ModelSpec,
+    tensors: readonly TensorEntry[],
+    cacheBytesPerToken: number,
+    headDtype: HeadDtype = 'auto',
+  ) {
     this.#spec = spec;
     this.#cacheBytesPerToken = cacheBytesPerToken;
     for (const { name, shape, bytes } of tensors) {
@@ -42,7 +48,8 @@ export class TrafficModel {
         this.#expertBytes += bytes;
         this.#expertWeights += weights;
       } else if (isHead) {
-        this.#fixedBytes += bytes;
+        // Made FP8, a weight takes a byte; its scales are not counted.
+        this.#fixedBytes += headDtype === 'fp8' ? Math.min(bytes, weights) : bytes;
         this.#headWeights += weights;
       } else if (name !== 'model.embed_tokens.weight') {
         this.#fixedBytes += bytes;

@@ -10,7 +10,7 @@ const MEMORY = 128;
 /** drafts verified before speculation is first given up */
 const MIN_VERIFIED = 24;
 /** where drafting does not pay, one new sequence in so many tries it again, for so many drafts */
-const PROBE_INTERVAL = 64;
+const PROBE_INTERVAL = 32;
 const PROBE_DRAFTS = 16;
 /** gain at which a sequence starts to run the MTP module, whose prefill is not counted; at which it goes on */
 const MIN_GAIN_TO_START = 1.06;
@@ -20,16 +20,16 @@ const MIN_GAIN_OF_MORE = 1.05;
 const MAX_USELESS_STEPS = 16;
 /** every so many steps another number of drafts is tried for some steps: in turn none, one more, one fewer */
 const EXPLORE_INTERVAL = 192;
-const EXPLORE_STEPS = 12;
+const EXPLORE_STEPS = 7;
 /** steps that a decision holds while as many sequences run and draft */
-const DECISION_STEPS = 8;
+const DECISION_STEPS = 16;
 /** steps after a change of number that are not counted: caches are still those of the steps before */
 const SETTLING_STEPS = 2;
 
 /** The number of drafts that makes most tokens a microsecond, from measured acceptance and measured costs. */
 export class AdaptiveDrafts implements DraftPolicy {
   readonly isOn = true;
-  readonly #costs = new CostModel();
+  readonly #costs: CostModel;
   readonly #acceptance: number[] = new Array<number>(MAX_DRAFTS).fill(PRIOR_ACCEPTANCE); // [MAX_DRAFTS]
   readonly #numVerified: number[] = new Array<number>(MAX_DRAFTS).fill(0); // [MAX_DRAFTS]
   #numSteps = 0;
@@ -39,6 +39,11 @@ export class AdaptiveDrafts implements DraftPolicy {
   #lastDrafts = -1;
   #decision = { numSequences: 0, numDrafting: 0, count: 0, until: 0 };
   #numSettled = 0;
+
+  /** launchesAhead: a step without drafts is launched before the one ahead of it is over, and one with drafts is not */
+  constructor(launchesAhead = false) {
+    this.#costs = new CostModel(launchesAhead);
+  }
 
   wantsMtp(numSequences: number, numLost = 0): boolean {
     // Cached tokens are given up for a gain that is known, and seldom: so that a prefix that many share gets entries.

@@ -5,6 +5,8 @@ import type { StepBatch, StepResult } from './step-batch.js';
 export type ComputeMode = 'float32' | 'auto';
 /** of the latent cache; 'auto' is the device's own: bf16 on a GPU */
 export type KvCacheDtype = 'auto' | 'bf16' | 'fp8';
+/** of the language-model heads; 'auto' is the checkpoint's */
+export type HeadDtype = 'auto' | 'fp8';
 
 export interface RunnerOptions {
   spec: ModelSpec;
@@ -24,6 +26,8 @@ export interface RunnerOptions {
   gpuMemoryUtilization: number;
   /** the CPU takes 'auto' alone */
   kvCacheDtype: KvCacheDtype;
+  /** 'fp8': made e4m3 with scales of 128x128 blocks while loading */
+  headDtype: HeadDtype;
   /** a GPU computes a row by the same kernels whatever the batch; a CPU always does */
   deterministic: boolean;
   /** most tokens in one step: sizes the workspace */
@@ -49,8 +53,9 @@ export interface NativeRunner {
   /** bytes of weights made ready so far; readable at any time */
   progress(): { loadedBytes: number; totalBytes: number };
   /**
-   * Runs one step on the engine thread. One at a time; typed arrays are copied before it returns. Where it rejects with
-   * the code DEVICE_LOST, no later call can succeed.
+   * Runs one step on the engine thread. At most two may be under way, and end in order; a GPU goes on with the second at
+   * once. Typed arrays are copied before it returns. Where it rejects with the code DEVICE_LOST, no later call can
+   * succeed.
    */
   step(batch: StepBatch): Promise<StepResult>;
   /** Ends the engine thread and unmaps everything. Idempotent. */

@@ -68,10 +68,16 @@ class Estimates {
 /** What steps cost, learnt from steps: microseconds of the decoder layers by rows, and of drafting by sequences. */
 export class CostModel {
   readonly #main = new Estimates();
-  readonly #other = new Estimates(); // of a step, whatever it computes
+  readonly #other = new Estimates(); // of a step that was not launched ahead, whatever it computes
+  readonly #launchesAhead: boolean;
   readonly #firstDraft = new Estimates();
   readonly #laterDraft = new Estimates();
   #numSteps = 0;
+
+  /** launchesAhead: steps without drafts wait for nothing but the device */
+  constructor(launchesAhead = false) {
+    this.#launchesAhead = launchesAhead;
+  }
 
   get isKnown(): boolean {
     return !this.#main.isEmpty && !this.#firstDraft.isEmpty;
@@ -80,7 +86,7 @@ export class CostModel {
   observe({ numRows, mainMicros, otherMicros, numDrafting, numDrafts, draftMicros }: StepCost): void {
     const time = ++this.#numSteps;
     this.#main.add(numRows, mainMicros, time);
-    this.#other.add(0, otherMicros, time);
+    if (otherMicros !== null) this.#other.add(0, otherMicros, time);
     if (numDrafting === 0 || numDrafts === 0) return;
     if (numDrafts === 1) this.#firstDraft.add(numDrafting, draftMicros, time);
     else {
@@ -100,7 +106,8 @@ export class CostModel {
     const other = this.#other.at(0) ?? 0;
     return Array.from({ length: maxDrafts + 1 }, (_, count) => {
       const draft = count === 0 ? 0 : first + (count - 1) * later;
-      return other + (main?.(numSequences + numDrafting * count) ?? 0) + draft;
+      const waiting = count === 0 && this.#launchesAhead ? 0 : other;
+      return waiting + (main?.(numSequences + numDrafting * count) ?? 0) + draft;
     });
   }
 

@@ -84,11 +84,12 @@ export class DraftPlanner {
     const drafting = sequences.filter(({ numDrafts }) => numDrafts > 0);
     const numDrafts = drafting[0]?.numDrafts ?? 0;
     const isDecode = sequences.every(({ count, numSampled }) => count === numSampled);
+    const isAhead = sequences.some(({ rowBefore }) => rowBefore !== undefined);
     if (!this.#policy.isOn || !isDecode || drafting.some((part) => part.numDrafts !== numDrafts)) return;
     this.#policy.observeStep({
       numRows: sequences.reduce((sum, { count }) => sum + count, 0),
       mainMicros: stepMicros - draftMicros,
-      otherMicros: Math.max(0, totalMicros - stepMicros),
+      otherMicros: isAhead ? null : Math.max(0, totalMicros - stepMicros),
       numDrafting: drafting.length,
       numDrafts,
       draftMicros,

@@ -26,8 +26,8 @@ export interface StepCost {
   /** of the decoder layers */
   numRows: number;
   mainMicros: number;
-  /** from one step to the next: scheduling, and the way to the engine thread and back */
-  otherMicros: number;
+  /** from one step to the next: scheduling, and the way to the engine thread and back; null for one launched ahead */
+  otherMicros: number | null;
   /** sequences that drafted, and drafts that each of them got */
   numDrafting: number;
   numDrafts: number;

@@ -1,4 +1,5 @@
 import { ApiError } from '../errors.js';
+import { isUnderWay } from './ahead-planner.js';
 import { isDeviceLost, type RunnerInfo, type StepRunner } from './addon.js';
 import type { CacheEvent } from './cache-events.js';
 import type { RequestLimits } from './check-request.js';
@@ -18,10 +19,20 @@ import { Scheduler, type SchedulerOptions } from './scheduler.js';
 import type { SequenceOutcome, StepPlan } from './step-plan.js';
 
 export interface EngineOptions extends Omit<SchedulerOptions, 'onCacheEvent'> {
+  /** launch a step before the one ahead is over, where its sequences allow it; false where it is left out */
+  launchAhead?: boolean;
   /** keep what changes in the prefix cache for takeCacheEvents() */
   hasCacheEvents?: boolean;
   /** of the loaded runner */
   info: Pick<RunnerInfo, 'device' | 'weightBytes' | 'cacheBytes'> & { deviceNote?: string };
+}
+
+/** A step that the runner has and that is not committed. */
+interface LaunchedStep {
+  plan: StepPlan;
+  outcomes: Promise<SequenceOutcome[]>;
+  /** the step ahead of it has failed: it was made from nothing */
+  isVoid: boolean;
 }
 
 /** Steps in a row in which every sequence failed, after which the runner counts as broken. */
@@ -155,13 +166,15 @@ export class Engine implements EngineHandle {
   }
 
   async #run(): Promise<void> {
+    let step: LaunchedStep | null = null;
     try {
       while (this.#state.status === 'ready') {
-        const plan = this.#scheduler.schedule();
-        const outcomes = plan === null ? null : this.#step(plan);
-        this.#deliver(); // while the next step runs
-        if (plan === null || outcomes === null) await this.#idle();
-        else this.#undelivered = this.#scheduler.commit(plan, await outcomes);
+        step ??= this.#launch(this.#scheduler.schedule());
+        const next: LaunchedStep | null = step && this.#launch(this.#scheduleAhead(step));
+        this.#deliver(); // while the steps run
+        if (step === null) await this.#idle();
+        else this.#undelivered = this.#scheduler.commit(step.plan, await this.#outcomesOf(step, next));
+        step = next?.isVoid === true ? null : next;
       }
       this.#deliver();
     } catch (error) {
@@ -171,6 +184,17 @@ export class Engine implements EngineHandle {
       this.#endAll({ code: 'engine_failed', message: reason });
       this.onFailed(reason);
     }
+  }
+
+  #scheduleAhead(step: LaunchedStep): StepPlan | null {
+    return this.#options.launchAhead === true ? this.#scheduler.scheduleAhead(step.plan) : null;
+  }
+
+  #launch(plan: StepPlan | null): LaunchedStep | null {
+    if (plan === null) return null;
+    const outcomes = this.#runStep(plan);
+    outcomes.catch(() => {}); // whoever awaits it sees it
+    return { plan, outcomes, isVoid: false };
   }
 
   /** Passes on the events of the step before. Nothing else runs between its commit and this. */
@@ -189,17 +213,22 @@ export class Engine implements EngineHandle {
     });
   }
 
-  /** Runs a plan; where the runner refuses it, each of its sequences on its own, so that only the culprit fails. */
-  async #step(plan: StepPlan): Promise<SequenceOutcome[]> {
+  /** Waits for a step; where the runner refuses it, runs each of its sequences alone, so that only the culprit fails. */
+  async #outcomesOf(step: LaunchedStep, next: LaunchedStep | null): Promise<SequenceOutcome[]> {
+    const parts = step.plan.sequences;
     let outcomes: SequenceOutcome[];
     try {
-      outcomes = await this.#runStep(plan);
+      outcomes = await step.outcomes;
     } catch (error) {
       if (isDeviceLost(error)) throw error;
+      if (next !== null) {
+        next.isVoid = true;
+        await next.outcomes.catch(() => {});
+      }
       outcomes = [];
-      for (const part of plan.sequences) {
+      for (const part of parts) {
         const failed: SequenceOutcome = { kind: 'failed', message: (error as Error).message };
-        const alone = plan.sequences.length > 1 ? await this.#runAlone({ sequences: [part] }) : failed;
+        const alone = parts.length > 1 && isUnderWay(part) ? await this.#runAlone({ sequences: [part] }) : failed;
         outcomes.push(alone);
       }
     }

@@ -1,4 +1,5 @@
 import { ApiError } from '../errors.js';
+import { isLastOfLength, isUnderWay, planAhead } from './ahead-planner.js';
 import { BlockPool } from './block-pool.js';
 import type { CacheEvent } from './cache-events.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
@@ -166,6 +167,19 @@ export class Scheduler {
     return { sequences: plan.parts() };
   }
 
+  /**
+   * The step behind one that is not committed yet, to be launched at once; null where it has to be waited for. No
+   * sequence is left out of it for long: who waits for a place that is there, or runs without having been in that step,
+   * ends it. schedule() is for when no step is under way.
+   */
+  scheduleAhead(before: StepPlan): StepPlan | null {
+    const parts = before.sequences.filter(isUnderWay);
+    const numEnding = parts.filter(isLastOfLength).length;
+    const hasPlace = this.#running.length - numEnding < this.#options.maxNumSeqs;
+    if (parts.length < this.#running.length || (this.#waiting.length > 0 && hasPlace)) return null;
+    return planAhead(before, this.#cache, this.#options.blockSize);
+  }
+
   /** Takes over how long a step took, from the end of the one before to its own end. */
   observe(plan: StepPlan, result: StepResult, totalMicros: number): void {
     this.#speculation.observe(plan, result, totalMicros);
@@ -176,8 +190,8 @@ export class Scheduler {
     this.#counters.numSteps++;
     const events: EngineEvent[] = [];
     for (const [index, part] of plan.sequences.entries()) {
-      // Ended while the step ran: its blocks are released, and what came out is dropped.
-      if (part.sequence.status !== 'running') continue;
+      // Ended or taken elsewhere while the step ran: its blocks may be another's, and what came out is dropped.
+      if (!isUnderWay(part)) continue;
       const event = this.#commitSequence(part, outcomes[index]!);
       if (event !== null && !part.sequence.isPrewarm) events.push(event);
     }
@@ -298,6 +312,7 @@ export class Scheduler {
       draftIds: [],
       runMtp: sequence.runsMtp,
       numDrafts: 0,
+      epoch: sequence.epoch,
     });
   }
 
@@ -405,6 +420,7 @@ export class Scheduler {
         }
         const { tokens, numRows, isLastKept } = sequence.appendSampled(outcome.tokens);
         this.#counters.generationTokens += tokens.length;
+        if (tokens.length !== 1 || !isLastKept) sequence.epoch++; // a next step under way has not known of these
         // Whatever was sampled behind the last row looked at is dropped. So is the MTP entry of a token that was not kept.
         const numComputed = start + count - draftIds.length + numRows - 1;
         sequence.advance(numComputed, part.runMtp ? numComputed + Number(isLastKept) : sequence.numMtp);

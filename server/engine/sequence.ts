@@ -48,6 +48,8 @@ export class Sequence {
   /** prompt tokens taken from the prefix cache when the sequence first ran; -1 until then */
   cachedTokens = -1;
   numPreemptions = 0;
+  /** rises with whatever makes a step void that is under way: its part of it counts for nothing */
+  epoch = 0;
   /** computed for the prefix cache alone: nobody is told of it */
   isPrewarm = false;
   /** when it was added, milliseconds */
@@ -123,16 +125,21 @@ export class Sequence {
   }
 
   /**
-   * Ids that the next token may not be: the stop tokens, until minTokens are reached; and in reasoning before an
-   * answer with a grammar, whatever leads past that answer.
+   * Ids that the next token, behind numUnknown others, may not be: the stop tokens, until minTokens are reached; and in
+   * reasoning before an answer with a grammar, whatever leads past that answer.
    */
-  get bannedIds(): ReadonlySet<number> {
-    const isTooShort = this.numCompletion < this.request.sampling.minTokens;
+  bannedIdsAfter(numUnknown: number): ReadonlySet<number> {
+    const isTooShort = this.numCompletion + numUnknown < this.request.sampling.minTokens;
     const { grammar, markers } = this.request;
     if (grammar === undefined || this.followsGrammar) return isTooShort ? this.#stopIds : NO_IDS;
     const banned = new Set([...grammar.endIds, ...(isTooShort ? this.#stopIds : [])]);
     if (markers.toolCallsBegin >= 0) banned.add(markers.toolCallsBegin);
     return banned;
+  }
+
+  /** Whether what a token is sampled from does not depend on which tokens came before it, but through the model. */
+  get canRunAhead(): boolean {
+    return this.request.grammar === undefined && this.#history === null && this.request.prefillOnly !== true;
   }
 
   /** Whether the next token is held to the grammar. */
@@ -179,6 +186,7 @@ export class Sequence {
 
   /** Forgets what was computed, to be computed again from the first token on. */
   reset(): void {
+    this.epoch++;
     this.blockTable = [];
     this.numComputed = 0;
     this.numShared = 0;

@@ -2,10 +2,10 @@ import { join } from 'node:path';
 import { StartupError } from '../errors.js';
 import { GrammarThread } from '../grammar/thread.js';
 import { usableMemory } from '../machine.js';
-import { readCheckpoint } from '../model/checkpoint.js';
 import type { ModelSpec } from '../model/spec.js';
+import { readWeights } from '../model/synthetic.js';
 import { AdaptiveDrafts } from './adaptive-drafts.js';
-import type { ComputeMode, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
+import type { ComputeMode, HeadDtype, KvCacheDtype, NativeAddon, NativeRunner, RunnerOptions } from './addon.js';
 import { chooseDevice } from './device.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { Engine } from './engine.js';
@@ -15,6 +15,8 @@ import { warmUp } from './warm-up.js';
 export interface EngineConfig {
   /** checkpoint folder */
   model: string;
+  /** synthetic: random ones of the shape that the folder's config.json describes; the checkpoint's where it is left out */
+  weights?: 'checkpoint' | 'synthetic';
   /** 'auto' or one of the addon's usable devices */
   device: string;
   compute: ComputeMode;
@@ -27,6 +29,8 @@ export interface EngineConfig {
   /** GPU: share of its memory for weights, workspace and cache; null: the usual one, where cacheMemory is null too */
   gpuMemoryUtilization: number | null;
   kvCacheDtype: KvCacheDtype;
+  /** of the language-model heads; the checkpoint's where it is left out */
+  headDtype?: HeadDtype;
   /** the same bits in any batch on a GPU too */
   deterministic: boolean;
   /** most tokens of one sequence; null: what the checkpoint and the cache allow */
@@ -38,6 +42,8 @@ export interface EngineConfig {
   maxQueue: number;
   /** tell what changes in the prefix cache; false where it is left out */
   hasCacheEvents?: boolean;
+  /** launch steps ahead; on a GPU where it is left out */
+  launchAhead?: boolean;
   /** drafts of the MTP module a step; 'auto' adapts them, and is 0 where the checkpoint has no such module */
   speculativeTokens: number | 'auto';
 }
@@ -57,7 +63,7 @@ export async function startEngine(
   onProgress: LoadProgress = () => {},
 ): Promise<Engine> {
   const { compute, cpuPath, numThreads, blockSize, maxNumSeqs, maxModelLen } = config;
-  const checkpoint = readCheckpoint(config.model);
+  const checkpoint = readWeights(config.model, config.weights ?? 'checkpoint');
   const { spec, tensors } = checkpoint;
   if (maxModelLen !== null && maxModelLen > spec.maxPositionEmbeddings) {
     throw new StartupError(
@@ -71,7 +77,8 @@ export async function startEngine(
       `--max-step-tokens is ${maxStepTokens}; it must be at least --max-num-seqs, which is ${maxNumSeqs}.`,
     );
   }
-  const drafts = draftPolicy(config.speculativeTokens, spec);
+  const launchAhead = config.launchAhead ?? device !== 'cpu';
+  const drafts = draftPolicy(config.speculativeTokens, spec, launchAhead);
   const loadMtp = drafts.isOn;
   const cache = planCache(addon, config, { spec, device, loadMtp });
   const options: RunnerOptions = {
@@ -83,6 +90,7 @@ export async function startEngine(
     numThreads,
     blockSize,
     ...cache,
+    headDtype: config.headDtype ?? 'auto',
     deterministic: config.deterministic,
     maxStepTokens,
     maxNumSeqs,
@@ -105,6 +113,7 @@ export async function startEngine(
     maxNumSeqs,
     fingerprint: checkpoint.fingerprint,
     drafts,
+    launchAhead,
     hasCacheEvents: config.hasCacheEvents === true,
     grammars: new GrammarThread({
       tokenizer: join(checkpoint.folder, 'tokenizer.json'),
@@ -120,8 +129,12 @@ export async function startEngine(
 }
 
 /** Who drafts: nobody without an MTP module. */
-export function draftPolicy(speculativeTokens: number | 'auto', { numMtpLayers }: ModelSpec): DraftPolicy {
-  if (speculativeTokens === 'auto') return numMtpLayers > 0 ? new AdaptiveDrafts() : new FixedDrafts(0);
+export function draftPolicy(
+  speculativeTokens: number | 'auto',
+  { numMtpLayers }: ModelSpec,
+  launchesAhead = false,
+): DraftPolicy {
+  if (speculativeTokens === 'auto') return numMtpLayers > 0 ? new AdaptiveDrafts(launchesAhead) : new FixedDrafts(0);
   if (speculativeTokens === 0 || numMtpLayers > 0) return new FixedDrafts(speculativeTokens);
   throw new StartupError(
     `--speculative-tokens is ${speculativeTokens} but the checkpoint has no MTP layer (num_nextn_predict_layers); give 0 or auto.`,

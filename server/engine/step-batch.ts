@@ -8,6 +8,7 @@
  * drafts before it were accepted; whatever follows a rejected draft means nothing.
  */
 export interface StepBatch {
+  /** -1 - r: the token that row r of the step before samples; in a sequence's only sampled row, without runMtp */
   tokenIds: Int32Array; // [T]
   positions: Int32Array; // [T] absolute position of each token
   /** block_id * block_size + offset where the token's latent goes; -1: already there, do not write */
@@ -79,10 +80,14 @@ export interface StepResult {
   draftStart: Int32Array; // [S + 1]
   /** drafts for the next step, fewer than asked for where the MTP module's logits are not finite */
   draftIds: Int32Array; // [draftStart[S]]
-  /** time on the engine thread, microseconds */
+  /** time on the engine thread, microseconds; of a step begun while another ran, from the end of that one */
   stepMicros: number;
   /** of stepMicros, what the MTP module took */
   draftMicros: number;
+  /** from the step's first work on the device to its last; 0 where nothing was sampled */
+  deviceMicros: number;
+  /** since the end of the step before: how long the device waited for this one */
+  idleMicros: number;
 }
 
 /** Most drafts of a sequence in one step. */

@@ -17,6 +17,10 @@ export interface PlannedSequence {
   runMtp: boolean;
   /** drafts wanted for the next step */
   numDrafts: number;
+  /** the sequence's when this was planned */
+  epoch: number;
+  /** its token is what this row of the step before samples; left out where the token is known */
+  rowBefore?: number;
 }
 
 /** What one step computes, in the order of the batch. */

@@ -72,6 +72,6 @@ function runStep(runner: NativeRunner, ids: number[], numDrafts: number, blockSi
   );
   const length = ids.length + numDrafts;
   sequence.blockTable = Array.from({ length: Math.ceil(length / blockSize) }, (_, index) => index);
-  const part = { sequence, start: 0, count: ids.length, draftIds: [], runMtp: numDrafts > 0, numDrafts };
+  const part = { sequence, start: 0, count: ids.length, draftIds: [], runMtp: numDrafts > 0, numDrafts, epoch: 0 };
   return runner.step(packStep({ sequences: [{ ...part, numSampled: ids.length }] }, blockSize));
 }

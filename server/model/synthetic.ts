@@ -1,9 +1,12 @@
+import { createHash } from 'node:crypto';
 import { statSync } from 'node:fs';
-import { join, resolve } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import { StartupError } from '../errors.js';
+import { readCheckpoint } from './checkpoint.js';
+import { readGenerationDefaults } from './generation-config.js';
 import { readJsonFile } from './json-file.js';
-import { readModelConfig } from './model-config.js';
-import type { ModelSpec, TensorDtype, TensorEntry } from './spec.js';
+import { readModelConfig, readTokenId } from './model-config.js';
+import type { Checkpoint, ModelSpec, TensorDtype, TensorEntry } from './spec.js';
 import { decoderTensors, type ExpectedTensor } from './tensor-table.js';
 
 const DTYPE_BYTES: Record<TensorDtype, number> = { F8_E4M3: 1, BF16: 2, F16: 2, F32: 4 };
@@ -37,6 +40,32 @@ export function readSyntheticModel(path: string, numLayers: number | null): Synt
   spec.numMtpLayers = 0;
   const tensors = decoderTensors(spec).flatMap((expected) => entriesOf(expected, spec));
   return { spec, tensors, weightBytes: tensors.reduce((sum, { bytes }) => sum + bytes, 0) };
+}
+
+/** A folder's checkpoint; synthetic: one with random weights in its place, of which the folder has no shard. */
+export function readWeights(path: string, which: 'checkpoint' | 'synthetic'): Checkpoint {
+  if (which === 'checkpoint') return readCheckpoint(path);
+  const folder = resolve(path);
+  const configFile = join(folder, 'config.json');
+  const model = readSyntheticModel(path, null);
+  const config = readJsonFile(configFile);
+  if (config === null) throw new StartupError(`${configFile} is missing; a folder is served, not a file.`);
+  const generationFile = join(folder, 'generation_config.json');
+  const generation = readJsonFile(generationFile);
+  const { vocabSize } = model.spec;
+  return {
+    ...model,
+    folder,
+    name: basename(folder),
+    defaults: readGenerationDefaults(
+      generation && { file: generationFile, object: generation.object },
+      { file: configFile, object: config.object },
+      vocabSize,
+    ),
+    bosTokenId: readTokenId(config.object, 'bos_token_id', vocabSize, configFile),
+    fingerprint: createHash('sha256').update('synthetic').update(config.bytes).digest('hex'),
+    notes: ['the weights are random numbers'],
+  };
 }
 
 /** A tensor, and where it is FP8 its scales. */

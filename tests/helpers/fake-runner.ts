@@ -29,6 +29,8 @@ export class FakeRunner implements StepRunner {
   readonly options: FakeRunnerOptions;
   readonly #cache: Int32Array; // [num_blocks, block_size]
   readonly #mtpCache: Int32Array; // [num_blocks, block_size] hashes of prefixes
+  #sampledBefore: number[] = []; // [rows of the step before]
+  #numUnderWay = 0;
   /** a step with this token in it is refused */
   throwOn = -1;
   /** the next steps come out non-finite, and so does whatever reads what they wrote */
@@ -38,6 +40,8 @@ export class FakeRunner implements StepRunner {
   /** every step is refused, as by a device that is lost */
   isLost = false;
   numSteps = 0;
+  /** of them, those with a token that the step before has sampled */
+  numAhead = 0;
   maxSequences = 0;
   /** drafts of each sequence that got any, in order of the steps */
   readonly drafted: number[][] = [];
@@ -49,7 +53,9 @@ export class FakeRunner implements StepRunner {
   }
 
   async step(batch: StepBatch): Promise<StepResult> {
+    assert.ok(++this.#numUnderWay <= 2, 'at most two steps are under way');
     await turn();
+    this.#numUnderWay--;
     return this.stepNow(batch);
   }
 
@@ -57,7 +63,32 @@ export class FakeRunner implements StepRunner {
     return Promise.resolve();
   }
 
-  stepNow(batch: StepBatch): StepResult {
+  stepNow(given: StepBatch): StepResult {
+    const batch = { ...given, tokenIds: this.#resolve(given) };
+    this.#sampledBefore = [];
+    const result = this.#compute(batch);
+    this.#sampledBefore = [...result.sampledIds];
+    return result;
+  }
+
+  /** Token ids below 0 name rows of the step before. */
+  #resolve({ tokenIds, qStart, numSampled, runMtp }: StepBatch): Int32Array {
+    if (tokenIds.some((id) => id < 0)) this.numAhead++;
+    const known = Int32Array.from(tokenIds); // [T]
+    for (let index = 0; index < numSampled.length; index++) {
+      for (let token = qStart[index]!; token < qStart[index + 1]!; token++) {
+        if (tokenIds[token]! >= 0) continue;
+        const isOnlySampled = token === qStart[index + 1]! - 1 && numSampled[index] === 1 && runMtp[index] === 0;
+        assert.ok(isOnlySampled, 'a row of the step before stands for the only sampled token');
+        const row = -1 - tokenIds[token]!;
+        if (row >= this.#sampledBefore.length) throw new Error(`the step before has no row ${row}`);
+        known[token] = Math.max(0, this.#sampledBefore[row]!);
+      }
+    }
+    return known;
+  }
+
+  #compute(batch: StepBatch): StepResult {
     if (this.isLost) throw Object.assign(new Error('the fake device is lost'), { code: 'DEVICE_LOST' });
     if (this.isBroken) throw new Error('the fake runner is broken');
     if (batch.tokenIds.includes(this.throwOn)) throw new Error('the fake runner refuses this token');
@@ -97,6 +128,8 @@ export class FakeRunner implements StepRunner {
       draftIds: Int32Array.from(drafts.flat()), // [draftStart[S]]
       stepMicros: 1,
       draftMicros: 0,
+      deviceMicros: 1,
+      idleMicros: 0,
     };
   }
 

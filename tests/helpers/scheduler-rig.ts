@@ -3,11 +3,11 @@ import fc from 'fast-check';
 import { BlockPool } from '../../server/engine/block-pool.js';
 import type { CacheEvent } from '../../server/engine/cache-events.js';
 import type { DraftPolicy } from '../../server/engine/draft-policy.js';
-import { packStep, unpackStep } from '../../server/engine/pack-step.js';
 import { PrefixCache } from '../../server/engine/prefix-cache.js';
 import type { EngineEvent, EngineRequest } from '../../server/engine/request.js';
 import { Scheduler } from '../../server/engine/scheduler.js';
 import { FakeRunner, expectedTokens, makeRequest } from './fake-runner.js';
+import { StepDriver } from './step-driver.js';
 
 export const VOCAB_SIZE = 97;
 const FINGERPRINT = 'fake';
@@ -47,12 +47,14 @@ export class Rig {
   readonly terminal = new Map<string, EngineEvent>();
   readonly trace: string[] = [];
 
+  readonly #driver: StepDriver;
   readonly #prewarmed: number[][] = [];
   readonly #roots: ReadonlySet<string>;
   /** what a reader of cache events takes for cached */
   readonly #told = new Set<string>();
 
-  constructor(setup: Setup, makeDrafts?: MakeDrafts) {
+  /** isAhead: each step is planned and run before the one ahead of it is committed, where the scheduler allows it */
+  constructor(setup: Setup, makeDrafts?: MakeDrafts, isAhead = false) {
     this.setup = setup;
     this.maxContext = setup.numBlocks * setup.blockSize;
     this.scheduler = new Scheduler({
@@ -63,6 +65,7 @@ export class Rig {
       onCacheEvent: (event) => this.#hear(event),
     });
     this.runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
+    this.#driver = new StepDriver(this.scheduler, this.runner, isAhead);
     const cache = new PrefixCache(new BlockPool(1), 1, FINGERPRINT);
     this.#roots = new Set(SALTS.map((salt) => cache.rootHash(salt)));
   }
@@ -103,15 +106,17 @@ export class Rig {
   }
 
   step(abortDuring = -1): boolean {
-    const plan = this.scheduler.schedule();
-    if (plan === null) return false;
-    const numTokens = plan.sequences.reduce((sum, { count }) => sum + count, 0);
-    assert.ok(numTokens <= this.setup.maxStepTokens);
-    assert.ok(plan.sequences.length <= this.setup.maxNumSeqs);
-    this.checkAll();
-    const result = this.runner.stepNow(packStep(plan, this.setup.blockSize));
-    if (abortDuring >= 0) this.abortOne(abortDuring);
-    this.take(this.scheduler.commit(plan, unpackStep(plan, result, VOCAB_SIZE)));
+    const onRun = () => {
+      if (abortDuring >= 0) this.abortOne(abortDuring);
+    };
+    const events = this.#driver.step(onRun, ({ sequences }) => {
+      const numTokens = sequences.reduce((sum, { count }) => sum + count, 0);
+      assert.ok(numTokens <= this.setup.maxStepTokens);
+      assert.ok(sequences.length <= this.setup.maxNumSeqs);
+      this.checkAll();
+    });
+    if (events === null) return false;
+    this.take(events);
     this.checkAll();
     return true;
   }
@@ -273,8 +278,8 @@ export const commands: fc.Arbitrary<Command[]> = fc.array(
   { minLength: 10, maxLength: 150, size: 'max' },
 );
 
-export function play(setup: Setup, script: Command[], makeDrafts?: MakeDrafts): Rig {
-  const rig = new Rig(setup, makeDrafts);
+export function play(setup: Setup, script: Command[], makeDrafts?: MakeDrafts, isAhead = false): Rig {
+  const rig = new Rig(setup, makeDrafts, isAhead);
   for (const [index, command] of script.entries()) {
     if (command.kind === 'step') rig.step(command.abortDuring);
     else if (command.kind === 'submit') {

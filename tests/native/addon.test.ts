@@ -20,6 +20,7 @@ const OPTIONS: RunnerOptions = {
   numBlocks: 16,
   gpuMemoryUtilization: 0,
   kvCacheDtype: 'auto',
+  headDtype: 'auto',
   deterministic: true,
   maxStepTokens: 32,
   maxNumSeqs: 4,
@@ -142,15 +143,63 @@ test('load, step, close', async () => {
   assert.ok(result.stepMicros > 0);
 
   const first = runner.step(batchOf(PROMPT));
-  await assert.rejects(runner.step(batchOf(PROMPT)), /a step is running/);
+  const second = runner.step(batchOf(PROMPT));
+  await assert.rejects(runner.step(batchOf(PROMPT)), /two steps are running/);
   const closed = [runner.close(), runner.close()];
   await assert.rejects(runner.step(batchOf(PROMPT)), /the runner is closed/);
-  assert.deepEqual((await first).logits, result.logits, 'the step before close() is finished');
+  const order: number[] = [];
+  await Promise.all([first, second].map((step, index) => step.then(() => order.push(index))));
+  assert.deepEqual(order, [0, 1]);
+  assert.deepEqual((await first).logits, result.logits, 'a step before close() is finished');
+  assert.deepEqual((await second).logits, result.logits, 'and the one behind it');
   await Promise.all(closed);
   await runner.close();
   await assert.rejects(runner.step(batchOf(PROMPT)), /the runner is closed/);
   await assert.rejects(runner.load(), /the runner is closed/);
   assert.equal(runner.progress().totalBytes, info.weightBytes);
+});
+
+test('a token id below 0 is what a row of the step before has sampled', async (t) => {
+  const runner = await loadRunner(t);
+  const plain = { runMtp: Uint8Array.of(0), numDrafts: Int32Array.of(0), draftLogitRows: new Int32Array() };
+  const prompt = { ...batchOf(PROMPT), ...plain };
+  const at = PROMPT.length;
+  const next = (id: number): StepBatch => ({
+    ...batchOf([...PROMPT, 0]),
+    ...plain,
+    tokenIds: Int32Array.of(id),
+    positions: Int32Array.of(at),
+    slotMapping: Int32Array.of(at),
+    qStart: Int32Array.of(0, 1),
+    logitRows: Int32Array.of(0),
+  });
+  const { sampledIds } = await runner.step(prompt);
+  const known = await runner.step(next(sampledIds[0]!));
+  const [, ahead] = await Promise.all([runner.step(prompt), runner.step(next(-1))]);
+  assert.deepEqual(ahead.logits, known.logits);
+  assert.deepEqual(ahead.sampledIds, known.sampledIds);
+  const mtp = { ...next(-1), runMtp: Uint8Array.of(1) };
+  await assert.rejects(runner.step(mtp), /token_ids\[0\] is -1, outside 0/, 'the MTP module needs the token');
+  await assert.rejects(runner.step(next(-1)), /no row of the step before, which had 0/, 'a step that failed has none');
+  await runner.step(prompt);
+  await assert.rejects(runner.step(next(-2)), /no row of the step before, which had 1/);
+});
+
+test('a head made FP8 has half the bytes, and logits near those of the checkpoint', async (t) => {
+  const plain = await loadRunner(t);
+  const runner = addon.createRunner({ ...OPTIONS, headDtype: 'fp8' });
+  t.after(() => runner.close());
+  const { weightBytes } = await runner.load();
+  const head = OPTIONS.tensors.find(({ name }) => name === 'lm_head.weight') ?? OPTIONS.tensors[0]!;
+  assert.ok(weightBytes < checkpoint.weightBytes - 0.4 * head.bytes, `${weightBytes} of ${checkpoint.weightBytes}`);
+  const [exact, rounded] = [await plain.step(batchOf(PROMPT)), await runner.step(batchOf(PROMPT))];
+  for (const name of ['logits', 'draftLogits'] as const) {
+    const square = (values: Float32Array) => values.reduce((sum, x) => sum + x * x, 0);
+    const error = Math.sqrt(square(rounded[name].map((x, i) => x - exact[name][i]!)) / square(exact[name]));
+    assert.ok(error > 1e-3 && error < 0.04, `${name}: ${error}`);
+  }
+  assert.deepEqual(rounded.sampledIds, exact.sampledIds);
+  assert.throws(() => addon.createRunner({ ...OPTIONS, headDtype: 'int8' as never }), /headDtype is 'int8'/);
 });
 
 test('close without load, and a load that fails', async () => {

@@ -106,10 +106,12 @@ void check_equal_outcome(const Outcome& outcome) {
 const bool random_test = add_cuda_test("sample as the CPU does", [] {
   CudaRandom random{8};
   const std::unique_ptr<Ops> gpu = make_gpu();
-  gpu->reserve(test_limits(small_mla()));
-  for (const int64_t vocab_size : {1, 3, 16, 97, 1031, 4096, 4097, 16384}) {
+  OpsLimits limits = test_limits(small_mla());
+  limits.vocab_size = 163840;
+  gpu->reserve(limits);
+  for (const int64_t vocab_size : {1, 3, 16, 33, 97, 1031, 4096, 4097, 16384, 129280, 163840}) {
     for (int round = 0; round < 3; ++round) {
-      const int64_t num_rows = 64 - round;
+      const int64_t num_rows = vocab_size > 100000 ? 32 : 64 - round;
       const SampleBatch batch = random_batch(random, num_rows, vocab_size);
       Floats logits = random_floats(random, num_rows * vocab_size, round == 0 ? 2.0f : 6.0f);
       if (round == 2) {  // many ties

@@ -8,6 +8,7 @@
 #include "engine/host_index.h"
 #include "engine/latent_cache.h"
 #include "model/forward.h"
+#include "ops/sample_args.h"
 #include "tests/native/cuda_support.h"
 
 namespace rodin::test {
@@ -192,8 +193,10 @@ class StepRig {
       gpu_->upload(layer.latents.data, latents.data(), latents.size() * 2);
   }
 
-  // One step; greedy sampling on the device as in Runner, but for the settings.
-  void begin(int64_t batch, int64_t context, uint32_t seed, int64_t first_block = 0) {
+  // One step; greedy sampling on the device as in Runner, but for the settings. `tokens`: instead of random
+  // ones.
+  void begin(int64_t batch, int64_t context, uint32_t seed, int64_t first_block = 0,
+             const std::vector<int32_t>* tokens = nullptr) {
     CudaRandom random{seed};
     index_.clear();
     step_.block_table.clear();
@@ -206,10 +209,43 @@ class StepRig {
       step_.block_table_start.push_back(static_cast<int32_t>(step_.block_table.size()));
       const auto position = static_cast<int32_t>(context - 1);
       const int32_t slot = step_.block_table.back() * kBlock + position % kBlock;
-      index_.add_row(static_cast<int32_t>(random.below(spec_.vocab_size)), position, position, slot);
+      const auto token = static_cast<int32_t>(random.below(spec_.vocab_size));
+      index_.add_row(tokens ? (*tokens)[static_cast<size_t>(s)] : token, position, position, slot);
       index_.end_sequence();
       rows_.push_back(static_cast<int32_t>(s));
     }
+  }
+  // Samples greedily what run() gave, and waits for nothing.
+  void begin_sample(const float* logits, int slot, int32_t num_logprobs = 2, float temperature = 0,
+                    float top_p = 1) {
+    const size_t count = rows_.size();
+    sampling_ = SampleBatch{};
+    sampling_.temperature.assign(count, temperature);
+    sampling_.top_p.assign(count, top_p);
+    sampling_.top_k.assign(count, 0);
+    sampling_.min_p.assign(count, 0);
+    sampling_.seed_low.assign(count, 0);
+    sampling_.seed_high.assign(count, 0);
+    sampling_.presence_penalty.assign(count, 0);
+    sampling_.frequency_penalty.assign(count, 0);
+    sampling_.repetition_penalty.assign(count, 1);
+    sampling_.num_logprobs.assign(count, num_logprobs);
+    for (auto* starts : {&sampling_.history_start, &sampling_.bias_start, &sampling_.mask_start})
+      starts->assign(count + 1, 0);
+    SampleArgs args;
+    args.batch = &sampling_;
+    args.logits = logits;
+    args.row_seq = rows_.data();
+    args.row_position = rows_.data();
+    args.num_rows = static_cast<int64_t>(count);
+    args.vocab_size = spec_.vocab_size;
+    CHECK(gpu_->begin_sample(args, slot));
+  }
+  SampleResult sampled(int slot) {
+    SampleResult result;
+    gpu_->finish_sample(slot, result);
+    CHECK(gpu_->is_sampled(slot));
+    return result;
   }
   // A prompt of which one row gets logits.
   void begin_prompt(int64_t length, uint32_t seed) {
@@ -225,8 +261,14 @@ class StepRig {
     rows_ = {static_cast<int32_t>(length - 1)};
   }
   const float* run() {
+    run_layers();
+    return run_head();
+  }
+  void run_layers() {
     const StepIndex index = gpu_->begin_step(index_.view(step_, kBlock, 0), 0);
     hidden_ = forward_->run(index, cache_->layers());
+  }
+  const float* run_head() {
     return forward_->logits(hidden_, rows_.data(), static_cast<int64_t>(rows_.size())).row<float>(0);
   }
   // Waits for what run() gave.
@@ -251,6 +293,7 @@ class StepRig {
   StepBatch step_;
   std::vector<int32_t> rows_;
   Tensor hidden_;
+  SampleBatch sampling_;
 };
 
 struct StepFloor {
@@ -286,11 +329,47 @@ const bool step_speed = [] {
   add_cuda_test("speed of a Moonlight step", [] {
     time_steps(true, {{1, 1020, 0.38}, {8, 2499, 0.58}, {32, 5963, 0.57}, {128, 20243, 0.38}});
   });
-  add_cuda_test("speed of a Moonlight step of quantised layers", [] {
-    time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}});
-  });
+  add_cuda_test("speed of a Moonlight step of quantised layers",
+                [] { time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}}); });
   return true;
 }();
+
+// Each part enqueued again and again, so that no launch is waited for.
+const bool part_speed = add_cuda_test("speed of a Moonlight step's parts", [] {
+  StepRig rig(moonlight(27), 32, 1024, false);
+  for (const int64_t batch : {1, 32}) {
+    rig.begin(batch, 1024, 1);
+    const float* logits = rig.run();
+    const auto micros_of = [&](auto&& part) {
+      constexpr int kRounds = 40;
+      double best = 1e9;
+      for (int repeat = 0; repeat < 4; ++repeat) {
+        rig.wait(logits);
+        const auto start = std::chrono::steady_clock::now();
+        for (int round = 0; round < kRounds; ++round) part(round);
+        rig.wait(logits);
+        const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
+        best = std::min(best, elapsed.count() / kRounds);
+      }
+      return best;
+    };
+    const double layers = micros_of([&](int) { rig.run_layers(); });
+    const double head = micros_of([&](int) { rig.run_head(); });
+    const double sampling = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1); });
+    const double logprobs = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 0); });
+    const double likeliest = micros_of([&](int round) { rig.begin_sample(logits, round % 2, 20); });
+    const double noise = micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 1); });
+    const double nucleus =
+        micros_of([&](int round) { rig.begin_sample(logits, round % 2, -1, 0.6f, 0.95f); });
+    const double all = micros_of([&](int round) { rig.begin_sample(rig.run(), round % 2, -1); });
+    std::printf(
+        "moonlight, batch %2d: layers %.0f us, head %.0f, greedy %.0f, with a logprob %.0f, with 20 %.0f, "
+        "with noise %.0f, top_p %.0f; a step %.0f\n",
+        static_cast<int>(batch), layers, head, sampling, logprobs, likeliest, noise, nucleus, all);
+    std::fflush(stdout);
+    CHECK(sampling < 0.05 * all && nucleus < 0.1 * all);
+  }
+});
 
 const bool prompt_speed = add_cuda_test("speed of a Moonlight prompt", [] {
   StepRig rig(moonlight(27), 1, 8192, false, 8192);
@@ -344,6 +423,32 @@ const bool recorded_bits = add_cuda_test("step: a recorded step gives the bits o
     CHECK(rig.logits(batch) == first);
     rig.begin(batch, 450, 2, other_block);
     CHECK(rig.logits(batch) == other);
+  }
+});
+
+const bool ahead = add_cuda_test("step: tokens that only the device knows give the bits of known ones", [] {
+  StepRig rig(moonlight(2), 36, 700);
+  for (const int64_t batch : {1, 3, 17}) {
+    std::vector<int32_t> rows;  // [batch] each sequence takes another one's token
+    for (int64_t s = 0; s < batch; ++s) rows.push_back(static_cast<int32_t>(-1 - (s + 1) % batch));
+    for (uint32_t seed = 1; seed < 4; ++seed) {  // unrecorded, recorded, replayed
+      rig.begin(batch, 699, seed);
+      rig.begin_sample(rig.run(), 0);
+      rig.begin(batch, 700, 0, 0, &rows);
+      rig.begin_sample(rig.run(), 1);  // two steps are under way
+      const SampleResult first = rig.sampled(0), second = rig.sampled(1);
+      std::vector<int32_t> known;
+      for (int64_t s = 0; s < batch; ++s)
+        known.push_back(first.sampled_ids[static_cast<size_t>((s + 1) % batch)]);
+      rig.begin(batch, 700, 0, 0, &known);
+      rig.begin_sample(rig.run(), 0);
+      const SampleResult again = rig.sampled(0);
+      CHECK(again.sampled_ids == second.sampled_ids);
+      CHECK(again.sampled_logprobs == second.sampled_logprobs);
+      CHECK(again.top_ids == second.top_ids);
+      CHECK(again.top_logprobs == second.top_logprobs);
+      CHECK(first.sampled_ids != second.sampled_ids);
+    }
   }
 });
 

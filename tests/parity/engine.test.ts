@@ -38,6 +38,7 @@ const CONFIG: EngineConfig = {
   maxNumSeqs: 64,
   maxQueue: 64,
   speculativeTokens: 0,
+  launchAhead: true,
 };
 
 /** Runs a test against its own engine and checks the block invariant behind it. */
@@ -120,10 +121,14 @@ for (const [pathIndex, cpuPath] of cpuPaths().entries()) {
     if (pathIndex > 0 && sampling.seed !== SAMPLINGS['temperature 1 with a seed']!.seed) continue;
     test(`batch invariance, ${cpuPath}, ${name}: same tokens, same bits of log-probabilities`, async () => {
       let alone: EmittedToken[] = [];
-      await withEngine({ cpuPath }, async (engine) => {
+      await withEngine({ cpuPath, launchAhead: false }, async (engine) => {
         alone = tokensOf(await collect(engine.submit(subject('alone', sampling, 'alone'))));
         assert.equal(alone.length, NUM_TOKENS);
         assert.ok(alone.every(({ logprobs }) => logprobs!.top.length === 4 && Number.isFinite(logprobs!.logprob)));
+      });
+      await withEngine({ cpuPath }, async (engine) => {
+        const ahead = tokensOf(await collect(engine.submit(subject('ahead', sampling, 'ahead'))));
+        assert.deepEqual(ahead, alone, 'with steps launched ahead');
 
         const crowd = others(32, NUM_TOKENS).map((request) => collect(engine.submit(request)));
         const inBatch = tokensOf(await collect(engine.submit(subject('in batch', sampling, 'in batch'))));
@@ -156,7 +161,7 @@ for (const [pathIndex, cpuPath] of cpuPaths().entries()) {
         await olderEvents;
         assert.ok(engine.stats().numPreemptions > 0, 'the subject was preempted');
         assert.deepEqual(preempted.slice(0, NUM_TOKENS), alone, 'before a preemption');
-        await withEngine({ cpuPath }, async (roomy) => {
+        await withEngine({ cpuPath, launchAhead: false }, async (roomy) => {
           const whole = tokensOf(await collect(roomy.submit(subject('whole', longer, ''))));
           assert.deepEqual(preempted, whole, 'after a preemption');
         });

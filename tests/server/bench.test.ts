@@ -9,6 +9,8 @@ import { runBenchStep } from '../../server/bench/step.js';
 import { formatReport } from '../../server/bench/table.js';
 import { TrafficModel } from '../../server/bench/traffic.js';
 import { readCommandLine, type BenchConfig } from '../../server/config.js';
+import type { NativeAddon } from '../../server/engine/addon.js';
+import { loadAddon } from '../../server/engine/load-addon.js';
 import { readSyntheticModel } from '../../server/model/synthetic.js';
 import { FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
 
@@ -122,7 +124,45 @@ test('synthetic weights run: a tiny model is timed, its figures agree with one a
       const share = one.bytesPerSecond / report.ceilings.readBytesPerSecond;
       assert.ok(Math.abs(one.bandwidthShare! - share) < 1e-9);
     }
+    for (const { isAhead, deviceMs, idleMs, medianMs } of report.cases) {
+      assert.ok(!isAhead && idleMs > 0 && deviceMs > 0.5 * medianMs && deviceMs <= medianMs);
+    }
     assert.match(formatReport(report), /decode 3 @ 100 .*\n *prefill 50 /);
+  }));
+
+test('a GPU is given the next decode before the last is over, and then one by one', () =>
+  withTinyModel(async (file) => {
+    const real = loadAddon();
+    const numUnderWay: number[] = [];
+    let count = 0;
+    const addon: NativeAddon = {
+      ...real,
+      devices: () => ({ usable: ['cuda:0', 'cpu'], unusable: [] }),
+      cacheBytesPerToken: (options) => real.cacheBytesPerToken({ ...options, device: 'cpu' }),
+      ceilings: () => ({ readBytesPerSecond: 0, flopsPerSecond: 0 }),
+      createRunner: (options) => {
+        const runner = real.createRunner({ ...options, device: 'cpu' });
+        return {
+          load: () => runner.load(),
+          progress: () => runner.progress(),
+          close: () => runner.close(),
+          step: (batch) => {
+            numUnderWay.push(++count);
+            return runner.step(batch).finally(() => count--);
+          },
+        };
+      },
+    };
+    const flags = ['--model', file, '--weights', 'synthetic', '--device', 'cuda:0', '--threads', '1', '--prompt', '0'];
+    const report = await runBenchStep(benchConfig(...flags, '--batch', '2', '--context', '9'), () => {}, addon);
+    assert.deepEqual(
+      report.cases.map(({ isAhead }) => isAhead),
+      [true, false],
+    );
+    assert.match(formatReport(report), /decode 2 @ 9, ahead .*\ndecode 2 @ 9 /);
+    const half = numUnderWay.length / 2;
+    assert.deepEqual(new Set(numUnderWay.slice(1, half - 1)), new Set([2]));
+    assert.deepEqual(new Set(numUnderWay.slice(half + 1)), new Set([1]));
   }));
 
 test('every op of a model is timed and agrees with the oracle', () =>

@@ -11,25 +11,39 @@ const VOCAB_SIZE = 97;
 const SETUP = { blockSize: 4, numBlocks: 64, maxStepTokens: 32, maxNumSeqs: 16 };
 const MAX_CONTEXT = SETUP.blockSize * SETUP.numBlocks;
 
-function makeEngine(overrides: Partial<typeof SETUP> = {}, maxOpen = 128): { engine: Engine; runner: FakeRunner } {
+function makeEngine(
+  overrides: Partial<typeof SETUP> = {},
+  maxOpen = 128,
+  launchAhead = true,
+): { engine: Engine; runner: FakeRunner } {
   const setup = { ...SETUP, ...overrides };
   const runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
   const engine = new Engine(runner, {
     ...setup,
     fingerprint: 'fake',
+    launchAhead,
     limits: { vocabSize: VOCAB_SIZE, maxContext: setup.blockSize * setup.numBlocks, maxOpen },
     info: { device: 'fake', weightBytes: 0, cacheBytes: 0 },
   });
   return { engine, runner };
 }
 
-/** Runs a test against its own engine and checks the block invariant behind it. */
+/** Runs a test against its own engines, with and without steps ahead, and checks the block invariant behind it. */
 async function withEngine(
   body: (engine: Engine, runner: FakeRunner) => Promise<void>,
   overrides: Partial<typeof SETUP> = {},
   maxOpen = 128,
 ): Promise<void> {
-  const { engine, runner } = makeEngine(overrides, maxOpen);
+  for (const launchAhead of [false, true]) await withOneEngine(body, overrides, maxOpen, launchAhead);
+}
+
+async function withOneEngine(
+  body: (engine: Engine, runner: FakeRunner) => Promise<void>,
+  overrides: Partial<typeof SETUP>,
+  maxOpen: number,
+  launchAhead: boolean,
+): Promise<void> {
+  const { engine, runner } = makeEngine(overrides, maxOpen, launchAhead);
   try {
     await body(engine, runner);
     engine.checkInvariant();

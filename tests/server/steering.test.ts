@@ -2,11 +2,11 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import fc from 'fast-check';
 import { FixedDrafts } from '../../server/engine/draft-policy.js';
-import { packStep, unpackStep } from '../../server/engine/pack-step.js';
 import type { EmittedToken, EngineEvent, EngineRequest, ThinkingLimits } from '../../server/engine/request.js';
 import { Scheduler } from '../../server/engine/scheduler.js';
 import { Steering } from '../../server/engine/steering.js';
 import { FakeRunner, makeRequest } from '../helpers/fake-runner.js';
+import { StepDriver } from '../helpers/step-driver.js';
 
 /** Small, so that the fake model runs into markers and loops by itself. */
 const VOCAB_SIZE = 23;
@@ -31,6 +31,7 @@ function run(
   setup: Setup,
   requests: readonly EngineRequest[],
   numDrafts = 0,
+  isAhead = false,
 ): { outcomes: Map<string, Outcome>; scheduler: Scheduler } {
   const scheduler = new Scheduler({
     ...setup,
@@ -39,15 +40,15 @@ function run(
     limits: { vocabSize: VOCAB_SIZE, maxContext: setup.numBlocks * setup.blockSize, maxOpen: 100 },
   });
   const runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
+  const driver = new StepDriver(scheduler, runner, isAhead);
   const outcomes = new Map<string, Outcome>();
   const waiting = [...requests];
   for (;;) {
     const next = waiting.shift();
     if (next) scheduler.add(next);
-    const plan = scheduler.schedule();
-    if (plan === null) break;
-    const result = runner.stepNow(packStep(plan, setup.blockSize));
-    for (const event of scheduler.commit(plan, unpackStep(plan, result, VOCAB_SIZE))) {
+    const events = driver.step();
+    if (events === null) break;
+    for (const event of events) {
       const tokens = [...(outcomes.get(event.requestId)?.tokens ?? []), ...event.tokens];
       outcomes.set(event.requestId, { tokens, last: event });
       assert.equal(
@@ -121,7 +122,7 @@ function checkLimits(request: EngineRequest, { tokens, last }: Outcome): void {
   assert.ok(sampled.length > 0);
 }
 
-test('forced tokens are the same alone, in chunks, in a crowd, after preemptions and with drafts', () => {
+test('forced tokens are the same alone, in chunks, in a crowd, after preemptions with drafts, and ahead', () => {
   const seen = { budget: 0, answer_reserve: 0, loop: 0, none: 0, client: Infinity };
   let numPreemptions = 0;
   fc.assert(
@@ -132,16 +133,17 @@ test('forced tokens are the same alone, in chunks, in a crowd, after preemptions
         numBlocks: fc.integer({ min: 84, max: 100 }),
         maxNumSeqs: fc.integer({ min: 1, max: 8 }),
         extraTokens: fc.integer({ min: 0, max: 20 }),
-        numDrafts: fc.integer({ min: 0, max: 4 }),
+        numDrafts: fc.constantFrom(0, 0, 1, 2, 3, 4),
+        isAhead: fc.boolean(),
       }),
-      (list, { numDrafts, extraTokens, numBlocks, blockSize, maxNumSeqs }) => {
+      (list, { numDrafts, isAhead, extraTokens, numBlocks, blockSize, maxNumSeqs }) => {
         const setup = {
           blockSize,
           maxNumSeqs,
           maxStepTokens: maxNumSeqs + extraTokens,
           numBlocks: Math.ceil(numBlocks / blockSize),
         };
-        const { outcomes, scheduler } = run(setup, list, numDrafts);
+        const { outcomes, scheduler } = run(setup, list, numDrafts, isAhead);
         numPreemptions += scheduler.stats().numPreemptions;
         for (const request of list) {
           const outcome = outcomes.get(request.requestId)!;

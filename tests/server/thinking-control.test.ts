@@ -2,10 +2,10 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import fc from 'fast-check';
 import { FixedDrafts } from '../../server/engine/draft-policy.js';
-import { packStep, unpackStep } from '../../server/engine/pack-step.js';
 import type { EmittedToken, EngineEvent, EngineRequest, ThinkingControl } from '../../server/engine/request.js';
 import { Scheduler } from '../../server/engine/scheduler.js';
 import { FakeRunner, makeRequest } from '../helpers/fake-runner.js';
+import { StepDriver } from '../helpers/step-driver.js';
 
 /** Small, so that the fake model runs into markers by itself. */
 const VOCAB_SIZE = 23;
@@ -34,7 +34,13 @@ interface Outcome {
   sentBefore: { asked: Asked; numTokens: number; isReasoning: boolean }[];
 }
 
-function run(setup: Setup, requests: readonly EngineRequest[], asked: readonly Asked[] = [], numDrafts = 0) {
+function run(
+  setup: Setup,
+  requests: readonly EngineRequest[],
+  asked: readonly Asked[] = [],
+  numDrafts = 0,
+  isAhead = false,
+) {
   const scheduler = new Scheduler({
     ...setup,
     fingerprint: 'fake',
@@ -42,6 +48,7 @@ function run(setup: Setup, requests: readonly EngineRequest[], asked: readonly A
     limits: { vocabSize: VOCAB_SIZE, maxContext: setup.numBlocks * setup.blockSize, maxOpen: 100 },
   });
   const runner = new FakeRunner({ vocabSize: VOCAB_SIZE, ...setup });
+  const driver = new StepDriver(scheduler, runner, isAhead);
   const outcomes = new Map<string, Outcome>();
   for (const request of requests) {
     scheduler.add(request);
@@ -60,11 +67,9 @@ function run(setup: Setup, requests: readonly EngineRequest[], asked: readonly A
   };
   for (let step = 0; ; step++) {
     send(step, false);
-    const plan = scheduler.schedule();
-    if (plan === null) break;
-    const batch = packStep(plan, setup.blockSize);
-    send(step, true);
-    for (const event of scheduler.commit(plan, unpackStep(plan, runner.stepNow(batch), VOCAB_SIZE))) {
+    const events = driver.step(() => send(step, true));
+    if (events === null) break;
+    for (const event of events) {
       const outcome = outcomes.get(event.requestId)!;
       outcome.tokens.push(...event.tokens);
       outcome.last = event;
@@ -129,17 +134,18 @@ test('controls come out the same by their marks: from the start, and behind any 
         numBlocks: fc.integer({ min: 84, max: 100 }),
         maxNumSeqs: fc.integer({ min: 1, max: 6 }),
         extraTokens: fc.integer({ min: 0, max: 20 }),
-        numDrafts: fc.integer({ min: 0, max: 4 }),
+        numDrafts: fc.constantFrom(0, 0, 1, 2, 3, 4),
+        isAhead: fc.boolean(),
         cut: fc.nat(60),
       }),
-      (list, asked, { numDrafts, extraTokens, numBlocks, blockSize, maxNumSeqs, cut }) => {
+      (list, asked, { numDrafts, isAhead, extraTokens, numBlocks, blockSize, maxNumSeqs, cut }) => {
         const setup = {
           blockSize,
           maxNumSeqs,
           maxStepTokens: maxNumSeqs + extraTokens,
           numBlocks: Math.ceil(numBlocks / blockSize),
         };
-        const { outcomes, scheduler } = run(setup, list, asked, numDrafts);
+        const { outcomes, scheduler } = run(setup, list, asked, numDrafts, isAhead);
         seen.preempted += scheduler.stats().numPreemptions;
         for (const request of list) {
           const { tokens, last } = outcomes.get(request.requestId)!;
@@ -167,9 +173,9 @@ test('controls come out the same by their marks: from the start, and behind any 
 test('an end takes effect at once: reasoning is what had been sent, and the answer follows', () => {
   let numEnded = 0;
   fc.assert(
-    fc.property(requests, controls, fc.integer({ min: 0, max: 4 }), (list, all, numDrafts) => {
+    fc.property(requests, controls, fc.integer({ min: 0, max: 4 }), fc.boolean(), (list, all, numDrafts, isAhead) => {
       const asked = all.filter(({ control }) => control.kind === 'end');
-      const { outcomes } = run({ ...ALONE, maxNumSeqs: 6 }, list, asked, numDrafts);
+      const { outcomes } = run({ ...ALONE, maxNumSeqs: 6 }, list, asked, numDrafts, isAhead);
       for (const request of list) {
         const { tokens, last, sentBefore } = outcomes.get(request.requestId)!;
         for (const { numTokens, isReasoning } of sentBefore) {
