@@ -35,7 +35,8 @@ void CudaOps::reserve_attention() {
   has_mla_wgmma_ =
       has_mla_wgmma(shape.nope_dim, shape.rope_dim, shape.lora_rank, limits_.block_size, is_cache_fp8);
   check(!is_cache_fp8 || has_mla_wgmma_,
-        "an FP8 cache takes kv_lora_rank 512 and multiples of 8 for qk_nope_head_dim and qk_rope_head_dim, not ",
+        "an FP8 cache takes kv_lora_rank 512 and multiples of 8 for qk_nope_head_dim and qk_rope_head_dim, "
+        "not ",
         shape.lora_rank, ", ", shape.nope_dim, " and ", shape.rope_dim, "; use --kv-cache-dtype bf16");
   const bool has_spread = has_mla_wgmma_ && !is_deterministic_;
   const int64_t most_splits = MlaPlan::most_splits(max_context, has_spread);  // of one token
@@ -53,7 +54,9 @@ void CudaOps::reserve_attention() {
   plan_limits_ = {.num_heads = shape.num_heads,
                   .max_tokens = attention_tokens_,
                   .max_partial_rows = partial_rows_,
-                  .max_tile_rows = !has_mla_wgmma_ ? 16 : is_cache_fp8 ? kMlaMostTileRowsFp8 : kMlaMostTileRows,
+                  .max_tile_rows = !has_mla_wgmma_ ? 16
+                                   : is_cache_fp8  ? kMlaMostTileRowsFp8
+                                                   : kMlaMostTileRows,
                   .has_spread = has_spread};
 }
 
@@ -111,7 +114,8 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
   attend(q, mla, index, cache, out, false);
 }
 
-void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent, const CacheLayer& cache) {
+void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent,
+                        const CacheLayer& cache) {
   if (!has_mla_wgmma_) return run_mla_attention(mla, stream_);
   const auto qk_dim = static_cast<int64_t>(mla.nope_dim + mla.rope_dim);
   check(is_aligned(q) && q.stride == mla.num_heads * qk_dim,
@@ -131,8 +135,8 @@ void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_l
   params.num_multiprocessors = num_multiprocessors_;
   params.q_latent =
       boxes(mla.q_latent, q_latent.rows * mla.num_heads, mla.lora_rank, mla.q_latent_stride, mla.tile_rows);
-  params.q_rope = boxes(static_cast<const uint16_t*>(mla.q) + mla.nope_dim, q.rows * mla.num_heads, mla.rope_dim,
-                        qk_dim, mla.tile_rows);
+  params.q_rope = boxes(static_cast<const uint16_t*>(mla.q) + mla.nope_dim, q.rows * mla.num_heads,
+                        mla.rope_dim, qk_dim, mla.tile_rows);
   if (!mla.is_cache_fp8) {
     params.cache = boxes(mla.cache, cache.latents.rows, mla.lora_rank + mla.rope_dim, mla.cache_stride,
                          params.piece_rows);

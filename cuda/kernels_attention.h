@@ -88,9 +88,10 @@ struct MlaTile {
   int32_t table_start;
 };
 
-// Keys of one split for a query at cache position p: a function of p and of the step's spread, so that in steps
-// of one spread a row is always summed in the same order. With spread 0 four to eight splits up to 8192 keys,
-// then splits of 1024; each step of spread halves them, not below a block of keys, and not behind kMlaSpreadEnd.
+// Keys of one split for a query at cache position p: a function of p and of the step's spread, so that in
+// steps of one spread a row is always summed in the same order. With spread 0 four to eight splits up to 8192
+// keys, then splits of 1024; each step of spread halves them, not below a block of keys, and not behind
+// kMlaSpreadEnd.
 constexpr int kMlaSpreadEnd = 16384;
 __host__ __device__ inline int mla_split_shift(int32_t position, int spread) {
   const int shift = position < 1024 ? 7 : position < 2048 ? 8 : position < 4096 ? 9 : 10;
@@ -100,8 +101,8 @@ __host__ __device__ inline int mla_split_shift(int32_t position, int spread) {
 inline int32_t mla_num_splits(int32_t position, int spread) {
   return (position >> mla_split_shift(position, spread)) + 1;
 }
-// Splits that a launch has room for: a power of two from what 8192 keys need on, so that steps with contexts of
-// any length up to there have one shape.
+// Splits that a launch has room for: a power of two from what 8192 keys need on, so that steps with contexts
+// of any length up to there have one shape.
 inline int32_t mla_padded_splits(int32_t num_splits, int spread) {
   int32_t padded = spread > 0 ? 8 << spread : 8;
   while (padded < num_splits) padded *= 2;

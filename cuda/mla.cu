@@ -3,8 +3,9 @@
 //   s_p = softmax_scale * q . latent(p),  o = sum_p softmax(s)_p latent(p)[:lora_rank]
 // for decode and prefill alike, split over the keys; linear layers before and after apply W_UK and W_UV.
 //
-// mla_kernel: grid (tiles, splits), 16 warps. A block holds 16 rows of one sequence and walks one split in key
-// blocks of 64, which pass through two swizzled shared memory buffers by asynchronous copies, one block ahead.
+// mla_kernel: grid (tiles, splits), 16 warps. A block holds 16 rows of one sequence and walks one split in
+// key blocks of 64, which pass through two swizzled shared memory buffers by asynchronous copies, one block
+// ahead.
 // - scores: warp w takes 8 keys in one of two chains (even and odd k16 steps), which are added at the end.
 // - softmax: online, base 2. The sum of a key block is the sum of its 8-key tiles in order.
 // - values: warp w takes 32 of the lora_rank columns.
@@ -19,7 +20,7 @@ namespace rodin::cuda {
 namespace {
 
 __global__ void __launch_bounds__(32 * kMlaWarps, 1) mla_kernel(const __grid_constant__ MlaParams p) {
-  constexpr int kKeyWarps = kMlaWarps / 2;                     // and as many for the odd chains
+  constexpr int kKeyWarps = kMlaWarps / 2;                  // and as many for the odd chains
   constexpr int kValueTiles = kMlaMaxLora / 8 / kMlaWarps;  // 8-column tiles of a warp
   extern __shared__ __align__(128) char shared[];
 
@@ -48,12 +49,12 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1) mla_kernel(const __grid_con
 
   const int latent = p.lora_rank + p.rope_dim;
   KeyLoader loader = {p,
-                              p.block_table + p.block_table_start[tile.seq],
-                              tile.max_position,
-                              latent,
-                              words,
-                              latent % 8 == 0 && p.cache_stride % 8 == 0,
-                              -1};
+                      p.block_table + p.block_table_start[tile.seq],
+                      tile.max_position,
+                      latent,
+                      words,
+                      latent % 8 == 0 && p.cache_stride % 8 == 0,
+                      -1};
   const auto bring = [&](int first, int buffer) {
     if (first < split_end) loader.bring(s.keys + buffer * s.key_bytes);
     copy_async_commit();
@@ -137,8 +138,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1) mla_kernel(const __grid_con
     for (int half = 0; half < 2; ++half) {
       block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(kAllLanes, block_max[half], 1));
       block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(kAllLanes, block_max[half], 2));
-      if (t == 0 && !is_odd_warp)
-        s.row_max[(g + 8 * half) * kKeyWarps + key_warp] = block_max[half];
+      if (t == 0 && !is_odd_warp) s.row_max[(g + 8 * half) * kKeyWarps + key_warp] = block_max[half];
     }
     __syncthreads();
 
@@ -147,8 +147,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1) mla_kernel(const __grid_con
     for (int half = 0; half < 2; ++half) {
       float max = row_max[half];
 #pragma unroll
-      for (int w = 0; w < kKeyWarps; ++w)
-        max = fmaxf(max, s.row_max[(g + 8 * half) * kKeyWarps + w]);
+      for (int w = 0; w < kKeyWarps; ++w) max = fmaxf(max, s.row_max[(g + 8 * half) * kKeyWarps + w]);
       shrink[half] = max == -INFINITY ? 1.0f : exp2f(row_max[half] - max);
       row_max[half] = max;
     }
@@ -184,8 +183,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1) mla_kernel(const __grid_con
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       uint32_t a[4];
-      load_matrix_x4(a, s.weights + swizzled(matrix_row + matrix % 2 * 8,
-                                             2 * step + matrix / 2, kKeys / 8));
+      load_matrix_x4(a, s.weights + swizzled(matrix_row + matrix % 2 * 8, 2 * step + matrix / 2, kKeys / 8));
 #pragma unroll
       for (int n = 0; n < kValueTiles; n += 2) {
         const int value_tile = warp * kValueTiles + n;
@@ -239,9 +237,9 @@ __global__ void __launch_bounds__(kCombineQuads) mla_combine_kernel(const __grid
 void run_mla_attention(const MlaParams& params, cudaStream_t stream) {
   if (params.num_tiles == 0) return;
   const int padded = (params.lora_rank + params.rope_dim + 63) / 64 * 64;
-  launch_overlapped(mla_kernel,
-                    dim3(static_cast<unsigned>(params.num_tiles), static_cast<unsigned>(params.max_splits)),
-                    32 * kMlaWarps, static_cast<size_t>(mla_shared_bytes(padded)), stream, params, "mla_kernel");
+  launch_overlapped(
+      mla_kernel, dim3(static_cast<unsigned>(params.num_tiles), static_cast<unsigned>(params.max_splits)),
+      32 * kMlaWarps, static_cast<size_t>(mla_shared_bytes(padded)), stream, params, "mla_kernel");
 }
 
 void run_mla_combine(const MlaParams& params, cudaStream_t stream) {

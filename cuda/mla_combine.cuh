@@ -17,9 +17,9 @@ __device__ __forceinline__ float4 load_quad(const float* row, int quad, int cols
   return make_float4(values[0], values[1], values[2], values[3]);
 }
 
-// Columns 4 * (threadIdx.x % 128) .. of `row` (token * A + head of the chunk). Even splits are added in order,
-// odd ones too, and then the two sums. With 256 threads each half of a block has one of them, and the first
-// half gets the result; `scratch` is theirs.
+// Columns 4 * (threadIdx.x % 128) .. of `row` (token * A + head of the chunk). Even splits are added in
+// order, odd ones too, and then the two sums. With 256 threads each half of a block has one of them, and the
+// first half gets the result; `scratch` is theirs.
 template <int kThreads>
 __device__ __forceinline__ float4 combine_splits(const MlaParams& p, int64_t row, int position,
                                                  float4* scratch) {  // [kCombineQuads]
@@ -31,7 +31,8 @@ __device__ __forceinline__ float4 combine_splits(const MlaParams& p, int64_t row
   const float* partial = p.partial + row * p.max_splits * p.lora_rank;
   constexpr int kAtOnce = 8;  // loads of a thread
   float max = -INFINITY, sum = 0;
-  float4 total[2] = {};  // [2] of the even splits, of the odd ones; with two groups, the first is a thread's own
+  float4 total[2] =
+      {};  // [2] of the even splits, of the odd ones; with two groups, the first is a thread's own
   for (int first = 0; first < num_splits; first += 32) {
     const int count = min(32, num_splits - first);
     float4 parts[kAtOnce];  // [kAtOnce]

@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kLeaveThreads) mla_leave_kernel(const __grid_c
   const float4 out = combine_splits<kLeaveThreads>(
       p.mla, static_cast<int64_t>(token) * p.mla.num_heads + head, position, scratch);
   if (threadIdx.x < kCombineQuads) {
-    reinterpret_cast<uint2*>(latent)[threadIdx.x] = make_uint2(pack_bf16(out.x, out.y), pack_bf16(out.z, out.w));
+    reinterpret_cast<uint2*>(latent)[threadIdx.x] =
+        make_uint2(pack_bf16(out.x, out.y), pack_bf16(out.z, out.w));
   }
   __syncthreads();
   float total[4] = {};

@@ -14,8 +14,8 @@ constexpr int kMostSpread = 2, kLeastSpread = -2;
 int spread_of(int64_t num_tiles) {
   if (num_tiles <= 4) return kMostSpread;
   if (num_tiles <= 8) return 1;
-  if (num_tiles < 64) return 0;
-  return num_tiles < 128 ? -1 : kLeastSpread;
+  if (num_tiles <= 20) return 0;
+  return num_tiles <= 40 ? -1 : kLeastSpread;
 }
 
 }  // namespace
@@ -93,8 +93,8 @@ void MlaPlan::fill(const StepIndex& host, const Limits& limits, const std::vecto
         add_tiles(seq, begin, token);
         begin = token;
         close_chunk();
-      } else if (token > begin &&
-                 mla_split_shift(position, spread) != mla_split_shift(host.cache_positions[token - 1], spread)) {
+      } else if (token > begin && mla_split_shift(position, spread) !=
+                                      mla_split_shift(host.cache_positions[token - 1], spread)) {
         add_tiles(seq, begin, token);
         begin = token;
       }

@@ -38,8 +38,8 @@ __device__ __forceinline__ int maximise(float (&values)[kCount], int& offset) {
   return count;
 }
 
-// One warpgroup: zeros in place of a block's keys that nobody attends to. They have a weight of 0, but may hold
-// anything.
+// One warpgroup: zeros in place of a block's keys that nobody attends to. They have a weight of 0, but may
+// hold anything.
 template <int N, bool kFp8>
 __device__ __forceinline__ void clear_outside(const MlaParams& p, const MlaLayout<N, kFp8>& at,
                                               const MlaItem& item, int first, const int (&slots)[kThirds]) {
@@ -135,8 +135,8 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         if (i >= count) break;
-        store_shared_float(at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4,
-                           most[i]);
+        store_shared_float(
+            at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4, most[i]);
       }
       group_sync<1, 128>();
       float shrink[kColumns];  // [kColumns]
@@ -193,7 +193,8 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
     for (int i = 0; i < kColumns; ++i) {
 #pragma unroll
       for (int bit = 16; bit >= 4; bit /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], bit);
-      if (g == 0) store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
+      if (g == 0)
+        store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
     }
     group_sync<1, 128>();
     if (warp == 0 && g == 0) {
@@ -214,9 +215,9 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
   }
 }
 
-// The same for N = 64: S = Q K^T, so that a row's scores lie in the four lanes of a quad. A lane holds rows 16
-// warp + g and 8 further, keys 8 j + 2 t + c. Products, weights and sums have the bits of the other form: there,
-// warp w of lanes g = 2 t + c adds up keys 16 w + g and 8 further.
+// The same for N = 64: S = Q K^T, so that a row's scores lie in the four lanes of a quad. A lane holds rows
+// 16 warp + g and 8 further, keys 8 j + 2 t + c. Products, weights and sums have the bits of the other form:
+// there, warp w of lanes g = 2 t + c adds up keys 16 w + g and 8 further.
 template <bool kFp8>
 __device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, const MlaLayout<64, kFp8>& at) {
   using L = MlaLayout<64, kFp8>;

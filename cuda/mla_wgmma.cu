@@ -16,7 +16,8 @@
 // - warpgroups 1 and 2: O^T of 256 of the 512 columns each. A third is free again once its products are done.
 // - FP8 cache: one more warpgroup widens raw rows into the ring, scales applied.
 // The next block's scores are computed while this one's values are added up. Nothing of a row's arithmetic
-// depends on N, on the tile's other rows or on the items of its block: a row gives the same bits in any batch.
+// depends on N, on the tile's other rows or on the items of its block: a row gives the same bits in any
+// batch.
 //
 // Sources of ideas: FlashMLA (roles), FlashAttention-4 (the lazy maximum).
 #include <algorithm>
@@ -27,17 +28,14 @@
 namespace rodin::cuda {
 namespace {
 
-template <int N, bool kFp8>
-__host__ __device__ constexpr int threads_of() {
-  return kFp8 ? 512 + 32 * kWidenWarps : 512;
-}
+__host__ __device__ constexpr int threads_of(bool is_fp8) { return is_fp8 ? 512 + 32 * kWidenWarps : 512; }
 
 // Of a thread, by warpgroup, where they are not shared out evenly; at a launch there are 128, with FP8 80.
 template <int N, bool kFp8>
 struct Registers {
   static constexpr bool kMoves = N == 64 || kFp8;
-  static constexpr int kScores = kFp8 ? 96 : 128;
-  static constexpr int kValues = kFp8 ? 104 : 168;
+  static constexpr int kScores = kFp8 ? 96 : 112;
+  static constexpr int kValues = kFp8 ? 104 : 176;
   static constexpr int kCopies = 48;
   template <int kCount>
   __device__ static void take() {
@@ -130,8 +128,8 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
     for (int i = 0; i < N / 4; ++i) {
       const int column = 8 * (i / 2) + 2 * t + i % 2;
       if (column >= item.tile.num_rows || item.limit(column, p.mla.num_heads) < item.begin) continue;
-      float* to = p.mla.partial + ((row + column) * p.mla.max_splits + item.split) * kMlaMaxLora + 256 * kHalf +
-                  16 * warp + g;
+      float* to = p.mla.partial + ((row + column) * p.mla.max_splits + item.split) * kMlaMaxLora +
+                  256 * kHalf + 16 * warp + g;
 #pragma unroll
       for (int box = 0; box < 4; ++box) {
         to[64 * box] = out[box][4 * (i / 2) + i % 2];
@@ -141,8 +139,83 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
   }
 }
 
+// The same for N = 64: O = P V, weights in registers. Columns 128 kHalf .. + 127 and 256 further.
+template <bool kFp8, int kHalf>
+__device__ __forceinline__ void compute_wide_values(const MlaWgmmaParams& p, const MlaLayout<64, kFp8>& at) {
+  static_assert(MlaLayout<64, kFp8>::kSlots % kThirds == 0);  // a block's boxes lie one behind the other
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int g = lane / 4, t = lane % 4;
+  MlaItems items(p.mla);
+  MlaItem item;
+  Ring<MlaLayout<64, kFp8>::kSlots> ring;
+  uint32_t weights_parity = 0;
+  const int weights_row = 16 * warp + lane % 16;
+  while (items.take(item)) {
+    float out[2][64] = {};  // [2, 64] rows 16 warp + g and 8 further, columns 8 j + 2 t + c
+    for (int first = item.begin; first < item.end; first += kKeys) {
+      int slots[kThirds];
+#pragma unroll
+      for (int third = 0; third < kThirds; ++third) {
+        slots[third] = ring.place;
+        barrier_wait(at.full(ring.place), ring.parity);
+        ring.next();
+      }
+      barrier_wait(at.weights_full(), weights_parity);
+      weights_parity ^= 1;
+      uint32_t weights[4][4];  // [4, 4] by steps of 16 keys
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        load_matrix_x4(weights[step], at.weights() + weights_row * 128 +
+                                          (((2 * step + lane / 16) ^ (weights_row & 7)) * 16));
+      const float shrink[2] = {load_shared_float(at.shrink() + (16 * warp + g) * 4),
+                               load_shared_float(at.shrink() + (16 * warp + g + 8) * 4)};
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at.weights_empty());
+      if (__any_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 64; ++j) out[i][j] *= shrink[j / 2 % 2];
+      }
+      pin(out[0]), pin(out[1]);
+      products_begin();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint64_t values =
+            transposed_descriptor(at.slot(slots[0]) + (4 * i + 2 * kHalf) * kBoxBytes, kBoxBytes);
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          wgmma_m64n128k16_bf16_transposed(out[i], weights[step], values + 128 * step);
+        products_commit();
+      }
+      products_wait<1>();
+      if (lane == 0) barrier_arrive(at.empty(slots[0]));
+      products_wait<0>();
+      pin(out[0]), pin(out[1]);
+      if (lane == 0) {
+        barrier_arrive(at.empty(slots[1]));
+        barrier_arrive(at.empty(slots[2]));
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * warp + g + 8 * half;
+      if (row >= item.tile.num_rows || item.limit(row, p.mla.num_heads) < item.begin) continue;
+      float* to = p.mla.partial + ((item.row(p.mla) + row) * p.mla.max_splits + item.split) * kMlaMaxLora +
+                  128 * kHalf + 2 * t;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 16; ++j)
+          *reinterpret_cast<float2*>(to + 256 * i + 8 * j) =
+              make_float2(out[i][4 * j + 2 * half], out[i][4 * j + 2 * half + 1]);
+    }
+  }
+}
+
 template <int N, bool kFp8>
-__global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
+__global__ void __launch_bounds__(threads_of(kFp8), 1)
     mla_wgmma_kernel(const __grid_constant__ MlaWgmmaParams p) {
   using L = MlaLayout<N, kFp8>;
   extern __shared__ __align__(1024) char shared[];
@@ -172,7 +245,8 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
   using R = Registers<N, kFp8>;
   if (group == 0) {
-    R::template take<R::kScores>();
+    if constexpr (kFp8) R::template take<R::kScores>();
+    if constexpr (!kFp8) R::template give<R::kScores>();
     if constexpr (N == 64) {
       compute_wide_scores(p, at);
     } else {
@@ -180,10 +254,18 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
     }
   } else if (group == 1) {
     R::template take<R::kValues>();
-    compute_values<N, kFp8, 0>(p, at);
+    if constexpr (N == 64) {
+      compute_wide_values<kFp8, 0>(p, at);
+    } else {
+      compute_values<N, kFp8, 0>(p, at);
+    }
   } else if (group == 2) {
     R::template take<R::kValues>();
-    compute_values<N, kFp8, 1>(p, at);
+    if constexpr (N == 64) {
+      compute_wide_values<kFp8, 1>(p, at);
+    } else {
+      compute_values<N, kFp8, 1>(p, at);
+    }
   } else if (group == 3) {
     R::template give<R::kCopies>();
     if (warp == 0) bring_keys(p, at);
@@ -198,9 +280,9 @@ __global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
 
 template <int N, bool kFp8>
 void launch(const MlaWgmmaParams& p, cudaStream_t stream) {
-  const int items = p.mla.num_tiles * p.mla.max_splits;
-  launch_overlapped(mla_wgmma_kernel<N, kFp8>, dim3(static_cast<unsigned>(std::min(items, p.num_multiprocessors))),
-                    threads_of<N, kFp8>(), MlaLayout<N, kFp8>::kBytes, stream, p, "mla_wgmma_kernel");
+  const int blocks = std::min(p.mla.num_tiles * p.mla.max_splits, p.num_multiprocessors);
+  launch_overlapped(mla_wgmma_kernel<N, kFp8>, dim3(static_cast<unsigned>(blocks)), threads_of(kFp8),
+                    MlaLayout<N, kFp8>::kBytes, stream, p, "mla_wgmma_kernel");
 }
 
 template <bool kFp8>
@@ -223,7 +305,8 @@ void raise_limit() {
 
 }  // namespace
 
-bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size, bool is_cache_fp8) {
+bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size,
+                   bool is_cache_fp8) {
   return lora_rank == kMlaMaxLora && rope_dim > 0 && rope_dim <= kMlaBoxColumns && rope_dim % 8 == 0 &&
          nope_dim % 8 == 0 && (is_cache_fp8 || block_size % 8 == 0);
 }

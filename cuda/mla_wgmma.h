@@ -10,9 +10,9 @@ constexpr int kMlaBoxColumns = 64;
 
 struct MlaWgmmaParams {
   MlaParams mla;
-  TensorMap cache;     // bf16 [num_slots, lora_rank + rope_dim], boxes [piece_rows, 64]; not with FP8
-  TensorMap q_latent;  // bf16 [chunk tokens * A, lora_rank], boxes [tile_rows, 64]
-  TensorMap q_rope;    // bf16 [T * A, rope_dim], the same
+  TensorMap cache;         // bf16 [num_slots, lora_rank + rope_dim], boxes [piece_rows, 64]; not with FP8
+  TensorMap q_latent;      // bf16 [chunk tokens * A, lora_rank], boxes [tile_rows, 64]
+  TensorMap q_rope;        // bf16 [T * A, rope_dim], the same
   int32_t piece_rows = 0;  // neighbouring slots: what divides both a block and kMlaKeyBlock
   int32_t num_multiprocessors = 0;
 };
@@ -22,7 +22,8 @@ constexpr int kMlaMostTileRows = 64;
 constexpr int kMlaMostTileRowsFp8 = 32;
 
 // Whether a model's attention is computed by this kernel; mla.cu takes every other.
-bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size, bool is_cache_fp8);
+bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size,
+                   bool is_cache_fp8);
 void run_mla_wgmma(const MlaWgmmaParams& params, cudaStream_t stream);
 void prepare_mla_wgmma();
 

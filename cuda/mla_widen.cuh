@@ -29,8 +29,8 @@ __device__ __forceinline__ void widen_scaled(const uint4& packed, float scale, u
   wide[1] = make_uint4(out[4], out[5], out[6], out[7]);
 }
 
-// kWidenWarps warps: raw rows to boxes of the ring, zeros for keys that nobody attends to. A warp has 8 rows, a
-// lane one of them and 16 latents of a box, so that 8 lanes' words lie in different banks.
+// kWidenWarps warps: raw rows to boxes of the ring, zeros for keys that nobody attends to. A warp has 8 rows,
+// a lane one of them and 16 latents of a box, so that 8 lanes' words lie in different banks.
 template <int N>
 __device__ __forceinline__ void widen_keys(const MlaWgmmaParams& p, const MlaLayout<N, true>& at) {
   using L = MlaLayout<N, true>;

@@ -302,102 +302,62 @@ void check_attention(const AttentionCase& c) {
 
 const bool attention_tests = [] {
   const Dtype fp8 = Dtype::kF8E4M3, bf16 = Dtype::kBF16;
-  const std::vector<AttentionCase> cases = {
-      {"V3 heads", 128, 128, 64, 128, 512, fp8, {{290, 291}, {64, 65}, {0, 1}, {30, 33}}, 64},
-      {"Moonlight decode",
-       16,
-       128,
-       64,
-       128,
-       512,
-       fp8,
-       {{2500, 2501}, {1023, 1024}, {1024, 1025}, {63, 64}, {0, 1}},
-       64},
-      {"Moonlight prefill over split sizes",
-       16,
-       128,
-       64,
-       128,
-       512,
-       bf16,
-       {{1000, 1060}, {0, 130}, {700, 701}},
-       64},
-      {"20 heads of 192 and 256", 20, 192, 64, 256, 512, fp8, {{129, 130}, {5, 8}}, 16},
-      {"pocket-r1, MTP's first position", 4, 64, 64, 64, 512, fp8, {{1, 40}, {100, 101}, {200, 230}}, 16, 1},
-      {"odd sizes f16", 5, 24, 16, 40, 96, Dtype::kF16, {{0, 33}, {70, 71}, {16, 17}}, 16, 0, false},
-      {"odd sizes fp8", 3, 40, 24, 56, 144, fp8, {{0, 50}, {129, 130}}, 7},
-      {"V3 heads, FP8 cache", 128, 128, 64, 128, 512, fp8, {{290, 291}, {64, 65}, {0, 1}}, 64, 0, true, fp8},
-      {"decode, FP8 cache",
-       16,
-       128,
-       64,
-       128,
-       512,
-       fp8,
-       {{2500, 2501}, {1023, 1024}, {1024, 1025}, {63, 64}, {0, 1}, {77, 80}},
-       64,
-       0,
-       true,
-       fp8},
-      {"verify steps of 2 to 5 tokens",
-       16,
-       128,
-       64,
-       128,
-       512,
-       fp8,
-       {{1022, 1025}, {63, 68}, {127, 129}, {0, 4}, {300, 301}, {61, 64}},
-       64},
-      {"40 heads, two tokens", 40, 128, 64, 128, 512, fp8, {{190, 192}, {255, 257}, {40, 41}}, 32},
-      {"one head, blocks of 8", 1, 128, 64, 128, 512, fp8, {{100, 105}, {1, 2}, {70, 71}}, 8, 1},
-      {"long contexts", 16, 128, 64, 128, 512, fp8, {{9000, 9001}, {4095, 4097}}, 64},
-      {"long contexts, FP8 cache", 16, 128, 64, 128, 512, fp8, {{9000, 9001}, {4095, 4097}}, 64, 0, true, fp8},
-      {"3 heads, FP8 cache, blocks of 7", 3, 128, 64, 128, 512, fp8, {{65, 70}, {20, 21}}, 7, 1, true, fp8},
-      {"prefill, FP8 cache", 4, 64, 64, 64, 512, fp8, {{1, 40}, {100, 101}, {200, 230}}, 16, 1, true, fp8},
-      {"prompts and a prefix",
-       16,
-       128,
-       64,
-       128,
-       512,
-       fp8,
-       {{0, 300}, {77, 78}, {100, 200}, {5, 20}},
-       64,
-       0,
-       true,
-       bf16,
-       false},
-      {"prompts, FP8 cache", 6, 128, 64, 128, 512, fp8, {{130, 260}, {0, 65}}, 16, 0, false, fp8, false},
-      {"one sequence, spread", 16, 128, 64, 128, 512, fp8, {{1000, 1001}}, 64, 0, true, bf16, false},
-      {"one sequence of 3000, spread", 16, 128, 64, 128, 512, fp8, {{3000, 3004}}, 64, 0, true, bf16, false},
-      {"six sequences, spread, FP8 cache",
-       16,
-       128,
-       64,
-       128,
-       512,
-       fp8,
-       {{1500, 1501}, {4500, 4501}, {30, 31}, {640, 641}, {2048, 2049}, {0, 1}},
-       64,
-       0,
-       true,
-       fp8,
-       false},
-      {"prompts of pocket-r1, MTP",
-       4,
-       64,
-       64,
-       64,
-       512,
-       fp8,
-       {{1, 140}, {257, 400}},
-       16,
-       1,
-       true,
-       bf16,
-       false},
-      {"odd sizes f32", 2, 32, 8, 24, 81, Dtype::kF32, {{3, 20}, {129, 130}}, 16},
+  std::vector<AttentionCase> cases;
+  using Spans = std::vector<Span>;
+  // V3's and Moonlight's heads; pocket-r1's.
+  const auto add = [&](std::string name, int64_t heads, Spans spans, int64_t block_size = 64,
+                       int64_t first_position = 0, Dtype cache_dtype = Dtype::kBF16,
+                       bool is_deterministic = true) {
+    cases.push_back({std::move(name), heads, 128, 64, 128, 512, fp8, std::move(spans), block_size,
+                     first_position, true, cache_dtype, is_deterministic});
   };
+  const auto add_pocket = [&](std::string name, Spans spans, Dtype cache_dtype = Dtype::kBF16,
+                              bool is_deterministic = true) {
+    cases.push_back({std::move(name), 4, 64, 64, 64, 512, fp8, std::move(spans), 16, 1, true, cache_dtype,
+                     is_deterministic});
+  };
+  const Spans decodes = {{2500, 2501}, {1023, 1024}, {1024, 1025}, {63, 64}, {0, 1}};
+  const Spans mtp = {{1, 40}, {100, 101}, {200, 230}};
+  add("V3 heads", 128, {{290, 291}, {64, 65}, {0, 1}, {30, 33}});
+  add("Moonlight decode", 16, decodes);
+  add("verify steps of 2 to 5 tokens", 16,
+      {{1022, 1025}, {63, 68}, {127, 129}, {0, 4}, {300, 301}, {61, 64}});
+  add("40 heads, two tokens", 40, {{190, 192}, {255, 257}, {40, 41}}, 32);
+  add("one head, blocks of 8", 1, {{100, 105}, {1, 2}, {70, 71}}, 8, 1);
+  add("long contexts", 16, {{9000, 9001}, {4095, 4097}});
+  add_pocket("pocket-r1, MTP's first position", mtp);
+  cases.push_back({"Moonlight prefill over split sizes",
+                   16,
+                   128,
+                   64,
+                   128,
+                   512,
+                   bf16,
+                   {{1000, 1060}, {0, 130}, {700, 701}},
+                   64});
+  cases.push_back({"20 heads of 192 and 256", 20, 192, 64, 256, 512, fp8, {{129, 130}, {5, 8}}, 16});
+  cases.push_back(
+      {"odd sizes f16", 5, 24, 16, 40, 96, Dtype::kF16, {{0, 33}, {70, 71}, {16, 17}}, 16, 0, false});
+  cases.push_back({"odd sizes fp8", 3, 40, 24, 56, 144, fp8, {{0, 50}, {129, 130}}, 7});
+  cases.push_back({"odd sizes f32", 2, 32, 8, 24, 81, Dtype::kF32, {{3, 20}, {129, 130}}, 16});
+
+  add("V3 heads, FP8 cache", 128, {{290, 291}, {64, 65}, {0, 1}}, 64, 0, fp8);
+  Spans verify = decodes;
+  verify.push_back({77, 80});
+  add("decode, FP8 cache", 16, verify, 64, 0, fp8);
+  add("long contexts, FP8 cache", 16, {{9000, 9001}, {4095, 4097}}, 64, 0, fp8);
+  add("3 heads, FP8 cache, blocks of 7", 3, {{65, 70}, {20, 21}}, 7, 1, fp8);
+  add_pocket("prefill, FP8 cache", mtp, fp8);
+
+  add("one sequence, spread", 16, {{1000, 1001}}, 64, 0, bf16, false);
+  add("one sequence of 3000, spread", 16, {{3000, 3004}}, 64, 0, bf16, false);
+  add("128 heads, blocks of 16, spread", 128, {{190, 192}, {1100, 1101}, {15, 18}}, 16, 0, bf16, false);
+  add("six sequences, spread, FP8 cache", 16,
+      {{1500, 1501}, {4500, 4501}, {30, 31}, {640, 641}, {2048, 2049}, {0, 1}}, 64, 0, fp8, false);
+  add("prompts and a prefix", 16, {{0, 300}, {77, 78}, {100, 200}, {5, 20}}, 64, 0, bf16, false);
+  cases.push_back(
+      {"prompts, FP8 cache", 6, 128, 64, 128, 512, fp8, {{130, 260}, {0, 65}}, 16, 0, false, fp8, false});
+  add_pocket("prompts of pocket-r1, MTP", {{1, 140}, {257, 400}}, bf16, false);
   for (const AttentionCase& c : cases) add_cuda_test("attention, " + c.name, [c] { check_attention(c); });
   // As many tiles as have the largest splits, more than there are blocks.
   AttentionCase many = {"150 sequences", 4, 64, 64, 64, 512, fp8, {}, 64, 0, true, bf16, false};

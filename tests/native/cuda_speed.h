@@ -29,8 +29,8 @@ double seconds_of(Ops& gpu, F&& call) {
   return best;
 }
 
-inline void report(const std::string& what, double seconds, double bytes, double operations, double min_gb_per_s,
-            double min_tflops) {
+inline void report(const std::string& what, double seconds, double bytes, double operations,
+                   double min_gb_per_s, double min_tflops) {
   const double gb = bytes / seconds / 1e9, tflops = operations / seconds / 1e12;
   std::printf("%-44s %9.1f us %7.0f GB/s %7.1f TFLOP/s\n", what.c_str(), seconds * 1e6, gb, tflops);
   std::fflush(stdout);
