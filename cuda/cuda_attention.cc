@@ -1,9 +1,12 @@
 // Latent attention: rotation and cache write, then for each chunk of the plan
 //   q_latent = q_nope W_UK (a linear layer of each head), attention over the splits, combine, out = o W_UV.
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
+#include "cuda/mla_wgmma.h"
+#include "cuda/tensor_map.h"
 
 namespace rodin::cuda {
 namespace {
@@ -28,11 +31,14 @@ void CudaOps::reserve_attention() {
   }
   const int64_t max_context = std::max<int64_t>(
       limits_.max_context > 0 ? limits_.max_context : limits_.num_blocks * limits_.block_size, 1);
-  // Of one token. Up to 8192 positions there are at most 8 splits, behind them more at every 1024.
-  const int64_t most_splits = mla_padded_splits(mla_num_splits(static_cast<int32_t>(max_context - 1)));
-  check(cache_dtype_ != Dtype::kF8E4M3 || (shape.lora_rank == 512 && shape.rope_dim % 8 == 0),
-        "an FP8 cache takes kv_lora_rank 512 and a multiple of 8 for qk_rope_head_dim, not ", shape.lora_rank,
-        " and ", shape.rope_dim, "; use --kv-cache-dtype bf16");
+  const bool is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3;
+  has_mla_wgmma_ =
+      has_mla_wgmma(shape.nope_dim, shape.rope_dim, shape.lora_rank, limits_.block_size, is_cache_fp8);
+  check(!is_cache_fp8 || has_mla_wgmma_,
+        "an FP8 cache takes kv_lora_rank 512 and multiples of 8 for qk_nope_head_dim and qk_rope_head_dim, not ",
+        shape.lora_rank, ", ", shape.nope_dim, " and ", shape.rope_dim, "; use --kv-cache-dtype bf16");
+  const bool has_spread = has_mla_wgmma_ && !is_deterministic_;
+  const int64_t most_splits = MlaPlan::most_splits(max_context, has_spread);  // of one token
   latent_stride_ = (shape.lora_rank + 7) / 8 * 8;
   const int64_t row_bytes = shape.lora_rank * 4 + 8;
   const int64_t token_rows = shape.num_heads * most_splits;
@@ -44,6 +50,11 @@ void CudaOps::reserve_attention() {
   out_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
   partial_ = workspace<float>(partial_rows_ * shape.lora_rank);
   partial_ml_ = workspace<float>(partial_rows_ * 2);
+  plan_limits_ = {.num_heads = shape.num_heads,
+                  .max_tokens = attention_tokens_,
+                  .max_partial_rows = partial_rows_,
+                  .max_tile_rows = !has_mla_wgmma_ ? 16 : is_cache_fp8 ? kMlaMostTileRowsFp8 : kMlaMostTileRows,
+                  .has_spread = has_spread};
 }
 
 RopeStoreParams CudaOps::rope_store_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla,
@@ -100,6 +111,35 @@ void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIn
   attend(q, mla, index, cache, out, false);
 }
 
+void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent, const CacheLayer& cache) {
+  if (!has_mla_wgmma_) return run_mla_attention(mla, stream_);
+  const auto qk_dim = static_cast<int64_t>(mla.nope_dim + mla.rope_dim);
+  check(is_aligned(q) && q.stride == mla.num_heads * qk_dim,
+        "attention takes queries that begin at a multiple of 16 bytes and lie row after row");
+  const auto boxes = [](const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t box_rows) {
+    return make_tensor_map({.data = data,
+                            .rows = rows,
+                            .cols = cols,
+                            .row_bytes = stride * 2,
+                            .box_rows = box_rows,
+                            .box_cols = kMlaBoxColumns},
+                           Dtype::kBF16, Swizzle::k128Bytes);
+  };
+  MlaWgmmaParams params;
+  params.mla = mla;
+  params.piece_rows = std::gcd(mla.block_size, kMlaKeyBlock);
+  params.num_multiprocessors = num_multiprocessors_;
+  params.q_latent =
+      boxes(mla.q_latent, q_latent.rows * mla.num_heads, mla.lora_rank, mla.q_latent_stride, mla.tile_rows);
+  params.q_rope = boxes(static_cast<const uint16_t*>(mla.q) + mla.nope_dim, q.rows * mla.num_heads, mla.rope_dim,
+                        qk_dim, mla.tile_rows);
+  if (!mla.is_cache_fp8) {
+    params.cache = boxes(mla.cache, cache.latents.rows, mla.lora_rank + mla.rope_dim, mla.cache_stride,
+                         params.piece_rows);
+  }
+  run_mla_wgmma(params, stream_);
+}
+
 void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
                      const Tensor& out, bool has_q_latent) {
   const MlaShape& shape = mla.shape;
@@ -145,13 +185,14 @@ void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& in
                               .nope_dim = static_cast<int32_t>(shape.nope_dim),
                               .rope_dim = static_cast<int32_t>(shape.rope_dim),
                               .lora_rank = static_cast<int32_t>(shape.lora_rank),
-                              .row_tiles = step.plan.row_tiles,
+                              .tile_rows = step.plan.tile_rows,
+                              .spread = step.plan.spread,
                               .softmax_scale = shape.softmax_scale,
                               .partial = partial_,
                               .partial_ml = partial_ml_,
                               .out = out_latent_,
                               .out_stride = latent_stride_};
-    run_mla_attention(params, stream_);
+    run_chunk(params, q, q_latent, cache);
     const Tensor chunk_out = out.slice_rows(chunk.first_token, chunk.num_tokens);
     const MlaLeaveParams leave = {.mla = params,
                                   .w_uv = view_of(mla.kv_b),

@@ -5,6 +5,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
+#include "cuda/mla_wgmma.h"
 
 namespace rodin {
 namespace {
@@ -91,8 +92,10 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
   RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
   prepare_linear_wgmma();
+  prepare_linear_split();
   prepare_mla_prefill();
   prepare_mla();
+  prepare_mla_wgmma();
 }
 
 CudaOps::~CudaOps() {
@@ -201,7 +204,7 @@ StepIndex CudaOps::begin_step(const StepIndex& host, int which) {
   Step& step = steps_[which];
   if (limits_.mla.num_heads > 0) {
     step.prefill.fill(host, kMinPrefillTokens, prefill_keys_);
-    step.plan.fill(host, limits_.mla.num_heads, attention_tokens_, partial_rows_, step.prefill.is_prefill);
+    step.plan.fill(host, plan_limits_, step.prefill.is_prefill);
   }
   const int64_t tokens = host.num_tokens, seqs = host.num_seqs;
   const int64_t num_tiles = static_cast<int64_t>(step.plan.tiles.size());
@@ -241,7 +244,8 @@ void CudaOps::run_recorded(const StepIndex& index, const std::function<void()>& 
   // The arrays lie at places that depend on their sizes; the block tables are the last of them.
   StepShape shape = {&step - steps_,       reinterpret_cast<int64_t>(index.token_ids),
                      index.num_tokens,     index.num_seqs,
-                     index.first_position, step.plan.row_tiles};
+                     index.first_position, step.plan.tile_rows,
+                     step.plan.spread};
   for (const MlaChunk& chunk : step.plan.chunks) {
     shape.insert(shape.end(),
                  {chunk.first_token, chunk.num_tokens, chunk.first_tile, chunk.num_tiles, chunk.max_splits});

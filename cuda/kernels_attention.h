@@ -63,7 +63,7 @@ struct RopeStoreParams {
 };
 void run_rope_store(const RopeStoreParams& params, cudaStream_t stream);
 
-// ---- mla.cu ---------------------------------------------------------------------------------------------
+// ---- mla.cu, mla_wgmma.cu (mla_wgmma.h) -------------------------------------------------------------------
 
 constexpr int kMlaKeyBlock = 64;
 constexpr int kMlaMaxLatent = 576;  // lora_rank + rope_dim, rounded up to 64
@@ -82,22 +82,28 @@ struct MlaTile {
   int32_t num_rows;
   int32_t max_position;  // cache position of the last row's token
   int32_t split_shift;   // keys of one split = 1 << split_shift
-  int32_t unused[3];     // [3]
+  // Of the sequence: its first token in the step, that one's cache position, its place in the block tables.
+  int32_t first_token;
+  int32_t first_position;
+  int32_t table_start;
 };
 
-// Keys of one split for a query at cache position p: a function of p alone, so that a row is always summed in
-// the same order. Four to eight splits up to 8192 keys, then splits of 1024.
-__host__ __device__ inline int mla_split_shift(int32_t position) {
-  if (position < 1024) return 7;
-  if (position < 2048) return 8;
-  if (position < 4096) return 9;
-  return 10;
+// Keys of one split for a query at cache position p: a function of p and of the step's spread, so that in steps
+// of one spread a row is always summed in the same order. With spread 0 four to eight splits up to 8192 keys,
+// then splits of 1024; each step of spread halves them, not below a block of keys, and not behind kMlaSpreadEnd.
+constexpr int kMlaSpreadEnd = 16384;
+__host__ __device__ inline int mla_split_shift(int32_t position, int spread) {
+  const int shift = position < 1024 ? 7 : position < 2048 ? 8 : position < 4096 ? 9 : 10;
+  if (spread > 0 && position >= kMlaSpreadEnd) return shift;
+  return shift - spread < 6 ? 6 : shift - spread;
 }
-inline int32_t mla_num_splits(int32_t position) { return (position >> mla_split_shift(position)) + 1; }
-// Splits that a launch has room for: a power of two from 8 on, so that steps with contexts of any length up
-// to 8192 have one shape.
-inline int32_t mla_padded_splits(int32_t num_splits) {
-  int32_t padded = 8;
+inline int32_t mla_num_splits(int32_t position, int spread) {
+  return (position >> mla_split_shift(position, spread)) + 1;
+}
+// Splits that a launch has room for: a power of two from what 8192 keys need on, so that steps with contexts of
+// any length up to there have one shape.
+inline int32_t mla_padded_splits(int32_t num_splits, int spread) {
+  int32_t padded = spread > 0 ? 8 << spread : 8;
   while (padded < num_splits) padded *= 2;
   return padded;
 }
@@ -125,7 +131,8 @@ struct MlaParams {
   int32_t nope_dim = 0;
   int32_t rope_dim = 0;
   int32_t lora_rank = 0;
-  int32_t row_tiles = 1;  // 16-row tiles of an MlaTile: 1, 2 or 4
+  int32_t tile_rows = 16;  // most rows of an MlaTile
+  int32_t spread = 0;      // of the splits
   float softmax_scale = 0;
   float* partial = nullptr;     // [chunk tokens * A, max_splits, lora_rank] not normalised
   float* partial_ml = nullptr;  // [chunk tokens * A, max_splits, 2] running maximum (base 2) and sum

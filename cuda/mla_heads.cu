@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(kLeaveThreads) mla_leave_kernel(const __grid_c
   }
   const int position = p.mla.cache_positions[p.mla.first_token + token];
   wait_for_predecessor();
-  float out[kMlaMaxLora / kLeaveThreads];  // [kMlaMaxLora / kLeaveThreads]
-  combine_splits<kLeaveThreads>(p.mla, static_cast<int64_t>(token) * p.mla.num_heads + head, position, out);
-#pragma unroll
-  for (int j = 0; j < kMlaMaxLora / kLeaveThreads; ++j) {
-    latent[threadIdx.x + j * kLeaveThreads] = __float2bfloat16_rn(out[j]);
+  __shared__ float4 scratch[kCombineQuads];
+  const float4 out = combine_splits<kLeaveThreads>(
+      p.mla, static_cast<int64_t>(token) * p.mla.num_heads + head, position, scratch);
+  if (threadIdx.x < kCombineQuads) {
+    reinterpret_cast<uint2*>(latent)[threadIdx.x] = make_uint2(pack_bf16(out.x, out.y), pack_bf16(out.z, out.w));
   }
   __syncthreads();
   float total[4] = {};

@@ -13,28 +13,21 @@ __device__ __forceinline__ uint32_t swizzled(int row, int word, int words) {
   return static_cast<uint32_t>(row * words + (word ^ (row & 7))) * 16;
 }
 
-// Warps of a block.
-__host__ __device__ constexpr int mla_warps(int row_tiles) { return row_tiles == 1 ? 16 : 8; }
+constexpr int kMlaWarps = 16;  // of a block
+constexpr int kMlaRows = 16;   // of a tile
 
 struct MlaShared {
   uint32_t query, keys, weights;  // shared addresses
-  uint32_t key_bytes;             // of a key buffer: there are two, or with FP8 one and the raw rows
-  float* row_max;                 // [16 R, 8 / R] of the warps' key tiles
-  float* tile_sum;                // [16 R, 8] of the 8-key tiles
-  int* limit;                     // [16 R] last position that a row attends to, -1: no such row
-  float* odd_scores;              // [8, 32, 4] R = 1: the odd chains, by key tile, lane and element
+  uint32_t key_bytes;             // of a key buffer: there are two
+  float* row_max;                 // [kMlaRows, 8] of the 8-key tiles
+  float* tile_sum;                // [kMlaRows, 8]
+  int* limit;                     // [kMlaRows] last position that a row attends to, -1: no such row
+  float* odd_scores;              // [8, 32, 4] the odd chains, by key tile, lane and element
 };
 
-// Of kKeys rows of an FP8 cache.
-__host__ __device__ constexpr int mla_raw_bytes(int row_bytes) { return kKeys * row_bytes; }
-
-// raw_row_bytes: of an FP8 cache, 0 for one in bf16.
-constexpr int mla_shared_bytes(int row_tiles, int padded, int raw_row_bytes) {
-  const int rows = 16 * row_tiles;
-  const int keys = kKeys * padded * 2;
-  return rows * padded * 2 + (raw_row_bytes == 0 ? 2 * keys : keys + mla_raw_bytes(raw_row_bytes)) +
-         rows * kKeys * 2 + rows * (8 / row_tiles) * 4 + rows * 8 * 4 + rows * 4 +
-         (row_tiles == 1 ? 8 * 32 * 4 * 4 : 0);
+constexpr int mla_shared_bytes(int padded) {
+  return kMlaRows * padded * 2 + 2 * kKeys * padded * 2 + kMlaRows * kKeys * 2 + 2 * kMlaRows * 8 * 4 +
+         kMlaRows * 4 + 8 * 32 * 4 * 4;
 }
 
 // Columns of a row in shared memory: a multiple of 64 elements, zeros behind the latent.
@@ -43,9 +36,8 @@ __device__ __forceinline__ int padded_latent(const MlaParams& p) {
 }
 
 // Brings key blocks of one tile's sequence into shared memory; zeros outside [first_position, max_position].
-template <int kWarps>
 struct KeyLoader {
-  static constexpr int kKeysEach = kKeys / kWarps;  // keys of a warp: warp, warp + kWarps, ..
+  static constexpr int kKeysEach = kKeys / kMlaWarps;  // keys of a warp: warp, warp + kMlaWarps, ..
   static constexpr int kMaxWords = (kMlaMaxLatent / 8 + 31) / 32;
 
   const MlaParams& p;
@@ -60,7 +52,7 @@ struct KeyLoader {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     slot = -1;
     if (lane < kKeysEach) {
-      const int position = first + warp + kWarps * lane;
+      const int position = first + warp + kMlaWarps * lane;
       if (position >= p.first_position && position <= max_position) {
         slot = table[position / p.block_size] * p.block_size + position % p.block_size;
       }
@@ -68,7 +60,7 @@ struct KeyLoader {
   }
 
   __device__ void bring(uint32_t to) const {
-    static_assert(kWarps % 8 == 0);
+    static_assert(kMlaWarps % 8 == 0);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t row_bytes = words * 16;
     const uint32_t lane_at =
@@ -77,7 +69,7 @@ struct KeyLoader {
     for (int i = 0; i < kKeysEach; ++i) {
       const int key_slot = __shfl_sync(kAllLanes, slot, i);
       const bf16* row = static_cast<const bf16*>(p.cache) + (key_slot < 0 ? 0 : key_slot) * p.cache_stride;
-      const uint32_t key_at = lane_at + i * kWarps * row_bytes;
+      const uint32_t key_at = lane_at + i * kMlaWarps * row_bytes;
 #pragma unroll
       for (int j = 0; j < kMaxWords; ++j) {
         const int word = lane + 32 * j;
@@ -88,53 +80,6 @@ struct KeyLoader {
         } else {
           store_word(key_at + 512 * j, row, word, key_slot >= 0);
         }
-      }
-    }
-  }
-
-  // FP8: the rows as they are, kKeys of them one behind the other; zeros where there is none.
-  __device__ void bring_raw(char* to) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row_bytes = static_cast<int>(p.cache_stride);
-#pragma unroll
-    for (int i = 0; i < kKeysEach; ++i) {
-      const int key_slot = __shfl_sync(kAllLanes, slot, i);
-      const char* row = static_cast<const char*>(p.cache) + (key_slot < 0 ? 0 : key_slot) * p.cache_stride;
-      const uint32_t key_at = shared_address(to + (warp + kWarps * i) * row_bytes);
-      for (int at = lane * 16; at < row_bytes; at += 512) copy_async_16(key_at + at, row + at, key_slot >= 0);
-    }
-  }
-
-  // The same warp's rows, widened to bf16 in their places among the keys.
-  __device__ void widen_raw(const char* from, char* to) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row_bytes = static_cast<int>(p.cache_stride);
-    constexpr int kWords = kMlaMaxLora / 8;  // of the latents in bf16
-#pragma unroll 2
-    for (int i = 0; i < kKeysEach; ++i) {
-      const int key = warp + kWarps * i;
-      const char* row = from + key * row_bytes;
-      const uint4 packed = *reinterpret_cast<const uint4*>(row + lane * 16);  // 16 latents, all of one group
-      const float scale = reinterpret_cast<const float*>(row + kMlaMaxLora)[lane * 16 / kFp8Group];
-      const uint32_t raw[4] = {packed.x, packed.y, packed.z, packed.w};
-      uint32_t wide[8];  // [8] pairs
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t low, high;
-        widen_e4m3_word(raw[j], low, high);
-        wide[2 * j] = pack_bf16(low_float(low) * scale, high_float(low) * scale);
-        wide[2 * j + 1] = pack_bf16(low_float(high) * scale, high_float(high) * scale);
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        *reinterpret_cast<uint4*>(to + swizzled(key, 2 * lane + j, words)) =
-            make_uint4(wide[4 * j], wide[4 * j + 1], wide[4 * j + 2], wide[4 * j + 3]);
-      }
-      const char* rope = row + kMlaMaxLora + kMlaMaxLora / kFp8Group * 4;
-      for (int word = lane; word < words - kWords; word += 32) {
-        *reinterpret_cast<uint4*>(to + swizzled(key, kWords + word, words)) =
-            word * 8 < p.rope_dim ? *reinterpret_cast<const uint4*>(rope + word * 16)
-                                  : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -156,13 +101,12 @@ struct KeyLoader {
 };
 
 // Queries into shared memory: row r is row tile.row_begin + r of the sequence's [q_len, A].
-template <int kRows, int kWarps>
 __device__ __forceinline__ void load_queries(const MlaParams& p, const MlaTile& tile, int first_token,
                                              char* to, int words, int* limit) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool is_aligned =
       (p.lora_rank | p.rope_dim | p.nope_dim | static_cast<int>(p.q_stride | p.q_latent_stride)) % 8 == 0;
-  for (int r = warp; r < kRows; r += kWarps) {
+  for (int r = warp; r < kMlaRows; r += kMlaWarps) {
     const bool is_there = r < tile.num_rows;
     const int flat = tile.row_begin + (is_there ? r : 0);
     const int64_t token = first_token + flat / p.num_heads;

@@ -17,7 +17,8 @@ void Drafter::run(const StepBatch& batch, const Tensor& hidden, StepResult& resu
   }
   if (index_.num_tokens() > 0) {
     const StepIndex index = ops_.begin_step(index_.view(batch, block_size_, 1), 1);
-    Tensor mtp_hidden = forward_.run_mtp(index, hidden, hidden_rows_.data(), cache_);
+    Tensor mtp_hidden = stored_rows_.empty() ? forward_.run_mtp(index, hidden, hidden_rows_.data(), cache_)
+                                             : forward_.run_stored_mtp(index, stored_rows_.data(), cache_);
     copy_logits(batch, mtp_hidden, result);
     while (!active_.empty()) {
       sample_drafts(batch, mtp_hidden);
@@ -35,10 +36,11 @@ void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& resul
   entries_.clear();
   hidden_rows_.clear();
   entry_hidden_rows_.clear();
+  stored_rows_.clear();
   source_rows_.clear();
   active_.clear();
-  // Logits may be wanted of any row.
-  const bool has_entries_alone = forward_.can_store_mtp() && batch.draft_logit_rows.empty();
+  // All entries are made at once, then what is read of some of them. Logits may be wanted of any row.
+  const bool stores_first = forward_.can_store_mtp() && batch.draft_logit_rows.empty();
   int32_t sampled = 0;  // first sampled row of the sequence
   for (int64_t s = 0; s < batch.num_seqs(); ++s) {
     const auto at = static_cast<size_t>(s);
@@ -53,20 +55,25 @@ void Drafter::add_confirmed_rows(const StepBatch& batch, const StepResult& resul
       while (num_sampled > 0 && confirmed_end < end && token(confirmed_end) == outcome(confirmed_end - 1)) {
         ++confirmed_end;
       }
-      const auto add = [&](int32_t token_id, int32_t hidden_row, int32_t source_row, bool is_entry_alone) {
+      const auto add = [&](int32_t token_id, int32_t hidden_row, int32_t source_row, bool is_read) {
         const int32_t position = batch.positions[static_cast<size_t>(hidden_row)] + 1;
-        HostIndex& to = is_entry_alone ? entries_ : index_;
-        to.add_row(token_id, position - 1, position, slot_of_position(batch, s, position));
-        (is_entry_alone ? entry_hidden_rows_ : hidden_rows_).push_back(hidden_row);
-        if (!is_entry_alone) source_rows_.push_back(source_row);
+        const int32_t slot = slot_of_position(batch, s, position);
+        if (stores_first) {
+          if (is_read) stored_rows_.push_back(static_cast<int32_t>(entries_.num_tokens()));
+          entries_.add_row(token_id, position - 1, position, slot);
+          entry_hidden_rows_.push_back(hidden_row);
+        } else {
+          hidden_rows_.push_back(hidden_row);
+          source_rows_.push_back(source_row);
+        }
+        if (is_read || !stores_first)
+          index_.add_row(token_id, position - 1, position, stores_first ? -1 : slot);
       };
-      for (int32_t row = begin + 1; row < confirmed_end; ++row) {
-        add(token(row), row - 1, row, has_entries_alone);
-      }
+      for (int32_t row = begin + 1; row < confirmed_end; ++row) add(token(row), row - 1, row, false);
       const int32_t last = num_sampled > 0 ? outcome(confirmed_end - 1) : -1;
       if (last >= 0) {
         const bool drafts = batch.num_drafts[at] > 0;
-        add(last, confirmed_end - 1, static_cast<int32_t>(batch.num_tokens()), has_entries_alone && !drafts);
+        add(last, confirmed_end - 1, static_cast<int32_t>(batch.num_tokens()), drafts);
         if (drafts) {
           Active active;
           active.seq = s;

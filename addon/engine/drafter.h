@@ -55,9 +55,10 @@ class Drafter {
 
   // Working memory of run().
   HostIndex index_;                         // rows whose hidden states are read: most often those that draft
-  HostIndex entries_;                       // rows of which only the cache entry is made
+  HostIndex entries_;                       // rows whose cache entries are made ahead of what index_ reads
   std::vector<int32_t> hidden_rows_;        // [T'] row of the token before each of the module's rows
   std::vector<int32_t> entry_hidden_rows_;  // [rows of entries_] the same of those
+  std::vector<int32_t> stored_rows_;        // [T'] row of entries_ that each of index_ is, where it is one
   std::vector<int32_t> source_rows_;        // [T'] row of the step that each was made from, or T
   std::vector<Active> active_;              // [num_active]
   std::vector<std::vector<int32_t>> drafts_;  // [S, drafts so far]

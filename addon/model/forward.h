@@ -59,6 +59,9 @@ class Forward {
   void store_mtp(const StepIndex& index, const Tensor& hidden, const int32_t* hidden_rows,
                  const CacheLayer& cache);
   bool can_store_mtp() const;
+  // What run_mtp() returns for some rows, in rising order, of the last store_mtp(), of which `index` is a
+  // part whose slots are -1: what all rows need was computed for all at once.
+  Tensor run_stored_mtp(const StepIndex& index, const int32_t* stored_rows, const CacheLayer& cache);
 
   // Logits of some rows of what run() or run_mtp() returned: float32 [num_rows, V], valid until the next
   // call. num_rows is at most max_logit_rows().

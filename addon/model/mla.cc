@@ -21,6 +21,19 @@ void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& 
   ops.linear(at.attention, mla.o, out);
 }
 
+void run_stored_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+                    const CacheLayer& cache, const MlaBuffers& at, const Tensor& out) {
+  if (mla.q_a.present()) {
+    ops.linear(x, mla.q_a, at.q_a);
+    ops.rms_norm(at.q_a, mla.q_a_norm, kLatentNormEps, at.q_a);
+    ops.linear(at.q_a, mla.q_b, at.q);
+  } else {
+    ops.linear(x, mla.q_b, at.q);
+  }
+  ops.mla_store_and_attend(at.q, at.kv, mla, kLatentNormEps, at.angles, index, cache, at.attention);
+  ops.linear(at.attention, mla.o, out);
+}
+
 void store_latents(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
                    const CacheLayer& cache, const Tensor& kv, const Tensor& angles) {
   ops.linear(x, mla.kv_a, kv);

@@ -17,6 +17,11 @@ struct MlaBuffers {
 void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
              const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
 
+// The same where the latents of x lie in the cache already and every slot is -1; what `at.kv` holds is of no
+// use.
+void run_stored_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
+                    const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
+
 // Only writes the latents of x to the cache, through kv [T, latent_dim]; angles [T, rope_dim]. Where
 // ops.has_mla_store().
 void store_latents(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,

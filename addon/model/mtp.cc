@@ -28,6 +28,24 @@ void Forward::store_mtp(const StepIndex& index, const Tensor& hidden, const int3
   store_latents(ops_, weights_.mtp->layer.mla, at.normed, index, cache, at.kv, at.angles);
 }
 
+Tensor Forward::run_stored_mtp(const StepIndex& index, const int32_t* stored_rows, const CacheLayer& cache) {
+  const MtpWeights& mtp = *weights_.mtp;
+  const int64_t size = spec_.hidden_size;
+  ForwardBuffers at = buffers_.first_rows(index.num_tokens);
+  // Beside the rows of the last call, of which they are copies: where there is store_mtp, activations are
+  // float32 as the residual stream is.
+  const Tensor residual = at.mtp_input.slice_cols(0, size);
+  const Tensor input = at.mtp_input.slice_cols(size, size);
+  ops_.gather_rows(buffers_.residual, stored_rows, residual);
+  ops_.gather_rows(buffers_.normed, stored_rows, input);
+  at.residual = residual;
+  ops_.rope_table(index, rope_, at.angles);
+  run_stored_mla(ops_, mtp.layer.mla, input, index, cache, {at.q_a, at.q, at.kv, at.attention, at.angles},
+                 at.delta);
+  mlp(mtp.layer, mtp.head_norm, at, at.normed);
+  return at.normed;
+}
+
 bool Forward::can_store_mtp() const { return ops_.has_mla_store() && !weights_.mtp->layer.is_gqa; }
 
 // Angles, and from the hidden states in at.delta the input of the module's attention: at.residual and,

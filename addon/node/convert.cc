@@ -115,12 +115,30 @@ TensorEntry to_tensor_entry(const Napi::Value& value, uint32_t index) {
   return entry;
 }
 
-template <class Array, class T>
-Array to_typed_array(Napi::Env env, const std::vector<T>& values) {
-  static_assert(std::is_same_v<typename std::remove_pointer_t<decltype(std::declval<Array>().Data())>, T>);
-  Array array = Array::New(env, values.size());
-  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(T));
-  return array;
+// Typed arrays that share one ArrayBuffer: making a buffer takes longer than anything else about them.
+class SharedArrays {
+ public:
+  SharedArrays(Napi::Env env, size_t bytes, size_t num_arrays)
+      : buffer_(Napi::ArrayBuffer::New(env, bytes + num_arrays * kAlign)) {}
+
+  template <class T>
+  Napi::TypedArrayOf<T> copy(const std::vector<T>& values) {
+    const auto array = Napi::TypedArrayOf<T>::New(buffer_.Env(), values.size(), buffer_, used_);
+    if (!values.empty()) std::memcpy(bytes() + used_, values.data(), values.size() * sizeof(T));
+    used_ += (values.size() * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    return array;
+  }
+
+ private:
+  static constexpr size_t kAlign = 8;
+  char* bytes() { return static_cast<char*>(buffer_.Data()); }
+  Napi::ArrayBuffer buffer_;
+  size_t used_ = 0;
+};
+
+template <class... T>
+size_t bytes_of(const std::vector<T>&... values) {
+  return (0 + ... + (values.size() * sizeof(T)));
 }
 
 }  // namespace
@@ -319,16 +337,21 @@ Napi::Object from_runner_info(Napi::Env env, const RunnerInfo& info) {
 
 Napi::Object from_step_result(Napi::Env env, const StepResult& result) {
   Napi::Object object = Napi::Object::New(env);
-  object.Set("sampledIds", to_typed_array<Napi::Int32Array>(env, result.sampled_ids));
-  object.Set("sampledLogprobs", to_typed_array<Napi::Float32Array>(env, result.sampled_logprobs));
-  object.Set("topStart", to_typed_array<Napi::Int32Array>(env, result.top_start));
-  object.Set("topIds", to_typed_array<Napi::Int32Array>(env, result.top_ids));
-  object.Set("topLogprobs", to_typed_array<Napi::Float32Array>(env, result.top_logprobs));
-  object.Set("nonFinite", to_typed_array<Napi::Uint8Array>(env, result.non_finite));
-  object.Set("logits", to_typed_array<Napi::Float32Array>(env, result.logits));
-  object.Set("draftLogits", to_typed_array<Napi::Float32Array>(env, result.draft_logits));
-  object.Set("draftStart", to_typed_array<Napi::Int32Array>(env, result.draft_start));
-  object.Set("draftIds", to_typed_array<Napi::Int32Array>(env, result.draft_ids));
+  SharedArrays arrays(env,
+                      bytes_of(result.sampled_ids, result.sampled_logprobs, result.top_start, result.top_ids,
+                               result.top_logprobs, result.non_finite, result.logits, result.draft_logits,
+                               result.draft_start, result.draft_ids),
+                      10);
+  object.Set("sampledIds", arrays.copy(result.sampled_ids));
+  object.Set("sampledLogprobs", arrays.copy(result.sampled_logprobs));
+  object.Set("topStart", arrays.copy(result.top_start));
+  object.Set("topIds", arrays.copy(result.top_ids));
+  object.Set("topLogprobs", arrays.copy(result.top_logprobs));
+  object.Set("nonFinite", arrays.copy(result.non_finite));
+  object.Set("logits", arrays.copy(result.logits));
+  object.Set("draftLogits", arrays.copy(result.draft_logits));
+  object.Set("draftStart", arrays.copy(result.draft_start));
+  object.Set("draftIds", arrays.copy(result.draft_ids));
   object.Set("stepMicros", result.step_micros);
   object.Set("draftMicros", result.draft_micros);
   object.Set("deviceMicros", result.device_micros);

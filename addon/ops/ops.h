@@ -76,7 +76,8 @@ struct RopeParams {
   float multiplier = 1.0f;
 };
 
-// One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key]; GQA:
+// One layer of the latent cache: row = slot. MLA: [lora_rank normed latents | rope_dim rotated key], or what
+// else a device keeps of a position in that room; GQA:
 // [G * D rotated keys | G * D values]. kF8E4M3 (MLA alone): bytes, [lora_rank e4m3 | a float32 scale for each
 // 128 of them | rope_dim bf16].
 struct CacheLayer {

@@ -10,7 +10,7 @@ const MEMORY = 128;
 /** drafts verified before speculation is first given up */
 const MIN_VERIFIED = 24;
 /** where drafting does not pay, one new sequence in so many tries it again, for so many drafts */
-const PROBE_INTERVAL = 64;
+const PROBE_INTERVAL = 32;
 const PROBE_DRAFTS = 16;
 /** gain at which a sequence starts to run the MTP module, whose prefill is not counted; at which it goes on */
 const MIN_GAIN_TO_START = 1.06;
@@ -20,9 +20,9 @@ const MIN_GAIN_OF_MORE = 1.05;
 const MAX_USELESS_STEPS = 16;
 /** every so many steps another number of drafts is tried for some steps: in turn none, one more, one fewer */
 const EXPLORE_INTERVAL = 192;
-const EXPLORE_STEPS = 12;
+const EXPLORE_STEPS = 7;
 /** steps that a decision holds while as many sequences run and draft */
-const DECISION_STEPS = 8;
+const DECISION_STEPS = 16;
 /** steps after a change of number that are not counted: caches are still those of the steps before */
 const SETTLING_STEPS = 2;
 

@@ -1,4 +1,5 @@
 import type { TokenLogprobs } from './request.js';
+import { StepArrays } from './step-arrays.js';
 import type { StepBatch, StepResult } from './step-batch.js';
 import type { PlannedSequence, SampledToken, SequenceOutcome, StepPlan } from './step-plan.js';
 
@@ -10,13 +11,14 @@ const NOTHING: ReadonlyMap<number, number> = new Map();
  */
 export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const planned = plan.sequences;
+  const arrays = new StepArrays();
   const size = planned.length; // S
-  const qStart = startsOf(size, (index) => planned[index]!.count);
-  const blockTableStart = startsOf(size, (index) => Math.ceil(coveredLength(planned[index]!) / blockSize));
-  const tokenIds = new Int32Array(qStart[size]!); // [T]
-  const positions = new Int32Array(qStart[size]!); // [T]
-  const slotMapping = new Int32Array(qStart[size]!); // [T]
-  const blockTable = new Int32Array(blockTableStart[size]!); // [blockTableStart[S]]
+  const qStart = startsOf(arrays, size, (index) => planned[index]!.count);
+  const blockTableStart = startsOf(arrays, size, (index) => Math.ceil(coveredLength(planned[index]!) / blockSize));
+  const tokenIds = arrays.int32(qStart[size]!); // [T]
+  const positions = arrays.int32(qStart[size]!); // [T]
+  const slotMapping = arrays.int32(qStart[size]!); // [T]
+  const blockTable = arrays.int32(blockTableStart[size]!); // [blockTableStart[S]]
   for (let index = 0; index < size; index++) {
     const { sequence, start, count, draftIds, rowBefore = 0 } = planned[index]!;
     const { tokens, blockTable: blocks, numShared, numComputed } = sequence;
@@ -38,31 +40,31 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
     qStart,
     blockTableStart,
     blockTable,
-    ...packSampling(planned),
-    ...packHistory(planned),
-    ...packBias(planned),
-    ...packMasks(planned),
-    logitRows: new Int32Array(0), // [0]
-    draftLogitRows: new Int32Array(0), // [0]
+    ...packSampling(arrays, planned),
+    ...packHistory(arrays, planned),
+    ...packBias(arrays, planned),
+    ...packMasks(arrays, planned),
+    logitRows: arrays.int32(0), // [0]
+    draftLogitRows: arrays.int32(0), // [0]
   };
 }
 
 /** What a sequence has one value of. One loop: this is run every step. */
-function packSampling(planned: readonly PlannedSequence[]) {
+function packSampling(arrays: StepArrays, planned: readonly PlannedSequence[]) {
   const size = planned.length; // S
-  const numSampled = new Int32Array(size); // [S]
-  const runMtp = new Uint8Array(size); // [S]
-  const numDrafts = new Int32Array(size); // [S]
-  const temperature = new Float32Array(size); // [S]
-  const topP = new Float32Array(size); // [S]
-  const topK = new Int32Array(size); // [S]
-  const minP = new Float32Array(size); // [S]
-  const seedLow = new Uint32Array(size); // [S]
-  const seedHigh = new Uint32Array(size); // [S]
-  const presencePenalty = new Float32Array(size); // [S]
-  const frequencyPenalty = new Float32Array(size); // [S]
-  const repetitionPenalty = new Float32Array(size); // [S]
-  const numLogprobs = new Int32Array(size); // [S]
+  const numSampled = arrays.int32(size); // [S]
+  const runMtp = arrays.uint8(size); // [S]
+  const numDrafts = arrays.int32(size); // [S]
+  const temperature = arrays.float32(size); // [S]
+  const topP = arrays.float32(size); // [S]
+  const topK = arrays.int32(size); // [S]
+  const minP = arrays.float32(size); // [S]
+  const seedLow = arrays.uint32(size); // [S]
+  const seedHigh = arrays.uint32(size); // [S]
+  const presencePenalty = arrays.float32(size); // [S]
+  const frequencyPenalty = arrays.float32(size); // [S]
+  const repetitionPenalty = arrays.float32(size); // [S]
+  const numLogprobs = arrays.int32(size); // [S]
   for (let index = 0; index < size; index++) {
     const part = planned[index]!;
     const { sampling } = part.sequence.request;
@@ -87,11 +89,11 @@ function packSampling(planned: readonly PlannedSequence[]) {
 }
 
 /** The tokens of sampled sequences with a penalty. */
-function packHistory(planned: readonly PlannedSequence[]) {
+function packHistory(arrays: StepArrays, planned: readonly PlannedSequence[]) {
   const historyOf = (index: number) => (planned[index]!.numSampled === 0 ? NOTHING : planned[index]!.sequence.history);
-  const historyStart = startsOf(planned.length, (index) => historyOf(index).size);
-  const historyIds = new Int32Array(historyStart[planned.length]!); // [historyStart[S]]
-  const historyCounts = new Int32Array(historyIds.length); // [historyStart[S]]
+  const historyStart = startsOf(arrays, planned.length, (index) => historyOf(index).size);
+  const historyIds = arrays.int32(historyStart[planned.length]!); // [historyStart[S]]
+  const historyCounts = arrays.int32(historyIds.length); // [historyStart[S]]
   for (let index = 0, to = 0; index < planned.length; index++) {
     for (const [id, count] of historyOf(index)) {
       historyIds[to] = id;
@@ -101,11 +103,11 @@ function packHistory(planned: readonly PlannedSequence[]) {
   return { historyStart, historyIds, historyCounts };
 }
 
-function packBias(planned: readonly PlannedSequence[]) {
+function packBias(arrays: StepArrays, planned: readonly PlannedSequence[]) {
   const bias = planned.map((part) => (part.numSampled === 0 ? [] : biasOf(part))); // [S, biases]
-  const biasStart = startsOf(planned.length, (index) => bias[index]!.length);
-  const biasIds = new Int32Array(biasStart[planned.length]!); // [biasStart[S]]
-  const biasValues = new Float32Array(biasIds.length); // [biasStart[S]]
+  const biasStart = startsOf(arrays, planned.length, (index) => bias[index]!.length);
+  const biasIds = arrays.int32(biasStart[planned.length]!); // [biasStart[S]]
+  const biasValues = arrays.float32(biasIds.length); // [biasStart[S]]
   for (let index = 0, to = 0; index < planned.length; index++) {
     for (const [id, value] of bias[index]!) {
       biasIds[to] = id;
@@ -173,17 +175,17 @@ function biasOf({ sequence, start, count, draftIds }: PlannedSequence): [number,
 }
 
 /** The masks of sequences that follow a grammar now and are sampled in this step. */
-function packMasks(planned: readonly PlannedSequence[]): Pick<StepBatch, 'maskStart' | 'masks'> {
+function packMasks(arrays: StepArrays, planned: readonly PlannedSequence[]): Pick<StepBatch, 'maskStart' | 'masks'> {
   const words = planned.map(({ sequence, numSampled }) => (numSampled === 0 ? null : sequence.mask)); // [S]
-  const maskStart = startsOf(planned.length, (index) => words[index]?.length ?? 0);
-  const masks = new Int32Array(maskStart[planned.length]!); // [maskStart[S]]
+  const maskStart = startsOf(arrays, planned.length, (index) => words[index]?.length ?? 0);
+  const masks = arrays.int32(maskStart[planned.length]!); // [maskStart[S]]
   for (let index = 0; index < words.length; index++) if (words[index]) masks.set(words[index]!, maskStart[index]);
   return { maskStart, masks };
 }
 
 /** Running sums of lengths, with a leading 0. */
-function startsOf(size: number, lengthOf: (index: number) => number): Int32Array {
-  const starts = new Int32Array(size + 1); // [S + 1]
+function startsOf(arrays: StepArrays, size: number, lengthOf: (index: number) => number): Int32Array {
+  const starts = arrays.int32(size + 1); // [S + 1]
   for (let index = 0; index < size; index++) starts[index + 1] = starts[index]! + lengthOf(index);
   return starts;
 }

@@ -1,5 +1,5 @@
-// Absorbed attention against the naive form; decode, chunks and batches to the bit; what may not be read is
-// NaN.
+// Both forms of attention, over latents and over expanded keys and values, against the reference; decode,
+// chunks and batches to the bit; what may not be read is NaN.
 #include <algorithm>
 
 #include "ops/cpu/host_ops.h"
@@ -35,15 +35,15 @@ struct TestIndex {
   StepIndex index;
 
   // shift 1: the MTP module, whose row of token j is rotated by j - 1
-  TestIndex(const std::vector<Part>& parts, int32_t shift) {
+  TestIndex(const std::vector<Part>& parts, int32_t shift, int64_t block_size) {
     for (size_t s = 0; s < parts.size(); ++s) {
       for (int32_t i = 0; i < 20; ++i)
         table.push_back(static_cast<int32_t>((parts[s].seq * 20 + i) * 37 % kNumBlocks));
       for (int64_t p = parts[s].first; p < parts[s].end; ++p) {
         positions.push_back(static_cast<int32_t>(p));
         rope_positions.push_back(static_cast<int32_t>(p) - shift);
-        const auto at = static_cast<size_t>(static_cast<int64_t>(s) * 20 + p / kBlockSize);
-        slots.push_back(static_cast<int32_t>(table[at] * kBlockSize + p % kBlockSize));
+        const auto at = static_cast<size_t>(static_cast<int64_t>(s) * 20 + p / block_size);
+        slots.push_back(static_cast<int32_t>(table[at] * block_size + p % block_size));
         seq_of_token.push_back(static_cast<int32_t>(s));
         index.max_context_len = std::max(index.max_context_len, p + 1);
       }
@@ -53,7 +53,7 @@ struct TestIndex {
     }
     index.num_seqs = static_cast<int64_t>(parts.size());
     index.num_tokens = static_cast<int64_t>(positions.size());
-    index.block_size = kBlockSize;
+    index.block_size = block_size;
     index.first_position = shift;
     index.rope_positions = rope_positions.data();
     index.cache_positions = positions.data();
@@ -92,9 +92,10 @@ struct MlaCase {
 
 // Runs store and attention for the rows of `parts`; q and kv hold a row per (seq, position).
 OpsMatrix run(Ops& ops, const MlaCase& mla, const std::vector<Part>& parts, const std::vector<OpsMatrix>& q,
-              const std::vector<OpsMatrix>& kv, TestCache& cache, int32_t shift, bool may_write = true) {
+              const std::vector<OpsMatrix>& kv, TestCache& cache, int32_t shift, int64_t block_size,
+              bool may_write = true) {
   const MlaShape& shape = mla.weights.shape;
-  TestIndex at(parts, shift);
+  TestIndex at(parts, shift, block_size);
   if (!may_write) std::fill(at.slots.begin(), at.slots.end(), -1);
   const int64_t tokens = at.index.num_tokens;
   OpsMatrix step_q(tokens, shape.num_heads * shape.qk_dim()), step_kv(tokens, shape.latent_dim());
@@ -115,7 +116,7 @@ OpsMatrix run(Ops& ops, const MlaCase& mla, const std::vector<Part>& parts, cons
 }
 
 void check_mla(Ops& ops, Dtype dtype, int64_t heads, bool interleave, int64_t rank, int64_t rope,
-               int32_t shift, int64_t nope = 40, int64_t v = 56) {
+               int32_t shift, int64_t nope = 40, int64_t v = 56, int64_t block_size = kBlockSize) {
   OpsRandom random;
   const MlaCase unplaced(random, dtype, heads, interleave, rank, rope, nope, v);
   MlaCase mla = unplaced;
@@ -129,6 +130,7 @@ void check_mla(Ops& ops, Dtype dtype, int64_t heads, bool interleave, int64_t ra
   }
   OpsLimits limits = test_limits();
   limits.mla = shape;
+  limits.block_size = block_size;
   ops.reserve(limits);
   const std::unique_ptr<Ops> reference = make_reference();
   const int64_t first = shift;  // the MTP module has no row for position 0
@@ -136,8 +138,8 @@ void check_mla(Ops& ops, Dtype dtype, int64_t heads, bool interleave, int64_t ra
   // Two prompts and a short one in one step, against the naive form over a float32 cache.
   const std::vector<Part> parts = {{1, first, 5}, {0, first, length}, {2, first, 131}};
   TestCache cache(ops, shape.latent_dim()), exact_cache(*reference, shape.latent_dim());
-  const OpsMatrix all = run(ops, mla, parts, q, kv, cache, shift);
-  const OpsMatrix expected = run(*reference, unplaced, parts, q, kv, exact_cache, shift);
+  const OpsMatrix all = run(ops, mla, parts, q, kv, cache, shift, block_size);
+  const OpsMatrix expected = run(*reference, unplaced, parts, q, kv, exact_cache, shift, block_size);
   check_near(all.view, expected.view, 4e-3f + rounding_of(ops));  // the cache is f16
 
   // Sequence 0 alone, in chunks, and by decoding: the same bits. Its rows lie after those of sequence 1.
@@ -147,14 +149,14 @@ void check_mla(Ops& ops, Dtype dtype, int64_t heads, bool interleave, int64_t ra
     TestCache own(ops, shape.latent_dim());
     for (int64_t p = first; p < length; p += chunk) {
       const int64_t end = std::min(length, p + chunk);
-      const OpsMatrix part = run(ops, mla, {{0, p, end}}, q, kv, own, shift);
+      const OpsMatrix part = run(ops, mla, {{0, p, end}}, q, kv, own, shift, block_size);
       for (int64_t t = 0; t < end - p; ++t)
         CHECK(same_bits(part.row(t), all.row(offset + p - first + t), cols));
     }
   }
   // A row whose latent is there already (slot -1) attends to it and writes nothing.
   const std::vector<uint8_t> before = cache.bytes;
-  const OpsMatrix again = run(ops, mla, {{0, 77, 79}, {2, 130, 131}}, q, kv, cache, shift, false);
+  const OpsMatrix again = run(ops, mla, {{0, 77, 79}, {2, 130, 131}}, q, kv, cache, shift, block_size, false);
   CHECK(same_bits(again.row(0), all.row(offset + 77 - first), cols));
   CHECK(same_bits(again.row(2), all.row(offset + length - first + 130 - first), cols));
   CHECK(before == cache.bytes);
@@ -173,6 +175,22 @@ const bool kRegistered = [] {
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 3, true, 200, 16, 0, 72, 56); });
   add_cpu_test("mla_attention, ranks that no vector divides",
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 3, true, 131, 6, 0); });
+  // What the backend caches expanded, up to the border and one head beyond it.
+  for (Dtype dtype : kWeightDtypes) {
+    add_cpu_test(std::string("mla_attention, expanded, ") + dtype_text(dtype),
+                 [=](Ops& ops) { check_mla(ops, dtype, 4, true, 512, 64, 0, 64, 64); });
+  }
+  for (int64_t heads : {1, 2, 3, 5, 6}) {
+    add_cpu_test(
+        "mla_attention around the border of expansion, heads: " + std::to_string(heads),
+        [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 5 * (44 + 61), 18, 0, 44, 61); });
+  }
+  add_cpu_test("mla_attention, expanded, rotation by halves",
+               [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, false, 128, 32, 0, 24, 40); });
+  add_cpu_test("mla_attention, expanded, of the MTP module: slot 0 is not read",
+               [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 4, true, 256, 16, 1, 32, 32); });
+  add_cpu_test("mla_attention, blocks that do not hold whole groups of keys",
+               [](Ops& ops) { check_mla(ops, Dtype::kBF16, 2, true, 128, 16, 0, 24, 40, 12); });
   add_cpu_test("mla_attention, rotation by halves",
                [](Ops& ops) { check_mla(ops, Dtype::kBF16, 4, false, 64, 32, 0); });
   add_cpu_test("mla_attention of the MTP module: slot 0 is not read",

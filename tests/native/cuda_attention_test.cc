@@ -18,7 +18,8 @@ struct AttentionCase {
   int64_t first_position = 0;
   bool is_interleaved = true;
   Dtype cache_dtype = Dtype::kBF16;
-  bool is_deterministic = true;  // false: prompts attend in the naive form, over quantised latents
+  // False: prompts attend in the naive form, over quantised latents, and splits depend on the step.
+  bool is_deterministic = true;
 };
 
 // An FP8 cache row: 512 e4m3, 4 scales, 64 rotary values in bf16.
@@ -338,6 +339,20 @@ const bool attention_tests = [] {
        0,
        true,
        fp8},
+      {"verify steps of 2 to 5 tokens",
+       16,
+       128,
+       64,
+       128,
+       512,
+       fp8,
+       {{1022, 1025}, {63, 68}, {127, 129}, {0, 4}, {300, 301}, {61, 64}},
+       64},
+      {"40 heads, two tokens", 40, 128, 64, 128, 512, fp8, {{190, 192}, {255, 257}, {40, 41}}, 32},
+      {"one head, blocks of 8", 1, 128, 64, 128, 512, fp8, {{100, 105}, {1, 2}, {70, 71}}, 8, 1},
+      {"long contexts", 16, 128, 64, 128, 512, fp8, {{9000, 9001}, {4095, 4097}}, 64},
+      {"long contexts, FP8 cache", 16, 128, 64, 128, 512, fp8, {{9000, 9001}, {4095, 4097}}, 64, 0, true, fp8},
+      {"3 heads, FP8 cache, blocks of 7", 3, 128, 64, 128, 512, fp8, {{65, 70}, {20, 21}}, 7, 1, true, fp8},
       {"prefill, FP8 cache", 4, 64, 64, 64, 512, fp8, {{1, 40}, {100, 101}, {200, 230}}, 16, 1, true, fp8},
       {"prompts and a prefix",
        16,
@@ -353,6 +368,21 @@ const bool attention_tests = [] {
        bf16,
        false},
       {"prompts, FP8 cache", 6, 128, 64, 128, 512, fp8, {{130, 260}, {0, 65}}, 16, 0, false, fp8, false},
+      {"one sequence, spread", 16, 128, 64, 128, 512, fp8, {{1000, 1001}}, 64, 0, true, bf16, false},
+      {"one sequence of 3000, spread", 16, 128, 64, 128, 512, fp8, {{3000, 3004}}, 64, 0, true, bf16, false},
+      {"six sequences, spread, FP8 cache",
+       16,
+       128,
+       64,
+       128,
+       512,
+       fp8,
+       {{1500, 1501}, {4500, 4501}, {30, 31}, {640, 641}, {2048, 2049}, {0, 1}},
+       64,
+       0,
+       true,
+       fp8,
+       false},
       {"prompts of pocket-r1, MTP",
        4,
        64,
@@ -369,6 +399,14 @@ const bool attention_tests = [] {
       {"odd sizes f32", 2, 32, 8, 24, 81, Dtype::kF32, {{3, 20}, {129, 130}}, 16},
   };
   for (const AttentionCase& c : cases) add_cuda_test("attention, " + c.name, [c] { check_attention(c); });
+  // As many tiles as have the largest splits, more than there are blocks.
+  AttentionCase many = {"150 sequences", 4, 64, 64, 64, 512, fp8, {}, 64, 0, true, bf16, false};
+  for (int64_t i = 0; i < 150; ++i) many.spans.push_back({7 * i % 400, 7 * i % 400 + 1});
+  for (const Dtype dtype : {bf16, fp8}) {
+    many.cache_dtype = dtype;
+    const std::string name = "attention, " + many.name + (dtype == fp8 ? ", FP8 cache" : "");
+    add_cuda_test(name, [many] { check_attention(many); });
+  }
   return true;
 }();
 

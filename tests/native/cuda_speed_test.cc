@@ -1,41 +1,12 @@
-// CUDA: the bandwidth and rates that the kernels must not fall below, at real shapes and with inputs that are
-// not in the cache. Prints what it measures; the floors are about two thirds of what an H100 gave.
+// CUDA: the bandwidth and rates that linear layers and experts must not fall below, at real shapes and with
+// inputs that are not in the cache. Prints what it measures; the floors are about two thirds of what an H100
+// gave.
 #include <array>
-#include <chrono>
-#include <cstdio>
 
-#include "tests/native/cuda_support.h"
+#include "tests/native/cuda_speed.h"
 
 namespace rodin::test {
 namespace {
-
-// Seconds of one call, called often enough to outlast launch times; `round` counts the calls.
-template <class F>
-double seconds_of(Ops& gpu, F&& call) {
-  float word;
-  const DeviceMatrix probe(gpu, 1, 1, Dtype::kF32);
-  const auto run = [&](int count) {
-    const auto start = std::chrono::steady_clock::now();
-    for (int round = 0; round < count; ++round) call(round);
-    gpu.download(&word, probe.tensor().data, 4);  // waits for the device
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-  run(3);
-  const double once = run(5) / 5;
-  const int count = std::max(5, static_cast<int>(0.03 / once));
-  double best = run(count) / count;
-  for (int i = 0; i < 2; ++i) best = std::min(best, run(count) / count);
-  return best;
-}
-
-void report(const std::string& what, double seconds, double bytes, double operations, double min_gb_per_s,
-            double min_tflops) {
-  const double gb = bytes / seconds / 1e9, tflops = operations / seconds / 1e12;
-  std::printf("%-44s %9.1f us %7.0f GB/s %7.1f TFLOP/s\n", what.c_str(), seconds * 1e6, gb, tflops);
-  std::fflush(stdout);
-  CHECK(gb >= min_gb_per_s);
-  CHECK(tflops >= min_tflops);
-}
 
 Floats small_inputs(int64_t count) {
   CudaRandom random{2};
@@ -185,110 +156,6 @@ const bool quantized_moe_speed = add_cuda_test("speed of a quantised Moonlight M
 const bool r1_moe_speed = add_cuda_test("speed of a quantised R1 MoE layer", [] {
   time_moe(kR1, false, {{64, 1900, 0}, {512, 1850, 0}});
 });
-
-// Gives the outputs.
-Floats time_attention(int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_gb_per_s,
-                      double min_tflops, bool is_deterministic = true) {
-  CudaRandom random{1};
-  const std::unique_ptr<Ops> gpu = make_gpu("auto", is_deterministic);
-  MlaWeights mla;
-  mla.shape = {heads, 128, 64, 128, 512, 0.07f, true};
-  std::vector<std::unique_ptr<HostWeight>> hosts;
-  const auto add = [&](int64_t rows, int64_t cols) {
-    hosts.push_back(random_weight(random, rows, cols, Dtype::kF8E4M3));
-    return hosts.back()->view;
-  };
-  const Floats norm(512, 1.0f);
-  mla.q_b = add(heads * 192, 16);
-  mla.kv_a = add(576, 16);
-  mla.kv_a_norm = norm.data();
-  mla.kv_b = add(heads * 256, 512);
-  mla.o = add(16, heads * 128);
-  gpu->place(mla);
-  const int64_t block_size = 64, blocks_each = (context + block_size - 1) / block_size;
-  OpsLimits limits = test_limits(mla.shape);
-  limits.max_step_tokens = batch * q_len;
-  limits.max_num_seqs = batch;
-  limits.block_size = block_size;
-  limits.num_blocks = batch * blocks_each;
-  gpu->reserve(limits);
-  const int64_t num_slots = limits.num_blocks * block_size;
-  const DeviceMatrix cache(*gpu, num_slots, 576, Dtype::kBF16);
-  std::vector<uint16_t> latents(static_cast<size_t>(num_slots * 576));
-  for (uint16_t& bits : latents)
-    bits = static_cast<uint16_t>(0x3e00 + (random.next() >> 24) + (random.next() >> 31 << 15));
-  gpu->upload(cache.tensor().data, latents.data(), latents.size() * 2);
-  std::vector<int32_t> positions, slots, seqs, q_start = {0}, table_start = {0}, table;
-  for (int64_t s = 0; s < batch; ++s) {
-    for (int64_t i = 0; i < q_len; ++i) {
-      positions.push_back(static_cast<int32_t>(context - q_len + i));
-      slots.push_back(-1);
-      seqs.push_back(static_cast<int32_t>(s));
-    }
-    q_start.push_back(static_cast<int32_t>(positions.size()));
-    for (int64_t b = 0; b < blocks_each; ++b) table.push_back(static_cast<int32_t>(b * batch + s));
-    table_start.push_back(static_cast<int32_t>(table.size()));
-  }
-  StepIndex host;
-  host.num_seqs = batch;
-  host.num_tokens = batch * q_len;
-  host.block_size = block_size;
-  host.max_q_len = q_len;
-  host.max_context_len = context;
-  host.token_ids = host.seq_of_token = seqs.data();
-  host.rope_positions = host.cache_positions = positions.data();
-  host.slots = slots.data();
-  host.q_start = q_start.data();
-  host.block_table_start = table_start.data();
-  host.block_table = table.data();
-  const StepIndex index = gpu->begin_step(host, 0);
-  const int64_t tokens = batch * q_len;
-  const DeviceMatrix q(*gpu, random_floats(random, tokens * heads * 192, 1), tokens, heads * 192,
-                       Dtype::kBF16);
-  const DeviceMatrix out(*gpu, tokens, heads * 128, Dtype::kBF16);
-  const double seconds = seconds_of(*gpu, [&](int) { gpu->mla_attention(q, mla, index, {cache}, out); });
-  const double keys = static_cast<double>(q_len) * static_cast<double>(context - q_len / 2);
-  // The naive form's operations where it is taken.
-  report((is_deterministic ? "attention, " : "naive attention, ") + std::to_string(heads) + " heads, " +
-             std::to_string(batch) + " x " + std::to_string(q_len) + " of " + std::to_string(context),
-         seconds, static_cast<double>(batch * context * 1152) + static_cast<double>(heads) * 256 * 512,
-         2.0 * static_cast<double>(batch * heads) * keys * (is_deterministic ? 1088 : 320), min_gb_per_s,
-         min_tflops);
-  return out.get();
-}
-
-const bool attention_speed = [] {
-  const auto add = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_gb_per_s,
-                      double min_tflops) {
-    add_cuda_test("speed of attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
-                      std::to_string(q_len) + " of " + std::to_string(context),
-                  [=] { time_attention(heads, batch, context, q_len, min_gb_per_s, min_tflops); });
-  };
-  add(16, 1, 1024, 1, 70, 0);
-  add(16, 1, 8192, 1, 90, 0);
-  add(128, 1, 8192, 1, 100, 0);
-  add(16, 32, 4096, 1, 900, 0);
-  add(16, 128, 1024, 1, 500, 0);
-  add(16, 128, 4096, 1, 1000, 0);
-  add(128, 32, 4096, 1, 0, 50);
-  add(16, 1, 2048, 2048, 0, 30);
-  add(128, 1, 2048, 1024, 0, 38);
-  const auto add_naive = [](int64_t heads, int64_t batch, int64_t context, int64_t q_len, double min_tflops) {
-    add_cuda_test("speed of naive attention " + std::to_string(heads) + ", " + std::to_string(batch) + " x " +
-                      std::to_string(q_len) + " of " + std::to_string(context),
-                  [=] { time_attention(heads, batch, context, q_len, 0, min_tflops, false); });
-  };
-  // Expanded keys and values of so many positions are more than the workspace holds for all heads at once.
-  add_cuda_test("speed of naive attention, a few heads at a time", [] {
-    const Floats naive = time_attention(128, 1, 12000, 64, 0, 0, false);
-    check_near(naive, time_attention(128, 1, 12000, 64, 0, 0, true), 3e-2, "naive and absorbed attention");
-  });
-  add_naive(16, 1, 1024, 1024, 80);
-  add_naive(16, 1, 2048, 2048, 180);
-  add_naive(16, 1, 8192, 8192, 340);
-  add_naive(128, 1, 4096, 2048, 220);
-  return true;
-}();
 
 }  // namespace
 }  // namespace rodin::test

@@ -91,6 +91,8 @@ struct OpsWeight {
         do {
           *at = static_cast<uint8_t>(random.next() >> 24);
         } while ((*at & 0x7f) == 0x7f);
+        // Few denormals and zeros, so that some runs of codes have none.
+        if ((*at & 0x78) == 0 && random.below(8) != 0) *at |= 0x40;
       } else {
         const uint16_t bits = dtype == Dtype::kBF16 ? bf16_of_float(value) : rodin::f16_of_float(value);
         memcpy(at, &bits, 2);
@@ -129,9 +131,8 @@ template <class F>
 bool add_cpu_test(const std::string& name, F body) {
   for (const std::string& path : cpu_paths()) {
     for (int threads : {1, 3}) {
-      add_test("cpu " + path + " x" + std::to_string(threads) + ": " + name, [=] {
-        body(*make_ops({"cpu", "auto", path, threads}));
-      });
+      add_test("cpu " + path + " x" + std::to_string(threads) + ": " + name,
+               [=] { body(*make_ops({"cpu", "auto", path, threads})); });
     }
   }
   return true;

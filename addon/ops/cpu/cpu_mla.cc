@@ -51,13 +51,15 @@ void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights&
         float* rope_part = q.row<float>(t) + head * shape.qk_dim() + shape.nope_dim;
         apply_rope(rope_part, angles, shape.rope_dim, shape.rope_interleave);
       }
-      store_latent(t, kv, mla, eps, angles, index, cache);
+      if (!expanded_mla_) store_latent(t, kv, mla, eps, angles, index, cache);
     }
   });
+  if (expanded_mla_) store_expanded(kv, mla, eps, rope_table, index, cache);
 }
 
 void CpuOps::mla_store(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
                        const StepIndex& index, const CacheLayer& cache) {
+  if (expanded_mla_) return store_expanded(kv, mla, eps, rope_table, index, cache);
   for_parts(index.num_tokens, 2 * mla.shape.latent_dim(), [&](int64_t first, int64_t end, Worker&) {
     for (int64_t t = first; t < end; ++t) {
       store_latent(t, kv, mla, eps, rope_table.row<float>(t), index, cache);
@@ -75,8 +77,18 @@ void CpuOps::store_latent(int64_t token, const Tensor& kv, const MlaWeights& mla
   kernels_.to_cache(latent, shape.latent_dim(), cache.latents.row<uint16_t>(index.slots[token]));
 }
 
+void CpuOps::store_expanded(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                            const StepIndex& index, const CacheLayer& cache) {
+  if (std::all_of(index.slots, index.slots + index.num_tokens, [](int32_t slot) { return slot < 0; })) return;
+  const Tensor latents = kv.slice_cols(0, mla.shape.lora_rank);
+  rms_norm(latents, mla.kv_a_norm, eps, latents);
+  linear(latents, mla.kv_b, expanded_mla_->products(index.num_tokens));
+  expanded_mla_->store(kv, rope_table, index, cache);
+}
+
 void CpuOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                            const CacheLayer& cache, const Tensor& out) {
+  if (expanded_mla_) return expanded_mla_->attention(q, index, cache, out);
   for (int64_t first = 0; first < index.num_tokens; first += chunk_tokens_) {
     const Attention at = {
         q, mla, index, cache, out, first, std::min(chunk_tokens_, index.num_tokens - first)};

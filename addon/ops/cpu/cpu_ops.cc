@@ -42,6 +42,11 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
     gqa_ = std::make_unique<CpuGqa>(kernels_, pool_, limits.gqa, limits.max_step_tokens);
     bytes += gqa_->bytes();
   }
+  if (caches_expanded(limits.mla)) {
+    expanded_mla_ = std::make_unique<CpuExpandedMla>(kernels_, pool_, limits.mla, limits.block_size,
+                                                     limits.max_step_tokens);
+    bytes += expanded_mla_->bytes();
+  }
   const MlaShape& mla = limits.mla;
   const int64_t tokens = limits.max_step_tokens;
   const int64_t slots = limits.num_experts > 0 ? limits.experts_per_token : 0;

@@ -1,5 +1,6 @@
 // CpuOps: the fast CPU path. Activations and sums are float32, weights stay as they are in memory, latents
-// are cached in f16, attention is absorbed. The arithmetic is in the kernels (one table per instruction
+// are cached in 16 bits and attention is absorbed, unless expanded keys and values take no more room
+// (cpu_expanded_mla.h). The arithmetic is in the kernels (one table per instruction
 // path); this class cuts the work into tasks, which never changes a result.
 #pragma once
 
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/cpu/cpu_expanded_mla.h"
 #include "ops/cpu/cpu_gqa.h"
 #include "ops/cpu/host_ops.h"
 #include "ops/cpu/kernels.h"
@@ -110,6 +112,8 @@ class CpuOps final : public HostOps {
 
   void store_latent(int64_t token, const Tensor& kv, const MlaWeights& mla, float eps, const float* angles,
                     const StepIndex& index, const CacheLayer& cache) const;  // [rope_dim]
+  void store_expanded(const Tensor& kv, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                      const StepIndex& index, const CacheLayer& cache);
   struct Attention;  // one chunk of tokens of one mla_attention call
   void absorb_queries(const Attention& at);
   void absorb_packed(const Weight& key, const MlaShape& shape, int64_t count, Worker& worker) const;
@@ -133,9 +137,10 @@ class CpuOps final : public HostOps {
                    bool is_rounded, Worker& worker);
 
   const Kernels& kernels_;
-  std::unique_ptr<CpuGqa> gqa_;  // null where the model has MLA
-  std::vector<void*> buffers_;   // everything from alloc() below
-  std::vector<Worker> workers_;  // [num_threads]
+  std::unique_ptr<CpuGqa> gqa_;                   // null where the model has MLA
+  std::unique_ptr<CpuExpandedMla> expanded_mla_;  // null where attention is absorbed
+  std::vector<void*> buffers_;                    // everything from alloc() below
+  std::vector<Worker> workers_;                   // [num_threads]
 
   const float** x_rows_ = nullptr;  // [max rows] inputs of the op at hand
   // The same rounded to bf16; null on a path that takes no packed weights.

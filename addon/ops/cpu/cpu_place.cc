@@ -17,14 +17,15 @@ bool in_one_block(const Weight& weight, int64_t first, int64_t rows) {
 void CpuOps::place(Weight& weight) {
   if (!kernels_.to_bf16 || !can_pack(weight)) return;
   auto* packed = static_cast<char*>(arena_.take(packed_bytes(weight.rows, weight.cols, weight.dtype)));
-  const int64_t panel_bytes = packed_bytes(kPanelOutputs, weight.cols, weight.dtype);
+  const int64_t one_panel_bytes = panel_bytes(kPanelOutputs, weight.cols, weight.dtype);
   const int64_t panels = ceil_div(weight.rows, kPanelOutputs);
-  const int64_t per_task = ceil_div(kMinPackBytes, panel_bytes);
+  const int64_t per_task = ceil_div(kMinPackBytes, one_panel_bytes);
   pool_.parallel_for(ceil_div(panels, per_task), [&](int64_t task, int) {
     const int64_t first = task * per_task * kPanelOutputs;
     const int64_t rows = std::min(per_task * kPanelOutputs, weight.rows - first);
-    pack_rows(weight, first, rows, packed + task * per_task * panel_bytes);
+    pack_rows(weight, first, rows, packed + task * per_task * one_panel_bytes);
   });
+  mark_rare_groups(weight.rows, weight.cols, weight.dtype, packed);
   weight.packed = packed;
 }
 
@@ -33,14 +34,15 @@ void CpuOps::place(MoeWeights& moe) {
   if (moe.has_shared()) place(moe.shared);
 }
 
-// kv_b is used head by head: its keys' half transposed, as the absorbed form needs it, and its values' half.
+// The absorbed form uses kv_b head by head: its keys' half transposed, and its values' half.
 void CpuOps::place(MlaWeights& mla) {
   if (mla.q_a.present()) place(mla.q_a);
   place(mla.q_b);
   place(mla.kv_a);
   place(mla.o);
-  const Weight& kv_b = mla.kv_b;
   const MlaShape& shape = mla.shape;
+  if (caches_expanded(shape)) return place(mla.kv_b);
+  const Weight& kv_b = mla.kv_b;
   if (!kernels_.to_bf16 || !can_pack(kv_b)) return;
   const int64_t head_rows = shape.nope_dim + shape.v_dim;
   for (int64_t head = 0; head < shape.num_heads; ++head) {
@@ -85,7 +87,9 @@ void CpuOps::place(MlaWeights& mla) {
     const Weight& key = packed.keys[static_cast<size_t>(head)];
     const Weight& value = packed.values[static_cast<size_t>(head)];
     pack_columns(kv_b, head * head_rows, shape.nope_dim, const_cast<void*>(key.packed));
+    mark_rare_groups(key.rows, key.cols, key.dtype, const_cast<void*>(key.packed));
     pack_rows(kv_b, head * head_rows + shape.nope_dim, shape.v_dim, const_cast<void*>(value.packed));
+    mark_rare_groups(value.rows, value.cols, value.dtype, const_cast<void*>(value.packed));
   });
   mla.packed = &packed;
   mla.kv_b.packed = &packed;  // no product takes it as a whole

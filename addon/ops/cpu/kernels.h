@@ -87,6 +87,53 @@ struct AttendGqaArgs {
   float* sum = nullptr;         // [num_rows]
 };
 
+// Keys that lie together where keys and values are cached expanded, and such groups of a tile.
+constexpr int64_t kKeyGroup = 16;
+constexpr int kTileGroups = static_cast<int>(kKeyTile / kKeyGroup);
+
+// What a group holds: nope parts of all heads, rotated keys, values of all heads. How their elements are
+// ordered is the path's affair; offsets are in elements.
+struct ExpandedLayout {
+  int64_t num_heads = 0;  // A
+  int64_t nope_dim = 0;
+  int64_t rope_dim = 0;  // even
+  int64_t v_dim = 0;
+
+  int64_t nope_room() const { return nope_dim + nope_dim % 2; }
+  int64_t values() const { return num_heads * v_dim; }
+  int64_t nope_at(int64_t head) const { return kKeyGroup * head * nope_room(); }
+  int64_t rope_at() const { return nope_at(num_heads); }
+  int64_t value_at() const { return rope_at() + kKeyGroup * rope_dim; }
+  // Elements of one position.
+  int64_t row_dim() const { return num_heads * (nope_room() + v_dim) + rope_dim; }
+};
+
+// One tile of attention over expanded keys and values for all heads h of one token, over keys j = first ..
+// end
+// - 1: s_j = q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
+struct AttendExpandedArgs {
+  ExpandedLayout layout;
+  const float* q = nullptr;  // [A, nope_dim + rope_dim], softmax scale applied
+  // A group without a key first .. end - 1 stands for one with some; of the other keys' values none is read.
+  const uint16_t* const* groups = nullptr;  // [kTileGroups]
+  int64_t first = 0;
+  int64_t end = 0;
+  // Groups that are attended to soon, brought near meanwhile; null: none.
+  const uint16_t* const* next_groups = nullptr;  // [kTileGroups]
+  uint16_t* scratch = nullptr;  // [4, nope_dim and rope_dim rounded up to 32 each] working memory
+  float* out = nullptr;         // [A, v_dim]
+  float* max = nullptr;         // [A]
+  float* sum = nullptr;         // [A]
+};
+
+// Copies a key and its values to their lane of a group.
+struct GroupKeyArgs {
+  ExpandedLayout layout;
+  const uint16_t* row = nullptr;  // [A, nope_room | rope_dim | A, v_dim]
+  uint16_t* group = nullptr;
+  int64_t lane = 0;
+};
+
 constexpr int kProbeProducts = 16;
 
 struct Kernels {
@@ -110,6 +157,8 @@ struct Kernels {
   void (*widen_row)(const Weight& weight, int64_t row, float* out);  // block scales applied; [cols]
   void (*to_cache)(const float* x, int64_t n, uint16_t* out);        // rounds to cache_dtype
   void (*attend_gqa)(const AttendGqaArgs& args);
+  void (*attend_expanded)(const AttendExpandedArgs& args);
+  void (*group_key)(const GroupKeyArgs& args);
   // `n` times kProbeProducts independent vector products in registers, and how many flops one of them is:
   // what `linear` could reach. The result is written so that they are not left out.
   void (*probe)(int64_t n, float* out);  // out: [16]

@@ -4,7 +4,7 @@
 
 #define RODIN_BF16_CACHE
 #include "ops/cpu/kernels_bf16.h"
-#include "ops/cpu/kernels_bf16_attention.h"
+#include "ops/cpu/kernels_bf16_expanded.h"
 #include "ops/cpu/kernels_table.h"
 
 namespace rodin {
@@ -15,6 +15,8 @@ constexpr Kernels with_bf16() {
   kernels.name = "avx512bf16";
   kernels.linear = linear_bf16;
   kernels.attend = attend_bf16;
+  kernels.attend_expanded = attend_expanded_bf16;
+  kernels.group_key = group_key_bf16;
   kernels.probe = probe_bf16;
   kernels.probe_flops = 2 * 2 * kLanes;
   kernels.to_bf16 = to_bf16;

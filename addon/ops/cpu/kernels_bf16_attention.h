@@ -75,6 +75,35 @@ inline void dot_keys(const uint16_t* const* keys, RowFetcher& next, const uint16
   }
 }
 
+// 32 columns in order, of which the first `left` exist, from what mix_pairs has summed: quarter i of `low`
+// holds the columns 8 i .. 8 i + 3, of `high` the four after them.
+inline void store_mixed(V low, V high, int64_t left, float* to) {
+  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const auto mask = static_cast<uint32_t>(left >= kPairLanes ? 0xffffffffu : (uint64_t{1} << left) - 1);
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), _mm512_permutex2var_ps(low, lower, high));
+  _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16),
+                        _mm512_permutex2var_ps(low, upper, high));
+}
+
+// pairs[j / 2] = exp(scores[j] - *row_max) of two keys in bf16, 0 outside first .. end - 1; *row_sum is their
+// sum.
+inline void softmax_pairs(float* scores, int64_t first, int64_t end, uint32_t* pairs, float* row_max,
+                          float* row_sum) {
+  *row_max = largest_score(scores, first, end);
+  V sum = zero();
+  for (int64_t j = 0; j < kKeyTile; j += kLanes) {
+    const auto inside =
+        static_cast<__mmask16>(((uint64_t{1} << (end - 1) << 1) - (uint64_t{1} << first)) >> j);
+    const V weight = _mm512_maskz_mov_ps(inside, exp(sub(load(scores + j), set1(*row_max))));
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + j / 2), rounded);
+    // What is summed is what is multiplied, so that the weights add up to one.
+    sum = add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+  }
+  *row_sum = hsum(sum);
+}
+
 // The columns col .. col + 32 C - 1 of sum_j p_j key_j for R rows; of the last 32 only `left` exist where it
 // is less. Keys come in pairs, from an even j on.
 template <int R, int C>
@@ -97,18 +126,8 @@ inline void mix_pairs(const uint32_t (*pairs)[kKeyTile / 2], const uint16_t* con
       for (int r = 0; r < R; ++r) high[r][c] = _mm512_dpbf16_ps(high[r][c], second, by[r]);
     }
   }
-  // Quarter i of `low` holds the columns 8 i .. 8 i + 3, of `high` the four after them.
-  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  const auto mask = static_cast<uint32_t>(left >= kPairLanes ? 0xffffffffu : (uint64_t{1} << left) - 1);
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      float* to = out[r] + col + c * kPairLanes;
-      _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask),
-                            _mm512_permutex2var_ps(low[r][c], lower, high[r][c]));
-      _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(mask >> 16),
-                            _mm512_permutex2var_ps(low[r][c], upper, high[r][c]));
-    }
+    for (int c = 0; c < C; ++c) store_mixed(low[r][c], high[r][c], left, out[r] + col + c * kPairLanes);
   }
 }
 
@@ -139,20 +158,8 @@ inline void attend_rows_bf16(const AttendArgs& args) {
     }
   }
   for (int r = 0; r < R; ++r) {
-    const float row_max = largest_score(scores[r], args.first, args.end);
-    V sum = zero();
-    for (int64_t j = 0; j < kKeyTile; j += kLanes) {
-      const auto inside =
-          static_cast<__mmask16>(((uint64_t{1} << (args.end - 1) << 1) - (uint64_t{1} << args.first)) >> j);
-      const V weight = _mm512_maskz_mov_ps(inside, exp(sub(load(scores[r] + j), set1(row_max))));
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs[r] + j / 2), rounded);
-      // What is summed is what is multiplied, so that the weights add up to one.
-      sum = add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
-    }
     const int64_t row = min_of(r, args.num_rows - 1);
-    args.max[row] = row_max;
-    args.sum[row] = hsum(sum);
+    softmax_pairs(scores[r], args.first, args.end, pairs[r], args.max + row, args.sum + row);
   }
   const int64_t begin = args.first / 2 * 2;
   constexpr int C = R == 4 ? 2 : 4;

@@ -18,7 +18,7 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 template <class T>
 constexpr int64_t place_of(int64_t n, int64_t k) {
   const int64_t pair = k / 2;
-  return sizeof(T) == 1 ? n / 4 * 16 + pair * 8 + n % 4 * 2 + k % 2 : pair * 32 + n * 2 + k % 2;
+  return sizeof(T) == 1 ? n * 4 + k % 2 * 2 + 1 - pair : pair * 32 + n * 2 + k % 2;
 }
 
 // Writes the packed form of a matrix [rows, cols] whose element (n, k) lies at `from` + n * row_stride + k *
@@ -36,8 +36,7 @@ void pack_matrix(const char* from, int64_t row_stride, int64_t col_stride, int64
         for (int64_t n = 0; n < kPanelOutputs; ++n) {
           T four[kPackInputs];
           memcpy(four, corner + n * row_stride * kSize, sizeof four);
-          memcpy(&group[place_of<T>(n, 0)], four, 2 * sizeof(T));
-          memcpy(&group[place_of<T>(n, 2)], four + 2, 2 * sizeof(T));
+          for (int64_t k = 0; k < kPackInputs; ++k) group[place_of<T>(n, k)] = four[k];
         }
       } else {
         memset(group, 0, sizeof group);
@@ -74,8 +73,30 @@ bool can_pack(const Weight& weight) {
   return rows_fit && cols_fit;
 }
 
-int64_t packed_bytes(int64_t rows, int64_t cols, Dtype dtype) {
+int64_t panel_bytes(int64_t rows, int64_t cols, Dtype dtype) {
   return round_up(rows, kPanelOutputs) * round_up(cols, kPackInputs) * dtype_bytes(dtype);
+}
+
+int64_t packed_bytes(int64_t rows, int64_t cols, Dtype dtype) {
+  const int64_t panels = round_up(rows, kPanelOutputs) / kPanelOutputs;
+  const int64_t words = dtype == Dtype::kF8E4M3 ? panels * rare_words(cols) : 0;
+  return panel_bytes(rows, cols, dtype) + words * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed) {
+  if (dtype != Dtype::kF8E4M3) return;
+  const int64_t panels = round_up(rows, kPanelOutputs) / kPanelOutputs;
+  const int64_t groups = round_up(cols, kPackInputs) / kPackInputs;
+  const auto* codes = static_cast<const uint8_t*>(packed);
+  auto* words = reinterpret_cast<uint64_t*>(static_cast<char*>(packed) + panel_bytes(rows, cols, dtype));
+  for (int64_t panel = 0; panel < panels; ++panel, words += rare_words(cols)) {
+    std::fill_n(words, rare_words(cols), 0);
+    for (int64_t group = 0; group < groups; ++group) {
+      bool is_rare = false;
+      for (int64_t i = 0; i < kPanelOutputs * kPackInputs; ++i) is_rare |= (*codes++ & 0x78) == 0;
+      if (is_rare) words[group / 64] |= uint64_t{1} << group % 64;
+    }
+  }
 }
 
 void pack_rows(const Weight& weight, int64_t first, int64_t rows, void* packed) {

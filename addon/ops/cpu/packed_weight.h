@@ -2,9 +2,11 @@
 // panels of 16 outputs; in a panel, for every 4 inputs, the pairs (k, k+1) of all 16 outputs and the pairs
 // (k+2, k+3). Zeros after the last input and the last output.
 //   BF16: [panels, cols / 4, 2 pairs, 16 outputs, 2 inputs], the rows of an AMX tile
-//   FP8:  [panels, cols / 4, 4 quarters of outputs, 2 pairs, 4 outputs, 2 inputs], so that interleaving the
-//   low and
-//         high bytes of 64 widened codes gives the two rows of the above
+//   FP8:  [panels, cols / 4, 16 outputs, 2 inputs, 2 pairs], the second pair first: a 16-bit word has a code
+//   of
+//         either of the two rows of the above. Behind the panels [panels, groups / 64 rounded up] words of 64
+//         bits: one bit for each 4 inputs of a panel, set where some code is a denormal or zero, which takes
+//         more to widen.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +22,13 @@ constexpr int64_t kPackInputs = 4;
 
 // Whether the products of a weight's packed form can be told apart by its block scales.
 bool can_pack(const Weight& weight);
-// Bytes of the packed form of a matrix.
+// Bytes of the panels of a matrix, and of its whole packed form.
+int64_t panel_bytes(int64_t rows, int64_t cols, Dtype dtype);
 int64_t packed_bytes(int64_t rows, int64_t cols, Dtype dtype);
+// Words that a panel has behind the panels.
+static inline int64_t rare_words(int64_t cols) { return (cols + kPackInputs * 64 - 1) / (kPackInputs * 64); }
+// Sets the words behind the panels, once those are there.
+void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed);
 // The rows first .. first + rows - 1 of `weight`, packed. Panels may be packed one by one: `first` is then
 // that of the panel, and `packed` where the panel goes.
 void pack_rows(const Weight& weight, int64_t first, int64_t rows, void* packed);

@@ -1,0 +1,244 @@
+// Absorbed latent attention over the paged cache, for latents of 512 and up to 64: for each (token, head) row
+// with query q = [q_nope W_UK | q_rope]
+//   s_p = softmax_scale * q . latent(p),  o = sum_p softmax(s)_p latent(p)[:512]
+// for decode and prefill alike, split over the keys; kernels before and after apply W_UK and W_UV.
+//
+// Keys are the 64 rows of the products and queries their N = 16, 32 or 64 columns, so that few heads are not
+// padded: S^T = K Q^T, then O^T += V^T P^T, where V is read out of the keys' own memory, transposed. The
+// tokens of a verify step stand beside one another in N and share one read of the cache.
+//
+// mla_wgmma_kernel: as many blocks as multiprocessors; each takes (tile, split) items in turn. A block's
+// warps:
+// - one brings keys in blocks of 64 into a ring of thirds (3 boxes of 64 keys x 64 columns), one thread of
+//   another the queries of the item that comes next;
+// - warpgroup 0: S^T, then the softmax (base 2): a running maximum that moves when a score exceeds it by
+//   2^8, weights to shared memory, and with them by how much earlier sums shrink;
+// - warpgroups 1 and 2: O^T of 256 of the 512 columns each. A third is free again once its products are done.
+// - FP8 cache: one more warpgroup widens raw rows into the ring, scales applied.
+// The next block's scores are computed while this one's values are added up. Nothing of a row's arithmetic
+// depends on N, on the tile's other rows or on the items of its block: a row gives the same bits in any batch.
+//
+// Sources of ideas: FlashMLA (roles), FlashAttention-4 (the lazy maximum).
+#include <algorithm>
+
+#include "cuda/mla_scores.cuh"
+#include "cuda/mla_widen.cuh"
+
+namespace rodin::cuda {
+namespace {
+
+template <int N, bool kFp8>
+__host__ __device__ constexpr int threads_of() {
+  return kFp8 ? 512 + 32 * kWidenWarps : 512;
+}
+
+// Of a thread, by warpgroup, where they are not shared out evenly; at a launch there are 128, with FP8 80.
+template <int N, bool kFp8>
+struct Registers {
+  static constexpr bool kMoves = N == 64 || kFp8;
+  static constexpr int kScores = kFp8 ? 96 : 128;
+  static constexpr int kValues = kFp8 ? 104 : 168;
+  static constexpr int kCopies = 48;
+  template <int kCount>
+  __device__ static void take() {
+    if constexpr (kMoves) take_registers<kCount>();
+  }
+  template <int kCount>
+  __device__ static void give() {
+    if constexpr (kMoves) give_registers<kCount>();
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void pin_all(float (&out)[4][kCount]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pin(out[i]);
+}
+
+// Warpgroup 1 + kHalf: columns 256 kHalf .. + 255 of the values, four boxes.
+template <int N, bool kFp8, int kHalf>
+__device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
+  using L = MlaLayout<N, kFp8>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int g = lane / 4, t = lane % 4;
+  MlaItems items(p.mla);
+  MlaItem item;
+  Ring<L::kSlots> ring;
+  uint32_t weights_parity = 0;
+  float out[4][N / 2];  // [4, N / 2] by box
+  // The first of the two thirds that this half has a part in has so many of its boxes.
+  constexpr int kFirstBoxes = kHalf == 0 ? 3 : 2;
+  const uint64_t weights = matrix_descriptor(at.weights());
+  while (items.take(item)) {
+    for (int first = item.begin; first < item.end; first += kKeys) {
+      int slots[kThirds];
+#pragma unroll
+      for (int third = 0; third < kThirds; ++third) {
+        slots[third] = ring.place;
+        if (third == kHalf || third == kHalf + 1) barrier_wait(at.full(ring.place), ring.parity);
+        ring.next();
+      }
+      barrier_wait(at.weights_full(), weights_parity);
+      weights_parity ^= 1;
+      const bool is_added = first > item.begin;
+      if (is_added) {
+        float2 shrink[N / 8];  // [N / 8]
+        bool is_shrinking = false;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+          shrink[j] = load_shared_float2(at.shrink() + (8 * j + 2 * t) * 4);
+          is_shrinking |= shrink[j].x != 1 || shrink[j].y != 1;
+        }
+        if (__any_sync(kAllLanes, is_shrinking)) {
+#pragma unroll
+          for (int box = 0; box < 4; ++box)
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) out[box][i] *= i % 2 == 0 ? shrink[i / 4].x : shrink[i / 4].y;
+        }
+      }
+      pin_all(out);
+      products_begin();
+      const uint32_t first_at = at.slot(slots[kHalf]) + (kHalf == 0 ? 0 : kBoxBytes);
+      const uint32_t second_at = at.slot(slots[kHalf + 1]);
+#pragma unroll
+      for (int box = 0; box < 4; ++box) {
+        const uint32_t box_at =
+            box < kFirstBoxes ? first_at + box * kBoxBytes : second_at + (box - kFirstBoxes) * kBoxBytes;
+        const uint64_t values = transposed_descriptor(box_at, kBoxBytes);
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          wgmma_narrow<N, 1>(out[box], values + 128 * step, weights + 2 * step, is_added || step > 0);
+        if (box == kFirstBoxes - 1) products_commit();
+      }
+      products_commit();
+      products_wait<1>();
+      if (lane == 0) {
+        barrier_arrive(at.empty(slots[kHalf]));
+        barrier_arrive(at.empty(slots[kHalf == 0 ? 2 : 0]));  // no part in it
+      }
+      products_wait<0>();
+      pin_all(out);
+      if (lane == 0) {
+        barrier_arrive(at.empty(slots[kHalf + 1]));
+        barrier_arrive(at.weights_empty());
+      }
+      __syncwarp();
+    }
+
+    const int64_t row = item.row(p.mla);
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      const int column = 8 * (i / 2) + 2 * t + i % 2;
+      if (column >= item.tile.num_rows || item.limit(column, p.mla.num_heads) < item.begin) continue;
+      float* to = p.mla.partial + ((row + column) * p.mla.max_splits + item.split) * kMlaMaxLora + 256 * kHalf +
+                  16 * warp + g;
+#pragma unroll
+      for (int box = 0; box < 4; ++box) {
+        to[64 * box] = out[box][4 * (i / 2) + i % 2];
+        to[64 * box + 8] = out[box][4 * (i / 2) + 2 + i % 2];
+      }
+    }
+  }
+}
+
+template <int N, bool kFp8>
+__global__ void __launch_bounds__(threads_of<N, kFp8>(), 1)
+    mla_wgmma_kernel(const __grid_constant__ MlaWgmmaParams p) {
+  using L = MlaLayout<N, kFp8>;
+  extern __shared__ __align__(1024) char shared[];
+  L at;
+  at.base = shared_address(shared);
+  let_successor_begin();
+  if (threadIdx.x == 0) {
+    if (at.base % 1024 != 0) __trap();  // swizzled boxes
+    for (int i = 0; i < L::kSlots; ++i) {
+      barrier_init(at.full(i), kFp8 ? kWidenWarps : 1);
+      barrier_init(at.empty(i), 8);
+    }
+    barrier_init(at.queries_full(), 1);
+    barrier_init(at.queries_empty(), 4);
+    barrier_init(at.weights_full(), 4);
+    barrier_init(at.weights_empty(), 8);
+    for (int i = 0; i < L::kRawStages; ++i) {
+      barrier_init(at.raw_full(i), 1);
+      barrier_init(at.raw_empty(i), kWidenWarps);
+    }
+    barrier_init_fence();
+    prefetch_map(&p.q_latent);
+    prefetch_map(&p.q_rope);
+    if constexpr (!kFp8) prefetch_map(&p.cache);
+  }
+  __syncthreads();
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+  using R = Registers<N, kFp8>;
+  if (group == 0) {
+    R::template take<R::kScores>();
+    if constexpr (N == 64) {
+      compute_wide_scores(p, at);
+    } else {
+      compute_scores(p, at);
+    }
+  } else if (group == 1) {
+    R::template take<R::kValues>();
+    compute_values<N, kFp8, 0>(p, at);
+  } else if (group == 2) {
+    R::template take<R::kValues>();
+    compute_values<N, kFp8, 1>(p, at);
+  } else if (group == 3) {
+    R::template give<R::kCopies>();
+    if (warp == 0) bring_keys(p, at);
+    if (warp == 1 && threadIdx.x % 32 == 0) bring_queries(p, at);
+  } else {
+    if constexpr (kFp8) {
+      R::template give<64>();
+      widen_keys(p, at);
+    }
+  }
+}
+
+template <int N, bool kFp8>
+void launch(const MlaWgmmaParams& p, cudaStream_t stream) {
+  const int items = p.mla.num_tiles * p.mla.max_splits;
+  launch_overlapped(mla_wgmma_kernel<N, kFp8>, dim3(static_cast<unsigned>(std::min(items, p.num_multiprocessors))),
+                    threads_of<N, kFp8>(), MlaLayout<N, kFp8>::kBytes, stream, p, "mla_wgmma_kernel");
+}
+
+template <bool kFp8>
+void launch_tiles(const MlaWgmmaParams& p, cudaStream_t stream) {
+  if (p.mla.tile_rows == 16) {
+    launch<16, kFp8>(p, stream);
+  } else if (kFp8 || p.mla.tile_rows == 32) {
+    launch<32, kFp8>(p, stream);
+  } else if constexpr (!kFp8) {
+    launch<64, kFp8>(p, stream);
+  }
+}
+
+template <int N, bool kFp8>
+void raise_limit() {
+  RODIN_CUDA(cudaFuncSetAttribute(mla_wgmma_kernel<N, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  MlaLayout<N, kFp8>::kBytes),
+             " to ", MlaLayout<N, kFp8>::kBytes);
+}
+
+}  // namespace
+
+bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size, bool is_cache_fp8) {
+  return lora_rank == kMlaMaxLora && rope_dim > 0 && rope_dim <= kMlaBoxColumns && rope_dim % 8 == 0 &&
+         nope_dim % 8 == 0 && (is_cache_fp8 || block_size % 8 == 0);
+}
+
+void run_mla_wgmma(const MlaWgmmaParams& params, cudaStream_t stream) {
+  if (params.mla.num_tiles == 0) return;
+  params.mla.is_cache_fp8 ? launch_tiles<true>(params, stream) : launch_tiles<false>(params, stream);
+}
+
+void prepare_mla_wgmma() {
+  raise_limit<16, false>();
+  raise_limit<32, false>();
+  raise_limit<64, false>();
+  raise_limit<16, true>();
+  raise_limit<32, true>();
+}
+
+}  // namespace rodin::cuda
