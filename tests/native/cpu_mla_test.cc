@@ -171,6 +171,10 @@ const bool kRegistered = [] {
     add_cpu_test("mla_attention of " + std::to_string(heads) + " heads",
                  [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 144, 24, 0); });
   }
+  for (int64_t heads : {16, 20}) {
+    add_cpu_test("mla_attention, rows of whole tiles, heads: " + std::to_string(heads),
+                 [=](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, heads, true, 256, 32, 0, 32, 24); });
+  }
   add_cpu_test("mla_attention, heads of whole blocks",
                [](Ops& ops) { check_mla(ops, Dtype::kF8E4M3, 3, true, 200, 16, 0, 72, 56); });
   add_cpu_test("mla_attention, ranks that no vector divides",

@@ -1,6 +1,7 @@
 // What the tests of the CPU ops share: random matrices and weights, and one body run on every path.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -9,8 +10,15 @@
 
 #include "backend.h"
 #include "ops/cpu/convert.h"
+#include "ops/cpu/cpu_ops.h"
 #include "ops/ops.h"
 #include "tests/native/test.h"
+
+namespace rodin {
+
+const Kernels& kernels_emulated_amx();  // x86-64 only; emulated_amx_avx512bf16.cc
+
+}  // namespace rodin
 
 namespace rodin::test {
 
@@ -126,13 +134,29 @@ inline const std::vector<Dtype> kWeightDtypes = {Dtype::kF32, Dtype::kF16, Dtype
 
 inline std::unique_ptr<Ops> make_reference() { return make_ops({"cpu", "float32", "auto", 1}); }
 
+// A path of its own in the tests: AMX as AVX-512 gives the same bits, on machines that have AVX512-BF16.
+inline const std::string kEmulatedAmx = "amxbf16 emulated";
+
+inline std::vector<std::string> tested_cpu_paths() {
+  std::vector<std::string> paths = cpu_paths();
+  if (std::find(paths.begin(), paths.end(), "avx512bf16") != paths.end()) paths.push_back(kEmulatedAmx);
+  return paths;
+}
+
+inline std::unique_ptr<Ops> make_cpu_ops(const std::string& path, int num_threads) {
+#if defined(__x86_64__)
+  if (path == kEmulatedAmx) return std::make_unique<CpuOps>(kernels_emulated_amx(), num_threads);
+#endif
+  return make_ops({"cpu", "auto", path, num_threads});
+}
+
 // Registers `body` for every CPU path with 1 thread and with 3.
 template <class F>
 bool add_cpu_test(const std::string& name, F body) {
-  for (const std::string& path : cpu_paths()) {
+  for (const std::string& path : tested_cpu_paths()) {
     for (int threads : {1, 3}) {
       add_test("cpu " + path + " x" + std::to_string(threads) + ": " + name,
-               [=] { body(*make_ops({"cpu", "auto", path, threads})); });
+               [=] { body(*make_cpu_ops(path, threads)); });
     }
   }
   return true;

@@ -1,7 +1,7 @@
 // Absorbed multi-head latent attention. The queries of all heads meet the cached latents themselves:
 //   absorb: q_h W_UK,h * scale -> [lora_rank], beside the rotated part   (per head)
 //   attend: tiles of kKeyTile keys at absolute positions, each with its own maximum and sum, combined in
-//           rising order                                                 (per token and kQueryTile heads)
+//           rising order                                                 (per token and query_tile heads)
 //   values: W_UV,h over the combined latents                             (per head)
 // Tiles are computed one after another by one task, or spread over the workers and then combined: the same
 // operations either way, so that decoding, a prefill chunk and a prefix hit give the same bits.
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMinTokensPerPart = 16;
 // Elements from one row of Worker::rows_bf16 to the next.
 int64_t bf16_stride(const MlaShape& shape) {
-  return ceil_div(std::max(shape.lora_rank, shape.nope_dim), 32) * 32;
+  return bf16_row_stride(std::max(shape.lora_rank, shape.nope_dim));
 }
 
 }  // namespace
@@ -29,15 +29,16 @@ struct CpuOps::Attention {
   const Tensor& out;
   int64_t first_token;
   int64_t num_tokens;
+  int64_t query_tile;
 
   int64_t num_heads() const { return mla.shape.num_heads; }
-  int64_t tiles_per_token() const { return ceil_div(num_heads(), kQueryTile); }
+  int64_t tiles_per_token() const { return ceil_div(num_heads(), query_tile); }
   // Key tiles of a token of the chunk.
   int64_t num_key_tiles(int64_t token) const {
     return index.cache_positions[first_token + token] / kKeyTile + 1;
   }
   int64_t row(int64_t token, int64_t head) const { return token * num_heads() + head; }
-  int64_t heads_in_tile(int64_t head) const { return std::min(kQueryTile, num_heads() - head); }
+  int64_t heads_in_tile(int64_t head) const { return std::min(query_tile, num_heads() - head); }
 };
 
 void CpuOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
@@ -90,8 +91,14 @@ void CpuOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepInd
                            const CacheLayer& cache, const Tensor& out) {
   if (expanded_mla_) return expanded_mla_->attention(q, index, cache, out);
   for (int64_t first = 0; first < index.num_tokens; first += chunk_tokens_) {
-    const Attention at = {
-        q, mla, index, cache, out, first, std::min(chunk_tokens_, index.num_tokens - first)};
+    const Attention at = {q,
+                          mla,
+                          index,
+                          cache,
+                          out,
+                          first,
+                          std::min(chunk_tokens_, index.num_tokens - first),
+                          kernels_.query_tile};
     absorb_queries(at);
     const bool is_wide = at.num_tokens * at.tiles_per_token() >= 2 * pool_.num_threads();
     if (is_wide || pool_.num_threads() == 1 || index.max_context_len <= kKeyTile) {
@@ -184,10 +191,10 @@ CpuOps::KeyTile CpuOps::key_tile(const Attention& at, int64_t token, int64_t til
 // Tile `tile` of keys for the heads head .. head + heads_in_tile - 1 of one token of the chunk; `next` is a
 // tile that is wanted soon, or null.
 void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile,
-                         const KeyTile* next, Worker& worker, float* const* out, float* max,
+                         const KeyTile* next, bool has_queries, Worker& worker, float* const* out, float* max,
                          float* sum) const {
   const MlaShape& shape = at.mla.shape;
-  const float* queries[kQueryTile];  // [kQueryTile]
+  const float* queries[kMaxQueryTile];  // [kMaxQueryTile]
   AttendArgs args;
   args.num_rows = at.heads_in_tile(head);
   for (int64_t i = 0; i < args.num_rows; ++i) {
@@ -200,7 +207,8 @@ void CpuOps::attend_tile(const Attention& at, int64_t token, int64_t head, const
   args.next_keys = next ? next->keys : nullptr;
   args.latent_dim = shape.latent_dim();
   args.lora_rank = shape.lora_rank;
-  args.scratch = worker.queries_bf16;
+  args.scratch = worker.scratch_bf16;
+  args.has_queries = has_queries;
   args.out = out;
   args.max = max;
   args.sum = sum;
@@ -213,13 +221,13 @@ void CpuOps::attend_rows_in_order(const Attention& at) {
   pool_.parallel_for(num_tasks, [&](int64_t task, int worker_id) {
     Worker& worker = workers_[static_cast<size_t>(worker_id)];
     const int64_t token = task / at.tiles_per_token();
-    const int64_t head = task % at.tiles_per_token() * kQueryTile;
+    const int64_t head = task % at.tiles_per_token() * kernels_.query_tile;
     const int64_t row = at.row(token, head);
-    float* out[kQueryTile];      // [kQueryTile] running result
-    float* part[kQueryTile];     // [kQueryTile] one tile's
-    float part_max[kQueryTile];  // [kQueryTile]
-    float part_sum[kQueryTile];  // [kQueryTile]
-    for (int64_t i = 0; i < kQueryTile; ++i) {
+    float* out[kMaxQueryTile];      // [kMaxQueryTile] running result
+    float* part[kMaxQueryTile];     // [kMaxQueryTile] one tile's
+    float part_max[kMaxQueryTile];  // [kMaxQueryTile]
+    float part_sum[kMaxQueryTile];  // [kMaxQueryTile]
+    for (int64_t i = 0; i < kernels_.query_tile; ++i) {
       out[i] = value_latents_ + (row + i) * rank;
       part[i] = worker.part + i * rank;
     }
@@ -236,10 +244,10 @@ void CpuOps::attend_rows_in_order(const Attention& at) {
       if (is_end && !is_last) next = key_tile(at, next_token, 0);
       const KeyTile* ahead = is_end && is_last ? nullptr : &next;
       if (tile == 0) {
-        attend_tile(at, token, head, keys, ahead, worker, out, softmax_max_ + row, softmax_sum_ + row);
+        attend_tile(at, token, head, keys, ahead, false, worker, out, softmax_max_ + row, softmax_sum_ + row);
         continue;
       }
-      attend_tile(at, token, head, keys, ahead, worker, part, part_max, part_sum);
+      attend_tile(at, token, head, keys, ahead, true, worker, part, part_max, part_sum);
       for (int64_t i = 0; i < at.heads_in_tile(head); ++i) {
         kernels_.combine(out[i], softmax_max_ + row + i, softmax_sum_ + row + i, part[i], part_max[i],
                          part_sum[i], rank);
@@ -261,13 +269,13 @@ void CpuOps::attend_split(const Attention& at) {
       Worker& worker = workers_[static_cast<size_t>(worker_id)];
       const int64_t tile = task / row_tiles;
       const int64_t token = task % row_tiles / at.tiles_per_token();
-      const int64_t head = task % at.tiles_per_token() * kQueryTile;
+      const int64_t head = task % at.tiles_per_token() * kernels_.query_tile;
       if (first + tile >= at.num_key_tiles(token)) return;
       const int64_t part = tile * num_rows + at.row(token, head);
-      float* out[kQueryTile];  // [kQueryTile]
-      for (int64_t i = 0; i < kQueryTile; ++i) out[i] = parts_ + (part + i) * rank;
-      attend_tile(at, token, head, key_tile(at, token, first + tile), nullptr, worker, out, parts_max_ + part,
-                  parts_sum_ + part);
+      float* out[kMaxQueryTile];  // [kMaxQueryTile]
+      for (int64_t i = 0; i < kernels_.query_tile; ++i) out[i] = parts_ + (part + i) * rank;
+      attend_tile(at, token, head, key_tile(at, token, first + tile), nullptr, false, worker, out,
+                  parts_max_ + part, parts_sum_ + part);
     });
     for_parts(num_rows, tiles * rank, [&](int64_t first_row, int64_t end_row, Worker&) {
       for (int64_t row = first_row; row < end_row; ++row) {

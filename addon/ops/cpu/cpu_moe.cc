@@ -9,7 +9,7 @@
 namespace rodin {
 namespace {
 
-// Outputs of one task of the down pass, and rows that gate and up take at once.
+// Rows that gate and up take at once.
 constexpr int64_t kStrip = 64;
 
 }  // namespace
@@ -18,24 +18,30 @@ void CpuOps::route(const Tensor& x, const MoeWeights& moe, const Tensor& expert_
                    const Tensor& expert_weights) {
   const int64_t num_experts = moe.route.num_experts;
   for_parts(x.rows, num_experts * x.cols, [&](int64_t first, int64_t end, Worker& worker) {
-    float* scores = worker.scores;
+    float* working = worker.scores + kRouteTokens * num_experts;
     LinearArgs args;
     args.weight = &moe.router;
     args.rows = num_experts;
-    args.m = 1;
-    args.out = &scores;
+    args.x = worker.x;
+    args.out = worker.out;
     args.panel = worker.panel;
-    for (int64_t t = first; t < end; ++t) {
-      const float* input = x.row<float>(t);
-      args.x = &input;
-      kernels_.linear(args);
-      if (moe.route.scoring_func == ScoringFunc::kSigmoid) {
-        kernels_.sigmoid(scores, num_experts);
-      } else {
-        kernels_.softmax(scores, num_experts);
+    for (int64_t begin = first; begin < end; begin += kRouteTokens) {
+      args.m = std::min(kRouteTokens, end - begin);
+      for (int64_t i = 0; i < args.m; ++i) {
+        worker.x[i] = x.row<float>(begin + i);
+        worker.out[i] = worker.scores + i * num_experts;
       }
-      choose_experts(scores, moe, scores + num_experts, scores + 2 * num_experts, expert_ids.row<int32_t>(t),
-                     expert_weights.row<float>(t));
+      kernels_.linear(args);
+      for (int64_t i = 0; i < args.m; ++i) {
+        float* scores = worker.out[i];
+        if (moe.route.scoring_func == ScoringFunc::kSigmoid) {
+          kernels_.sigmoid(scores, num_experts);
+        } else {
+          kernels_.softmax(scores, num_experts);
+        }
+        choose_experts(scores, moe, working, working + num_experts, expert_ids.row<int32_t>(begin + i),
+                       expert_weights.row<float>(begin + i));
+      }
     }
   });
 }
@@ -119,32 +125,35 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
 
   // Down: a strip of outputs of every pair, then of every token.
   const int64_t shared_pairs = x.rows * num_slots;
-  pool_.parallel_for(ceil_div(out.cols, kStrip), [&](int64_t task, int worker_id) {
+  pool_.parallel_for(ceil_div(out.cols, down_strip_), [&](int64_t task, int worker_id) {
     Worker& worker = workers_[static_cast<size_t>(worker_id)];
-    const int64_t col = task * kStrip;
-    const int64_t cols = std::min(kStrip, out.cols - col);
+    const int64_t col = task * down_strip_;
+    const int64_t cols = std::min(down_strip_, out.cols - col);
     LinearArgs args;
     args.row0 = col;
     args.rows = cols;
     args.out_row0 = col;
     args.panel = worker.panel;
-    for (int64_t e : active_experts_) {
+    for (size_t i = 0; i < active_experts_.size(); ++i) {
+      const int64_t e = active_experts_[i];
       for (int64_t pair = first_pair(e); pair < first_pair(e + 1); ++pair) {
-        worker.out[pair] = worker.pairs + pair * kStrip;
+        worker.out[pair] = worker.pairs + pair * down_strip_;
       }
       args.weight = &mlp_of(e).down;
       args.x = out_rows_ + first_pair(e);
       if (hidden_rows_) args.x_bf16 = hidden_rows_ + first_pair(e);
       args.out = worker.out + first_pair(e);
       args.m = num_pairs(e);
+      args.next_panels = nullptr;
+      if (i + 1 < active_experts_.size()) ask_for_next(args, mlp_of(active_experts_[i + 1]).down, col);
       kernels_.linear(args);
     }
     for (int64_t t = 0; t < x.rows; ++t) {
       for (int64_t j = 0; j < num_slots; ++j) {
         const int64_t pair = pair_of_slot_[static_cast<size_t>(t * num_slots + j)];
-        worker.x[j] = worker.pairs + pair * kStrip;
+        worker.x[j] = worker.pairs + pair * down_strip_;
       }
-      const float* shared = moe.has_shared() ? worker.pairs + (shared_pairs + t) * kStrip : nullptr;
+      const float* shared = moe.has_shared() ? worker.pairs + (shared_pairs + t) * down_strip_ : nullptr;
       kernels_.weighted_sum(worker.x, expert_weights.row<float>(t), num_slots, shared, cols,
                             out.row<float>(t) + col);
     }

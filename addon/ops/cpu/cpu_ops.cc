@@ -14,6 +14,7 @@ constexpr int64_t kRowGroup = 64;
 constexpr int64_t kBf16Align = 32;
 
 constexpr int64_t kMaxChunkTokens = 256;
+constexpr int64_t kMaxDownStrip = 256;
 constexpr int64_t kMinParts = 1024;
 constexpr int64_t kPartsPerWorker = 16;
 
@@ -22,7 +23,9 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 }  // namespace
 
 CpuOps::CpuOps(const std::string& cpu_path, int num_threads)
-    : HostOps(num_threads), kernels_(kernels_of_path(cpu_path)) {}
+    : CpuOps(kernels_of_path(cpu_path), num_threads) {}
+
+CpuOps::CpuOps(const Kernels& kernels, int num_threads) : HostOps(num_threads), kernels_(kernels) {}
 
 CpuOps::~CpuOps() {
   for (void* buffer : buffers_) free(buffer);
@@ -55,28 +58,31 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
   chunk_tokens_ = std::min(tokens, kMaxChunkTokens);
   max_parts_ = std::max(kMinParts, kPartsPerWorker * pool_.num_threads());
 
+  // Two strips a worker at least; wider ones read the inputs of all pairs less often.
+  const int64_t even_strip = limits.hidden_size / (2 * pool_.num_threads()) / kRowGroup * kRowGroup;
+  down_strip_ = std::clamp(even_strip, kRowGroup, kMaxDownStrip);
+
   workers_.resize(static_cast<size_t>(pool_.num_threads()));
   for (Worker& worker : workers_) {
-    make(worker.panel,
-         std::max(kPanelRows * round_up(max_inputs, kPanelAlign), mla.nope_dim * mla.lora_rank));
+    make(worker.panel, std::max({kPanelRows * round_up(max_inputs, kPanelAlign), kMinPanelFloats,
+                                 mla.nope_dim * mla.lora_rank}));
     make(worker.scaled, 4 * mla.nope_dim);
-    make(worker.part, kQueryTile * mla.lora_rank);
-    make(worker.pairs, max_pairs * kRowGroup);
+    make(worker.part, kernels_.query_tile * mla.lora_rank);
+    make(worker.pairs, max_pairs * std::max(kRowGroup, down_strip_));
     make(worker.x, max_pairs);
     make(worker.out, max_pairs);
-    make(worker.scores, 3 * limits.num_experts);
+    make(worker.scores, (kRouteTokens + 2) * limits.num_experts);
   }
-  bf16_stride_ = round_up(max_inputs, kBf16Align);
-  hidden_stride_ =
-      round_up(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size), kBf16Align);
+  bf16_stride_ = bf16_row_stride(max_inputs);
+  hidden_stride_ = bf16_row_stride(std::max(limits.moe_intermediate_size, limits.shared_intermediate_size));
   if (kernels_.to_bf16) {
     make(x_bf16_, max_pairs);
     make(inputs_bf16_, tokens * bf16_stride_);
     for (Worker& worker : workers_) {
-      make(worker.rows_bf16, chunk_tokens_ * round_up(std::max(mla.lora_rank, mla.nope_dim), kBf16Align));
+      make(worker.rows_bf16, chunk_tokens_ * bf16_row_stride(std::max(mla.lora_rank, mla.nope_dim)));
       make(worker.x_bf16, std::max(chunk_tokens_, tokens));
       if (kernels_.needs_rows_in_line && slots > 0) make(worker.gathered, tokens * bf16_stride_);
-      make(worker.queries_bf16, kQueryTile * round_up(mla.latent_dim(), kBf16Align));
+      make(worker.scratch_bf16, (kMaxQueryTile + kKeyTile) * round_up(mla.latent_dim(), kBf16Align));
     }
     if (slots > 0) {
       make(hidden_bf16_, max_pairs * hidden_stride_);
@@ -211,6 +217,13 @@ void CpuOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor& 
   });
 }
 
+void CpuOps::ask_for_next(LinearArgs& args, const Weight& weight, int64_t row) {
+  args.next_panels = nullptr;
+  if (weight.packed == nullptr || row >= weight.rows) return;
+  args.next_panel_bytes = panel_bytes(kPanelOutputs, weight.cols, weight.dtype);
+  args.next_panels = static_cast<const char*>(weight.packed) + row / kPanelOutputs * args.next_panel_bytes;
+}
+
 // The rounded inputs of an expert's pairs, equally far apart: as they are, or copied.
 const uint16_t* const* CpuOps::gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
                                                 Worker& worker) const {
@@ -244,10 +257,12 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     args.weight = &mlp.gate;
     args.out = out_rows_ + first_pair;
     args.out_row0 = 0;
+    ask_for_next(args, mlp.up, row);
     kernels_.linear(args);
     args.weight = &mlp.up;
     args.out = worker.out;
     args.out_row0 = row;
+    ask_for_next(args, mlp.gate, row + kRowGroup);
     kernels_.linear(args);
     for (int64_t i = 0; i < num_pairs; ++i) {
       float* to = out_rows_[first_pair + i] + row;

@@ -18,10 +18,15 @@
 
 namespace rodin {
 
+// Elements from one row in bf16 to the next, of at least n: an odd number of cache lines, as neighbouring
+// rows would else take turns in few places of a cache.
+inline int64_t bf16_row_stride(int64_t n) { return (ceil_div(n, 32) | 1) * 32; }
+
 class CpuOps final : public HostOps {
  public:
   // cpu_path is "auto" or one of supported_cpu_paths().
   CpuOps(const std::string& cpu_path, int num_threads);
+  CpuOps(const Kernels& kernels, int num_threads);
   ~CpuOps() override;
 
   std::string name() const override;
@@ -67,20 +72,22 @@ class CpuOps final : public HostOps {
   // A task should have at least this many.
   static constexpr int64_t kMinTaskWork = 8 * 1024;
   static constexpr int64_t kTasksPerWorker = 8;
+  // Tokens that are routed by one product.
+  static constexpr int64_t kRouteTokens = 16;
 
   // Working memory of one worker of the pool.
   struct Worker {
     float* panel = nullptr;             // [kPanelRows, max inputs] of linear; [nope_dim, lora_rank] of absorb
     float* scaled = nullptr;            // [4, nope_dim]
-    float* part = nullptr;              // [kQueryTile, lora_rank] one tile of attention
+    float* part = nullptr;              // [query_tile, lora_rank] one tile of attention
     uint16_t* rows_bf16 = nullptr;      // [chunk_tokens, max(lora_rank, nope_dim) rounded up] of attention
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
     uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
-    uint16_t* queries_bf16 = nullptr;   // [kQueryTile, latent_dim rounded up] of attention
-    float* pairs = nullptr;             // [max pairs, 16] one strip of outputs of every (token, expert) pair
+    uint16_t* scratch_bf16 = nullptr;   // [kMaxQueryTile + kKeyTile, latent_dim rounded up]
+    float* pairs = nullptr;             // [max pairs, down_strip_] of every (token, expert) pair
     const float** x = nullptr;          // [max rows]
     float** out = nullptr;              // [max rows]
-    float* scores = nullptr;            // [3, E] routing
+    float* scores = nullptr;            // [kRouteTokens + 2, E] routing
   };
 
   // A weight's rows cut into equal tasks.
@@ -107,6 +114,8 @@ class CpuOps final : public HostOps {
 
   void run_linear(const Weight& weight, const RowTasks& tasks, int64_t task, int64_t m, float* const* out,
                   Worker& worker);
+  // What follows the call with `args`: the rows of `weight` from `row` on.
+  static void ask_for_next(LinearArgs& args, const Weight& weight, int64_t row);
   // Points x_rows_ at the rows of x, and x_bf16_ at those rounded to bf16 where this path takes them.
   void take_inputs(const Tensor& x);
 
@@ -128,7 +137,7 @@ class CpuOps final : public HostOps {
   };
   static KeyTile key_tile(const Attention& at, int64_t token, int64_t tile);
   void attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile, const KeyTile* next,
-                   Worker& worker, float* const* out, float* max, float* sum) const;
+                   bool has_queries, Worker& worker, float* const* out, float* max, float* sum) const;
 
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
   const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
@@ -160,6 +169,7 @@ class CpuOps final : public HostOps {
   float* parts_max_ = nullptr;      // [max_parts]
   float* parts_sum_ = nullptr;      // [max_parts]
 
+  int64_t down_strip_ = 0;  // outputs of one task of the experts' down pass
   // A pair is one (token, expert) of the routing; pairs are sorted by expert, the shared expert's come last.
   std::vector<int64_t> expert_start_;       // [E + 2] first pair of each expert; [E] is the shared one
   std::vector<int64_t> active_experts_;     // [<= E + 1] experts that have pairs

@@ -16,10 +16,14 @@ namespace rodin {
 constexpr int64_t kKeyTile = 64;
 // Query rows of one call of attend: heads of one token.
 constexpr int64_t kQueryTile = 4;
+// The same of a path with a query_tile of its own, at most.
+constexpr int64_t kMaxQueryTile = 16;
 // Weight rows that `linear` widens at once when there are many tokens.
 constexpr int64_t kPanelRows = 16;
 // Elements that a row of a panel takes are rounded up to this.
 constexpr int64_t kPanelAlign = 32;
+// Elements that a panel has at least.
+constexpr int64_t kMinPanelFloats = 24 * 1024;
 
 // out[t][n - out_row0] = bias[n] + sum_k weight[n][k] * x[t][k] for n in row0 .. row0 + rows - 1.
 struct LinearArgs {
@@ -33,7 +37,10 @@ struct LinearArgs {
   float* const* out = nullptr;              // [m]
   int64_t out_row0 = 0;
   int64_t m = 0;
-  float* panel = nullptr;  // [kPanelRows, cols rounded up to kPanelAlign] working memory
+  // Packed rows that the next call begins with, brought near meanwhile; null: none. `next_panel_bytes` apart.
+  const char* next_panels = nullptr;
+  int64_t next_panel_bytes = 0;
+  float* panel = nullptr;  // [kPanelRows, cols rounded up to kPanelAlign], kMinPanelFloats: working memory
 };
 
 // out[t][c] = factor * sum_d a[t][d] * weight[row0 + d][c] for d in 0 .. rows - 1 and every column c.
@@ -54,7 +61,7 @@ struct AbsorbArgs {
 //   key_j[:lora_rank]
 struct AttendArgs {
   const float* const* q = nullptr;  // [num_rows] rows of [latent_dim], softmax scale applied
-  int64_t num_rows = 0;             // 1 .. kQueryTile
+  int64_t num_rows = 0;             // 1 .. query_tile
   // Cache rows of [latent_dim]; one outside first .. end - 1 stands for a row inside, and its weight becomes
   // 0.
   const uint16_t* const* keys = nullptr;  // [kKeyTile]
@@ -64,7 +71,8 @@ struct AttendArgs {
   const uint16_t* const* next_keys = nullptr;  // [kKeyTile] cache rows of [latent_dim]
   int64_t latent_dim = 0;
   int64_t lora_rank = 0;
-  uint16_t* scratch = nullptr;  // [kQueryTile, latent_dim rounded up to 32] working memory
+  uint16_t* scratch = nullptr;  // [kMaxQueryTile + kKeyTile, latent_dim rounded up to 32] working memory
+  bool has_queries = false;     // whether the last call with this scratch had the same q
   float* const* out = nullptr;  // [num_rows] rows of [lora_rank]
   float* max = nullptr;         // [num_rows]
   float* sum = nullptr;         // [num_rows]
@@ -170,6 +178,8 @@ struct Kernels {
   void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
   // Whether the rows of x_bf16 must be equally far apart.
   bool needs_rows_in_line;
+  // Query rows of one call of attend: at most kMaxQueryTile.
+  int64_t query_tile;
 };
 
 const Kernels& kernels_portable();

@@ -4,6 +4,7 @@
 
 #define RODIN_BF16_CACHE
 #include "ops/cpu/kernels_amx.h"
+#include "ops/cpu/kernels_amx_attention.h"
 #include "ops/cpu/kernels_bf16_expanded.h"
 #include "ops/cpu/kernels_table.h"
 
@@ -14,13 +15,14 @@ constexpr Kernels with_amx() {
   Kernels kernels = kKernels;
   kernels.name = "amxbf16";
   kernels.linear = linear_amx;
-  kernels.attend = attend_bf16;
+  kernels.attend = attend_amx;
   kernels.attend_expanded = attend_expanded_bf16;
   kernels.group_key = group_key_bf16;
   kernels.probe = probe_amx;
   kernels.probe_flops = 2 * kTileRows * kPanelOutputs * kTileInputs;
   kernels.to_bf16 = to_bf16;
   kernels.needs_rows_in_line = true;
+  kernels.query_tile = kTileHeads;
   return kernels;
 }
 constexpr Kernels kAmxKernels = with_amx();

@@ -173,7 +173,7 @@ inline void attend_rows_bf16(const AttendArgs& args) {
   next.fetch_rest();
 }
 
-void attend_bf16(const AttendArgs& args) {
+[[maybe_unused]] void attend_bf16(const AttendArgs& args) {
   if (args.num_rows == 1) return attend_rows_bf16<1>(args);
   if (args.num_rows == 2) return attend_rows_bf16<2>(args);
   attend_rows_bf16<4>(args);

@@ -11,7 +11,7 @@ namespace {
 constexpr Kernels kKernels = {
     kPathName,       kCacheDtype, linear,  absorb,     attend,       combine,   rms_norm, add_to,
     scale_by,        silu_mul,    sigmoid, softmax,    weighted_sum, widen_row, to_cache, attend_gqa,
-    attend_expanded, group_key,   probe,   2 * kLanes, read_all,     nullptr,   false,
+    attend_expanded, group_key,   probe,   2 * kLanes, read_all,     nullptr,   false,    kQueryTile,
 };
 
 }  // namespace
