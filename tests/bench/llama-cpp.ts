@@ -38,6 +38,8 @@ interface Model {
   name: string;
   /** what `rodin bench step` is given */
   flags: string[];
+  /** how Rodin is run, each with flags of its own */
+  variants: { name: string; flags: string[] }[];
   /** decode steps of llama.cpp; Rodin counts time */
   numSteps: number;
   write(file: string, type: 'BF16' | 'Q8_0'): void;
@@ -69,6 +71,7 @@ const MODELS: Model[] = [
   {
     name: 'pocket-r1',
     flags: ['--model', POCKET_R1],
+    variants: [{ name: 'Rodin', flags: [] }],
     numSteps: 256,
     write: (file, type) => {
       const checkpoint = readCheckpoint(POCKET_R1);
@@ -79,6 +82,11 @@ const MODELS: Model[] = [
   {
     name: 'moonlight',
     flags: ['--model', MOONLIGHT, '--weights', 'synthetic', '--layers', '4'],
+    // Q8_0 takes a byte for each of the head's weights too.
+    variants: [
+      { name: 'Rodin', flags: [] },
+      { name: 'Rodin, --head-dtype fp8', flags: ['--head-dtype', 'fp8'] },
+    ],
     numSteps: 16,
     write: (file, type) => {
       const { spec } = readSyntheticModel(MOONLIGHT, 4);
@@ -105,22 +113,24 @@ async function main(): Promise<void> {
       if (!existsSync(file)) model.write(file, type);
       if (model.name === 'pocket-r1') await checkGreedy(folder, file, threads);
     }
-    const ours: Figures[] = [];
+    const ours = model.variants.map((): Figures[] => []);
     const peers = files.map((): Figures[] => []);
     for (let round = 0; round < rounds; round++) {
-      ours.push(runRodin(model, threads));
+      for (const [index, { flags }] of model.variants.entries())
+        ours[index]!.push(runRodin([...model.flags, ...flags], threads));
       for (const [index, { file }] of files.entries()) peers[index]!.push(runLlamaCpp(bench, file, model, threads));
     }
-    rows.push(row(model.name, 'Rodin', medians(ours)));
+    for (const [index, { name }] of model.variants.entries())
+      rows.push(row(index === 0 ? model.name : '', name, medians(ours[index]!)));
     for (const [index, { type }] of files.entries()) {
-      rows.push(row('', `llama.cpp ${type}`, medians(peers[index]!), medians(ours)));
+      rows.push(row('', `llama.cpp ${type}`, medians(peers[index]!), ours.map(medians)));
     }
   }
   const commit = execFileSync('git', ['-C', ROOT, 'rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
   const date = new Date().toISOString().slice(0, 10);
   process.stdout.write(`
 ${date}, ${cpus()[0]!.model.trim()}, ${threads} threads, commit ${commit}, node-llama-cpp ${NODE_LLAMA_CPP}'s llama.cpp, medians of ${rounds};
-tokens/s, context ${CONTEXT}; in brackets: Rodin's figure divided by it.
+tokens/s, context ${CONTEXT}; in brackets: Rodin's figures divided by it.
 
 | model | engine | 1 sequence | 16 sequences | prompt of ${PROMPT} |
 |---|---|---|---|---|
@@ -179,7 +189,7 @@ async function checkGreedy(folder: string, file: string, threads: number): Promi
     throw new Error(`${file} is not the model: only ${equal} of ${cases.length} answers are right.`);
 }
 
-function runRodin(model: Model, threads: number): Figures {
+function runRodin(own: readonly string[], threads: number): Figures {
   const flags = [
     '--device',
     'cpu',
@@ -192,7 +202,7 @@ function runRodin(model: Model, threads: number): Figures {
     '--prompt',
     PROMPT,
   ];
-  const args = [join(ROOT, 'dist/main.js'), 'bench', 'step', ...model.flags, ...flags.map(String), '--json'];
+  const args = [join(ROOT, 'dist/main.js'), 'bench', 'step', ...own, ...flags.map(String), '--json'];
   const { cases } = JSON.parse(execFileSync(process.execPath, args, { encoding: 'utf8' })) as BenchReport;
   const rate = (kind: string, numSequences: number): number =>
     cases.find((one) => one.kind === kind && one.numSequences === numSequences)!.tokensPerSecond;
@@ -243,10 +253,11 @@ function medians(all: readonly Figures[]): Figures {
   return { single: median('single'), batch: median('batch'), prefill: median('prefill') };
 }
 
-function row(model: string, engine: string, figures: Figures, ours?: Figures): string {
+function row(model: string, engine: string, figures: Figures, ours: readonly Figures[] = []): string {
   const cells = (['single', 'batch', 'prefill'] as const).map((key) => {
     const figure = figures[key] < 100 ? figures[key].toFixed(1) : Math.round(figures[key]).toLocaleString('en');
-    return ours === undefined ? figure : `${figure} (${(ours[key] / figures[key]).toFixed(1)})`;
+    const ratios = ours.map((own) => (own[key] / figures[key]).toFixed(1));
+    return ratios.length === 0 ? figure : `${figure} (${ratios.join(', ')})`;
   });
   return `| ${[model, engine, ...cells].join(' | ')} |`;
 }
