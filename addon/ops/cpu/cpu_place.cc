@@ -21,11 +21,13 @@ void CpuOps::place(Weight& weight) {
   const int64_t panels = ceil_div(weight.rows, kPanelOutputs);
   const int64_t per_task = ceil_div(kMinPackBytes, one_panel_bytes);
   pool_.parallel_for(ceil_div(panels, per_task), [&](int64_t task, int) {
-    const int64_t first = task * per_task * kPanelOutputs;
-    const int64_t rows = std::min(per_task * kPanelOutputs, weight.rows - first);
-    pack_rows(weight, first, rows, packed + task * per_task * one_panel_bytes);
+    const int64_t first = task * per_task;
+    const int64_t count = std::min(per_task, panels - first);
+    const int64_t first_row = first * kPanelOutputs;
+    const int64_t rows = std::min(count * kPanelOutputs, weight.rows - first_row);
+    pack_rows(weight, first_row, rows, packed + first * one_panel_bytes);
+    mark_rare_groups(weight.rows, weight.cols, weight.dtype, first, count, packed);
   });
-  mark_rare_groups(weight.rows, weight.cols, weight.dtype, packed);
   weight.packed = packed;
 }
 

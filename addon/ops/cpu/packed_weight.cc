@@ -83,13 +83,13 @@ int64_t packed_bytes(int64_t rows, int64_t cols, Dtype dtype) {
   return panel_bytes(rows, cols, dtype) + words * static_cast<int64_t>(sizeof(uint64_t));
 }
 
-void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed) {
+void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, int64_t first, int64_t count, void* packed) {
   if (dtype != Dtype::kF8E4M3) return;
-  const int64_t panels = round_up(rows, kPanelOutputs) / kPanelOutputs;
   const int64_t groups = round_up(cols, kPackInputs) / kPackInputs;
-  const auto* codes = static_cast<const uint8_t*>(packed);
-  auto* words = reinterpret_cast<uint64_t*>(static_cast<char*>(packed) + panel_bytes(rows, cols, dtype));
-  for (int64_t panel = 0; panel < panels; ++panel, words += rare_words(cols)) {
+  const auto* codes = static_cast<const uint8_t*>(packed) + first * panel_bytes(kPanelOutputs, cols, dtype);
+  auto* words = reinterpret_cast<uint64_t*>(static_cast<char*>(packed) + panel_bytes(rows, cols, dtype)) +
+                first * rare_words(cols);
+  for (int64_t panel = 0; panel < count; ++panel, words += rare_words(cols)) {
     std::fill_n(words, rare_words(cols), 0);
     for (int64_t group = 0; group < groups; ++group) {
       bool is_rare = false;
@@ -97,6 +97,10 @@ void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed) {
       if (is_rare) words[group / 64] |= uint64_t{1} << group % 64;
     }
   }
+}
+
+void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed) {
+  mark_rare_groups(rows, cols, dtype, 0, round_up(rows, kPanelOutputs) / kPanelOutputs, packed);
 }
 
 void pack_rows(const Weight& weight, int64_t first, int64_t rows, void* packed) {

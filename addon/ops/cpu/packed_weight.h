@@ -27,7 +27,10 @@ int64_t panel_bytes(int64_t rows, int64_t cols, Dtype dtype);
 int64_t packed_bytes(int64_t rows, int64_t cols, Dtype dtype);
 // Words that a panel has behind the panels.
 static inline int64_t rare_words(int64_t cols) { return (cols + kPackInputs * 64 - 1) / (kPackInputs * 64); }
-// Sets the words behind the panels, once those are there.
+// Sets the words that panels first .. first + count - 1 of a packed matrix [rows, cols] have behind all
+// panels, once those panels are there.
+void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, int64_t first, int64_t count, void* packed);
+// Those of all panels.
 void mark_rare_groups(int64_t rows, int64_t cols, Dtype dtype, void* packed);
 // The rows first .. first + rows - 1 of `weight`, packed. Panels may be packed one by one: `first` is then
 // that of the panel, and `packed` where the panel goes.
