@@ -114,17 +114,9 @@ inline void linear_tiles(const LinearArgs& args, const PackedRows& rows, const c
     multiply_tiles<kHasLater, kHasSecond>(weights, x, stride, steps);
     take_sums<kHasLater, kHasSecond>(total);
   }
-  const int64_t end = args.row0 + args.rows;
-  const float* bias = args.weight->bias;
   for (int p = 0; p < (kHasSecond ? 2 : 1); ++p) {
-    const int64_t at = row + p * kPanelOutputs;
-    const auto mask = static_cast<__mmask16>(end - at >= kPanelOutputs ? 0xffff : (1u << (end - at)) - 1);
-    const V add_bias = bias ? _mm512_maskz_loadu_ps(mask, bias + at) : zero();
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      const V sum = load(total[t] + p * kPanelOutputs);
-      _mm512_mask_storeu_ps(args.out[token + t] + (at - args.out_row0), mask,
-                            bias ? add(sum, add_bias) : sum);
-    }
+    const PanelOutputs outputs(args, row + p * kPanelOutputs);
+    for (int64_t t = 0; t < num_tokens; ++t) outputs.store(token + t, load(total[t] + p * kPanelOutputs));
   }
 }
 

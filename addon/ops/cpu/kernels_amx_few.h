@@ -168,16 +168,9 @@ template <class Groups, int P, int M>
       add_step<Groups, P, M>(groups, panel, panels, ahead, x, k, rows.inputs - k, total);
     }
   }
-  const int64_t end = args.row0 + args.rows;
-  const float* bias = args.weight->bias;
   for (int p = 0; p < P; ++p) {
-    const int64_t at = row + p * kPanelOutputs;
-    const auto mask = static_cast<__mmask16>(end - at >= kPanelOutputs ? 0xffff : (1u << (end - at)) - 1);
-    const V add_bias = bias ? _mm512_maskz_loadu_ps(mask, bias + at) : zero();
-    for (int t = 0; t < M; ++t) {
-      const V sum = bias ? add(total[p][t], add_bias) : total[p][t];
-      _mm512_mask_storeu_ps(args.out[t] + (at - args.out_row0), mask, sum);
-    }
+    const PanelOutputs outputs(args, row + p * kPanelOutputs);
+    for (int t = 0; t < M; ++t) outputs.store(t, total[p][t]);
   }
 }
 

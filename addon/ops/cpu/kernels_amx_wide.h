@@ -301,15 +301,10 @@ template <class Groups>
   }
   promoters[turn].finish();
   promoters[turn ^ 1].finish();
-  const float* bias = args.weight->bias;
   for (int64_t p = 0; p < num_panels; ++p) {
-    const int64_t at = row + p * kPanelOutputs;
-    const auto mask = static_cast<__mmask16>(end - at >= kPanelOutputs ? 0xffff : (1u << (end - at)) - 1);
-    const V add_bias = bias ? _mm512_maskz_loadu_ps(mask, bias + at) : zero();
+    const PanelOutputs outputs(args, row + p * kPanelOutputs);
     for (int64_t t = 0; t < num_tokens; ++t) {
-      const V sum = load(memory.sums[t] + p * kPanelOutputs);
-      _mm512_mask_storeu_ps(args.out[token + t] + (at - args.out_row0), mask,
-                            bias ? add(sum, add_bias) : sum);
+      outputs.store(token + t, load(memory.sums[t] + p * kPanelOutputs));
     }
   }
 }

@@ -187,6 +187,27 @@ inline int64_t bytes_ahead(int64_t all_panels_bytes) {
   return all_panels_bytes <= kFar ? all_panels_bytes : kNear;
 }
 
+// Where the outputs of the panel that begins with row `at` go: those of a call's rows, with their biases.
+class PanelOutputs {
+ public:
+  PanelOutputs(const LinearArgs& args, int64_t at) : out_(args.out), column_(at - args.out_row0) {
+    const int64_t left = args.row0 + args.rows - at;
+    mask_ = static_cast<__mmask16>(left >= kPanelOutputs ? 0xffff : (1u << left) - 1);
+    has_bias_ = args.weight->bias != nullptr;
+    bias_ = has_bias_ ? _mm512_maskz_loadu_ps(mask_, args.weight->bias + at) : zero();
+  }
+  void store(int64_t token, V sum) const {
+    _mm512_mask_storeu_ps(out_[token] + column_, mask_, has_bias_ ? add(sum, bias_) : sum);
+  }
+
+ private:
+  float* const* const out_;
+  const int64_t column_;
+  __mmask16 mask_;
+  bool has_bias_;
+  V bias_;
+};
+
 // The outputs row .. row + 16 P - 1 for M tokens from `token` on. Of each output, the sum over a block of
 // inputs, times its scale, is added to those of the blocks before: the one place where this order is written
 // down.
@@ -230,17 +251,10 @@ template <class Read, bool kIsScaled, int P, int M>
   } else {
     dot_panels<Read, P, M>(Read(), panels, ahead, x, 0, rows.inputs / kPackInputs, total);
   }
-  const int64_t end = args.row0 + args.rows;
-  const float* bias = args.weight->bias;
   const int64_t num_tokens = min_of(M, args.m - token);
   for (int p = 0; p < P; ++p) {
-    const int64_t at = row + p * kPanelOutputs;
-    const auto mask = static_cast<__mmask16>(end - at >= kPanelOutputs ? 0xffff : (1u << (end - at)) - 1);
-    const V add_bias = bias ? _mm512_maskz_loadu_ps(mask, bias + at) : zero();
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      const V sum = bias ? add(total[p][t], add_bias) : total[p][t];
-      _mm512_mask_storeu_ps(args.out[token + t] + (at - args.out_row0), mask, sum);
-    }
+    const PanelOutputs outputs(args, row + p * kPanelOutputs);
+    for (int64_t t = 0; t < num_tokens; ++t) outputs.store(token + t, total[p][t]);
   }
 }
 
