@@ -18,8 +18,6 @@ int64_t num_tiles_of(const StepIndex& index, int64_t token) {
   return index.cache_positions[token] / kKeyTile + 1;
 }
 
-int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
 }  // namespace
 
 CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const MlaShape& shape,

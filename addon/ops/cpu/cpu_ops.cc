@@ -18,8 +18,6 @@ constexpr int64_t kMaxDownStrip = 256;
 constexpr int64_t kMinParts = 1024;
 constexpr int64_t kPartsPerWorker = 16;
 
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 }  // namespace
 
 CpuOps::CpuOps(const std::string& cpu_path, int num_threads)

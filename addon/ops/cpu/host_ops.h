@@ -11,6 +11,7 @@
 namespace rodin {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 class HostOps : public Ops {
  public:

@@ -116,9 +116,8 @@ struct ExpandedLayout {
   int64_t row_dim() const { return num_heads * (nope_room() + v_dim) + rope_dim; }
 };
 
-// One tile of attention over expanded keys and values for all heads h of one token, over keys j = first ..
-// end
-// - 1: s_j = q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
+// One tile of attention over expanded keys and values for all heads h of one token, over keys
+// j = first .. end - 1: s_j = q_h . [nope_h(j) | rope(j)], then max, sum and out (of value_h(j)) as above.
 struct AttendExpandedArgs {
   ExpandedLayout layout;
   const float* q = nullptr;  // [A, nope_dim + rope_dim], softmax scale applied
