@@ -9,13 +9,13 @@ namespace {
 
 constexpr size_t kMoeBudget = size_t{512} << 20;  // bytes of the experts' intermediate results
 
-bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+}  // namespace
+
+bool has_aligned_rows(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
 }
 
 LinearIo io_of(const Tensor& x, const Tensor& out) { return {x.data, x.stride, out.data, out.stride}; }
-
-}  // namespace
 
 LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const {
   LinearParams params;
@@ -23,7 +23,7 @@ LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const We
   params.io[0] = io_of(x, out);
   params.weight_dtype = weight.dtype;
   params.out_dtype = out.dtype;
-  params.is_x_aligned = is_aligned(x.data, x.stride);
+  params.is_x_aligned = has_aligned_rows(x);
   params.num_tokens = static_cast<int32_t>(x.rows);
   params.max_rows = weight.rows;
   params.max_cols = weight.cols;
@@ -36,6 +36,8 @@ void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
+  if (out.dtype == Dtype::kBF16 && is_splitting(x.rows) && has_boxes(view_of(weight)))
+    return run_linear_split(split_params(x, out, view_of(weight)), stream_);
   run_linear(linear_params(x, out, view_of(weight)), stream_);
 }
 
@@ -59,6 +61,15 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
     both.outs[0] = params.io[0];
     both.outs[1] = io_of(x, out1);
     return run_linear_wgmma(both, stream_);
+  }
+  if (out0.dtype == Dtype::kBF16 && is_splitting(x.rows) && has_boxes(params.weight[0]) && has_boxes(view1)) {
+    SplitParams both = split_params(x, out0, params.weight[0]);
+    both.weight[1] = view1;
+    both.maps[1] = weight_map(view1);
+    both.io[1] = io_of(x, out1);
+    both.max_rows[1] = view1.rows;
+    both.cols[1] = view1.cols;
+    return run_linear_split(both, stream_);
   }
   params.is_pair = true;
   params.weight[1] = view1;
@@ -84,6 +95,9 @@ void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor&
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
+  if (is_splitting(x.rows) && has_boxes(view_of(mlp.gate)) && has_boxes(view_of(mlp.up)) && !mlp.gate.bias &&
+      !mlp.up.bias)
+    return run_split_mlp(x, mlp, out);
   run_mlp_linear(x, mlp, out);
 }
 
@@ -185,9 +199,13 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
-  if (placed.gate_maps != nullptr && x.rows >= kMinQuantizedTokens) {
+  if (placed.gate_maps != nullptr && !is_deterministic_ && x.rows >= kMinQuantizedTokens) {
     planned_ids_ = nullptr;
     run_quantized_moe(x, moe, expert_ids);
+    return combine_params(x, moe, expert_weights, out);
+  }
+  if (placed.split_gate_maps != nullptr && is_splitting(x.rows)) {
+    run_split_moe(x, moe, expert_ids);
     return combine_params(x, moe, expert_weights, out);
   }
   const auto tokens_each =

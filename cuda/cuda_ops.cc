@@ -92,6 +92,7 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
   RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
   prepare_linear_wgmma();
+  prepare_linear_split();
   prepare_mla_prefill();
   prepare_mla();
   prepare_mla_wgmma();

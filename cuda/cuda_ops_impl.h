@@ -30,10 +30,12 @@ struct PlacedMoe {
   const WeightView* down = nullptr;  // [E + 1]
   Dtype gate_dtype = Dtype::kBF16;
   Dtype down_dtype = Dtype::kBF16;
-  // Boxes of the same matrices; null where the layer has no kernels for many tokens.
-  const TensorMap* gate_maps = nullptr;  // [E + 1] as the tables above, if has_shared_maps
-  const TensorMap* up_maps = nullptr;    // [E + 1]
-  const TensorMap* down_maps = nullptr;  // [E + 1]
+  // Boxes of the same matrices for linear_wgmma and linear_split; null where the layer is not for these.
+  const TensorMap* gate_maps = nullptr;        // [E + 1] as the tables above, if has_shared_maps
+  const TensorMap* up_maps = nullptr;          // [E + 1]
+  const TensorMap* down_maps = nullptr;        // [E + 1] for both
+  const TensorMap* split_gate_maps = nullptr;  // [E + 1]
+  const TensorMap* split_up_maps = nullptr;    // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
 };
@@ -148,7 +150,7 @@ class CudaOps final : public Ops {
   // Waits for the uploads and runs what depends on them.
   void finish_placing();
   void widen_and_transpose(const PendingTranspose& pending);
-  // Of the experts' matrices, where all of them have kernels for many tokens.
+  // Of the experts' matrices, where all of them have boxes.
   void place_maps(const MoeWeights& moe, PlacedMoe& placed);
   template <class T>
   const T* upload_table(const std::vector<T>& table);
@@ -165,6 +167,11 @@ class CudaOps final : public Ops {
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  // Whether a layer of so many tokens takes linear_split.
+  bool is_splitting(int64_t num_tokens) const;
+  SplitParams split_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
+  void run_split_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  void run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
   // Whether a layer of so many tokens takes the kernels that quantise them.
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
@@ -283,7 +290,12 @@ constexpr int64_t kMinQuantizedTokens = 64;
 // Fewest tokens of a sequence for which its keys and values are expanded.
 constexpr int64_t kMinPrefillTokens = 64;
 
-TensorMap weight_map(const WeightView& weight);
+// Whether kernels that take weights in boxes of 64 rows and kBlockK columns, each with one scale, have this one.
+bool has_boxes(const WeightView& weight);
+bool has_boxes(const MlpWeights& mlp);
+TensorMap weight_map(const WeightView& weight, int32_t box_rows = 64);
+LinearIo io_of(const Tensor& x, const Tensor& out);
+bool has_aligned_rows(const Tensor& x);  // every row begins at a multiple of 16 bytes
 
 // The placed form of a weight; throws for one that place() has not seen.
 const WeightView& view_of(const Weight& weight);

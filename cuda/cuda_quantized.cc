@@ -33,26 +33,33 @@ TensorMap scale_map(const QuantizedView& x) {
 
 }  // namespace
 
-TensorMap weight_map(const WeightView& weight) {
+TensorMap weight_map(const WeightView& weight, int32_t box_rows) {
   return make_tensor_map({.data = weight.data,
                           .rows = weight.rows,
                           .cols = weight.row_bytes,
                           .row_bytes = weight.row_bytes,
-                          .box_rows = 64,
+                          .box_rows = box_rows,
                           .box_cols = kBlockK},
                          Dtype::kF8E4M3, Swizzle::k128Bytes);
 }
 
+bool has_boxes(const WeightView& weight) {
+  return weight.dtype == Dtype::kF8E4M3 && weight.block_rows % 64 == 0;
+}
+
+bool has_boxes(const MlpWeights& mlp) {
+  for (const Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) {
+    if (!has_boxes(view_of(*weight)) || weight->bias) return false;
+  }
+  return true;
+}
+
 bool CudaOps::is_quantizing(const WeightView& weight, int64_t num_tokens) const {
-  return !is_deterministic_ && num_tokens >= kMinQuantizedTokens && weight.dtype == Dtype::kF8E4M3 &&
-         weight.block_rows % 64 == 0;
+  return !is_deterministic_ && num_tokens >= kMinQuantizedTokens && has_boxes(weight);
 }
 
 bool CudaOps::is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const {
-  for (const Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) {
-    if (!is_quantizing(view_of(*weight), num_tokens)) return false;
-  }
-  return !mlp.gate.bias && !mlp.up.bias && !mlp.down.bias;
+  return is_quantizing(view_of(mlp.gate), num_tokens) && has_boxes(mlp);
 }
 
 QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols) {

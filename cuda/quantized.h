@@ -1,4 +1,5 @@
-// Params and launchers of the kernels for many tokens: as kernels.h, with its letters.
+// Params and launchers of the kernels on Hopper's bulk tensor copies and warpgroup products: as kernels.h, with
+// its letters.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -67,6 +68,45 @@ struct WgmmaParams {
 };
 void run_linear_wgmma(const WgmmaParams& params, cudaStream_t stream);
 void prepare_linear_wgmma();
+
+// ---- linear_split.cu ------------------------------------------------------------------------------------
+
+// out = x W^T + bias with x in bf16 and FP8 weights, in one of these forms:
+// - plain:   weight[0], io[0]; where max_rows[1] is not 0, weight[1], io[1] too
+// - gated:   out = silu(x weight[0]^T) * (x weight[1]^T)
+// - grouped (map_table[0] set): the tiles of a MoePlan, weights from the tables, io as in LinearParams
+struct SplitParams {
+  TensorMap maps[2];  // of the weights, boxes [kSplitRows, kBlockK], gated [kSplitRows / 2, kBlockK]
+  WeightView weight[2];
+  const TensorMap* map_table[2] = {nullptr, nullptr};  // [E + 1]
+  const WeightView* table[2] = {nullptr, nullptr};     // [E + 1]
+  MoePlan plan;
+  LinearIo io[2];  // out: bf16
+  bool is_gated = false;
+  bool is_x_aligned = false;       // every row of x begins at a multiple of 16 bytes
+  bool is_plan_ready = false;      // the kernel before the one ahead made the plan, and the one ahead holds
+                                   // its successor back until then
+  bool is_successor_held = false;  // the next kernel begins once this one has the plan
+  int32_t num_tokens = 0;          // T
+  int32_t tile_tokens = 0;         // 4, 8, 16 or 32: the same in the plan; changes the speed, not a bit
+  int32_t most_tokens = 0;         // of a tile
+  int32_t max_rows[2] = {0, 0};    // [2] N; grouped: of an expert and of the shared one
+  int32_t cols[2] = {0, 0};        // [2] K
+  int32_t num_shared_tiles = 0;    // grouped: the plan's last ones
+  int32_t max_tiles = 0;           // grouped: most of all
+  int32_t num_experts = 0;         // grouped: E
+  int32_t x_divisor = 1;
+  int32_t num_multiprocessors = 0;
+  // Set by run_linear_split: half-warps that split one block of inputs, stages, blocks of a cluster, segments
+  // of the inputs.
+  int32_t groups = 0;
+  int32_t num_stages = 0;
+  int32_t cluster = 1;
+  int32_t segments[2] = {1, 1};
+};
+constexpr int kSplitRows = 64;
+void run_linear_split(const SplitParams& params, cudaStream_t stream);
+void prepare_linear_split();
 
 // ---- mla_expand.cu, mla_prefill.cu ----------------------------------------------------------------------
 
