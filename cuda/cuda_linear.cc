@@ -36,8 +36,11 @@ void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
-  if (out.dtype == Dtype::kBF16 && is_splitting(x.rows) && has_boxes(view_of(weight)))
-    return run_linear_split(split_params(x, out, view_of(weight)), stream_);
+  if (out.dtype == Dtype::kBF16 && is_splitting(view_of(weight), x.rows, false)) {
+    SplitParams params = split_params(x, view_of(weight));
+    params.io[0] = io_of(x, out);
+    return run_linear_split(params, stream_);
+  }
   run_linear(linear_params(x, out, view_of(weight)), stream_);
 }
 
@@ -62,8 +65,12 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
     both.outs[1] = io_of(x, out1);
     return run_linear_wgmma(both, stream_);
   }
-  if (out0.dtype == Dtype::kBF16 && is_splitting(x.rows) && has_boxes(params.weight[0]) && has_boxes(view1)) {
-    SplitParams both = split_params(x, out0, params.weight[0]);
+  if (out0.dtype == Dtype::kBF16 && is_splitting(params.weight[0], x.rows, false) &&
+      is_splitting(view1, x.rows, false)) {
+    SplitParams both = split_params(x, params.weight[0]);
+    both.io[0] = params.io[0];
+    both.x[1] = both.x[0];
+    both.x_scale[1] = both.x_scale[0];
     both.weight[1] = view1;
     both.maps[1] = weight_map(view1);
     both.io[1] = io_of(x, out1);
@@ -95,8 +102,7 @@ void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor&
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
-  if (is_splitting(x.rows) && has_boxes(view_of(mlp.gate)) && has_boxes(view_of(mlp.up)) && !mlp.gate.bias &&
-      !mlp.up.bias)
+  if (is_splitting(view_of(mlp.gate), x.rows, true) && is_splitting(view_of(mlp.up), x.rows, true))
     return run_split_mlp(x, mlp, out);
   run_mlp_linear(x, mlp, out);
 }

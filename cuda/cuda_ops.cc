@@ -176,6 +176,7 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
   finish_placing();
   reserve_moe();
   reserve_quantized();
+  reserve_split();
   reserve_attention();
   reserve_prefill();
   reserve_sample();

@@ -167,18 +167,23 @@ class CudaOps final : public Ops {
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
-  // Whether a layer of so many tokens takes linear_split.
+  // Whether a layer takes linear_split.
   bool is_splitting(int64_t num_tokens) const;
-  SplitParams split_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
+  bool is_splitting(const WeightView& weight, int64_t num_tokens, bool is_gated) const;
+  int64_t max_split_tokens(int64_t most) const;
+  void reserve_split();
+  SplitParams split_params(const QuantizedView& x, int64_t num_rows, int32_t tile_tokens,
+                           const WeightView& weight) const;
+  SplitParams split_params(const Tensor& x, const WeightView& weight);
   void run_split_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
   void run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
   // Whether a layer of so many tokens takes the kernels that quantise them.
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
-  QuantizedView quantized_view(int64_t max_rows, int64_t cols);
+  QuantizedView quantized_view(int64_t max_rows, int64_t cols, int rows_each = 1);
   // The view for fewer channels; throws where there is not enough room.
   QuantizedView fitted(QuantizedView view, int64_t num_rows, int64_t cols) const;
-  QuantizeParams quantize_params(const Tensor& x) const;  // into quantized_
+  QuantizeParams quantize_params(const Tensor& x, const QuantizedView& out) const;
   QuantizedView quantize(const Tensor& x);
   WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
   WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);
@@ -255,6 +260,12 @@ class CudaOps final : public Ops {
   QuantizedView expert_mid_quantized_;  // [moe_tokens * k, Im]
   QuantizedView shared_mid_quantized_;  // [moe_tokens, Is]
 
+  // The same in two exact parts, for few tokens; data has two rows for each.
+  QuantizedView split_;             // [max_split_tokens, max_linear_inputs]
+  QuantizedView expert_split_;      // [.. * k, H]
+  QuantizedView expert_mid_split_;  // [.. * k, Im]
+  QuantizedView shared_mid_split_;  // [.., Is]
+
   // Attention, for one chunk of tokens.
   bool has_mla_wgmma_ = false;
   MlaPlan::Limits plan_limits_;
@@ -290,7 +301,8 @@ constexpr int64_t kMinQuantizedTokens = 64;
 // Fewest tokens of a sequence for which its keys and values are expanded.
 constexpr int64_t kMinPrefillTokens = 64;
 
-// Whether kernels that take weights in boxes of 64 rows and kBlockK columns, each with one scale, have this one.
+// Whether kernels that take weights in boxes of 64 rows and kBlockK columns, each with one scale, have this
+// one.
 bool has_boxes(const WeightView& weight);
 bool has_boxes(const MlpWeights& mlp);
 TensorMap weight_map(const WeightView& weight, int32_t box_rows = 64);

@@ -62,11 +62,11 @@ bool CudaOps::is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const {
   return is_quantizing(view_of(mlp.gate), num_tokens) && has_boxes(mlp);
 }
 
-QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols) {
+QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols, int rows_each) {
   QuantizedView view;
   view.stride = padded_channels(cols);
   view.scale_stride = (max_rows + 31) / 32 * 32;
-  view.data = workspace<uint8_t>(max_rows * view.stride);
+  view.data = workspace<uint8_t>(max_rows * rows_each * view.stride);
   view.scale = workspace<float>(view.stride / kBlockK * view.scale_stride);
   return view;
 }
@@ -89,17 +89,17 @@ QuantizedView CudaOps::fitted(QuantizedView view, int64_t num_rows, int64_t cols
   return view;
 }
 
-QuantizeParams CudaOps::quantize_params(const Tensor& x) const {
+QuantizeParams CudaOps::quantize_params(const Tensor& x, const QuantizedView& out) const {
   return {.x = x.data,
           .x_stride = x.stride,
           .num_rows = static_cast<int32_t>(x.rows),
           .cols = static_cast<int32_t>(x.cols),
           .is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0,
-          .out = fitted(quantized_, x.rows, x.cols)};
+          .out = fitted(out, x.rows, x.cols)};
 }
 
 QuantizedView CudaOps::quantize(const Tensor& x) {
-  const QuantizeParams params = quantize_params(x);
+  const QuantizeParams params = quantize_params(x, quantized_);
   run_quantize(params, stream_);
   return params.out;
 }
@@ -156,7 +156,7 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
   };
 
   // Each token's row once for each of its experts, and once in its place for the shared one.
-  QuantizeParams inputs = quantize_params(x);
+  QuantizeParams inputs = quantize_params(x, quantized_);
   inputs.plain_out = inputs.out;
   inputs.num_plain_rows = has_shared ? inputs.num_rows : 0;
   inputs.out = fitted(expert_quantized_, slots, x.cols);

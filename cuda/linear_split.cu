@@ -1,24 +1,19 @@
 // Linear layers of few tokens with FP8 weights, at the memory's speed: the weights go from shared memory into
 // wgmma as the copies brought them, without an instruction that widens them.
 //
-// An input has 8 significant bits, e4m3 has 4. For each token and block of kBlockK inputs, v = x * 2^n with
-// the largest |v| in [2^7, 2^8) is split into high = e4m3(v) and low = e4m3(16 (v - high)): high + low / 16
-// is v for all inputs within 2^-13 of the block's largest, and v to 2^-22 of the largest below that. Weights
-// are the 64 rows of an instruction, high and low of a token two of its columns:
-//   out[t][r] = sum over blocks of w_scale * 2^-n * (sum_k w[r][k] high[t][k] + sum_k w[r][k] low[t][k] / 16),
+// An input has 8 significant bits, e4m3 has 4: it comes as two e4m3 values and a power of two for each token
+// and kBlockK inputs (quantize.cu), x = 2^n (high + low / 16). Weights are the 64 rows of an instruction,
+// high and low of a token two of its columns:
+//   out[t][r] = sum over blocks of w_scale * 2^n * (sum_k w[r][k] high[t][k] + sum_k w[r][k] low[t][k] / 16),
 // inner sums by the tensor core (which keeps about 14 bits below the largest of 32 products), outer ones in
 // float32. A token's arithmetic depends neither on the number of tokens nor on its place among them.
 //
-// A unit is 64 rows of weights (gated: 32 of gate and the same 32 of up) and a tile of kTokens tokens. Blocks,
-// about as many as there are multiprocessors, walk over units. Warps: 0 to 3 and 4 to 7 are two warpgroups that
-// take even and odd blocks of inputs; 8 to 11 split inputs; a thread of warp 12 brings weights. A ring of
-// stages, each of 64 x kBlockK weights and the tile's split inputs, runs on from unit to unit. Barriers of a
-// stage: full (bytes arrived, inputs written), empty (four warps have read it). Weights do not depend on the
-// kernel ahead: what can be known of them is on its way before that has ended.
-//
-// Matrices of few rows have 2 or 4 segments of inputs, by their shape alone. Where there is one unit for each
-// cluster, its blocks take a segment each or several; sums of all segments and warpgroups meet in the first
-// block's shared memory and are added in rising order there.
+// A unit is 64 rows of weights (gated: 32 of gate and the same 32 of up) and a tile of kTokens tokens. As
+// many blocks as there are multiprocessors walk over units. Warps 0 to 3 and 4 to 7 are two warpgroups that
+// take even and odd blocks of inputs, their sums meet in shared memory; warp 8 brings weights, warp 9 inputs
+// and scales into a ring of stages that runs on from unit to unit. Barriers of a stage: full (both have
+// expected their bytes and these have arrived), empty (the four warps that take it have read it). Weights do
+// not depend on the kernel ahead: they are on their way before that has ended.
 #include <algorithm>
 
 #include "cuda/hopper.cuh"
@@ -29,110 +24,105 @@ namespace {
 constexpr int kUnitRows = kSplitRows;
 constexpr int kStageWeights = kUnitRows * kBlockK;  // bytes
 constexpr int kConsumerWarps = 8;
-constexpr int kConverterWarps = 4;
-constexpr int kHalfWarps = 2 * kConverterWarps;
-constexpr int kThreads = 32 * (kConsumerWarps + kConverterWarps + 1);
+constexpr int kThreads = 32 * (kConsumerWarps + 2);
 constexpr int kMaxStages = 16;
-constexpr int kSumPitch = 72;  // floats from one token to the next
+constexpr int kSumPitch = 72;           // floats from one token to the next
 constexpr int kHalfShared = 112 << 10;  // so that two blocks fit on a multiprocessor
 constexpr int kWholeShared = 225 << 10;
-constexpr int kMaxSegments = 4;
 
+// Offsets from the stages' base, where the weights are.
 struct Layout {
-  int inputs, factors, sums, barriers, bytes;  // offsets from the stages' base; weights are first
+  int inputs, input_scales, weight_scales, sums, barriers, bytes;
 };
 
-__host__ __device__ constexpr Layout layout_of(int tokens, bool is_gated, int stages, int segments) {
+__host__ __device__ constexpr int input_scale_bytes(int tokens) { return (tokens + kSplitScaleMargin) * 4; }
+__host__ __device__ constexpr int input_scale_pitch(int tokens) {
+  return (input_scale_bytes(tokens) + 127) / 128 * 128;
+}
+
+__host__ __device__ constexpr Layout layout_of(int tokens, int stages) {
   Layout l = {};
   l.inputs = stages * kStageWeights;
-  l.factors = l.inputs + stages * 2 * tokens * kBlockK;
-  l.sums = l.factors + stages * (is_gated ? 2 : 1) * tokens * 4;
-  l.barriers = l.sums + 2 * segments * tokens * kSumPitch * 4;
-  l.bytes = l.barriers + (2 * stages + 1) * 8 + 1024;  // 1024: to align the base
+  l.input_scales = l.inputs + stages * 2 * tokens * kBlockK;
+  l.weight_scales = l.input_scales + stages * input_scale_pitch(tokens);
+  l.sums = l.weight_scales + stages * 8;
+  l.barriers = l.sums + 2 * tokens * kSumPitch * 4;
+  l.bytes = l.barriers + 2 * stages * 8 + 1024;  // 1024: to align the base
   return l;
 }
 
 // ---- units ----------------------------------------------------------------------------------------------
 
 struct Unit {
-  int first;  // in the order of the plan, or the first token
+  int first;  // row of the inputs
   int count;
   int expert;
   int io;
-  int row0;
-  int begin, end;  // blocks of inputs that this block of threads takes
+  int row0;  // of the weights
 };
 
-// The units of this block of threads, one after the other. What belongs to the plan is read once it is there.
+// The units of this block of threads, one after the other. Their tiles are read a turn ahead.
 template <int kTokens, bool kGated>
 struct Units {
   static constexpr int kRows = kGated ? kUnitRows / 2 : kUnitRows;
   const SplitParams& p;
-  int rank;  // in the cluster
   int turn = 0;
-  int total = -1;  // -1: not known yet
+  int row_units[2];  // [2]
+  int tiles;         // plain
+  int shared = 0;    // grouped: units of the shared expert
+  int total;
+  MoeTile tile = {};  // of the turn to come, where that is not the shared expert's
 
-  __device__ Units(const SplitParams& params, int cluster_rank) : p(params), rank(cluster_rank) {}
-
-  __device__ int row_units(int io) const { return (p.max_rows[io] + kRows - 1) / kRows; }
-
-  __device__ bool next(Unit& unit) {
-    // Every other turn runs backwards, so that who began with a long unit gets no second one of the longer
-    // kind.
-    const int stride = gridDim.x / p.cluster, own = blockIdx.x / p.cluster;
-    const int i = turn * stride + (turn % 2 ? stride - 1 - own : own);
-    ++turn;
+  __device__ explicit Units(const SplitParams& params) : p(params) {
+    row_units[0] = (p.max_rows[0] + kRows - 1) / kRows;
+    row_units[1] = (p.max_rows[1] + kRows - 1) / kRows;
+    tiles = (p.num_tokens + kTokens - 1) / kTokens;
     if (p.map_table[0] != nullptr) {
-      // The shared expert first: which weights it has is known.
-      const int shared_rows = row_units(1), shared = p.num_shared_tiles * shared_rows;
-      if (i < shared) {
-        unit.io = 1;
-        unit.expert = p.num_experts;
-        unit.first = i / shared_rows * kTokens;
-        unit.count = min(kTokens, p.num_tokens - unit.first);
-        unit.row0 = i % shared_rows * kRows;
-      } else {
-        const int rows = row_units(0);
-        if (total < 0) {
-          if (!p.is_plan_ready) wait_for_predecessor();
-          total = shared + (*p.plan.num_tiles - p.num_shared_tiles) * rows;
-        }
-        if (i >= total) return false;
-        const MoeTile tile = p.plan.tiles[(i - shared) / rows];
-        unit.io = 0;
-        unit.expert = tile.expert;
-        unit.first = tile.first;
-        unit.count = tile.count;
-        unit.row0 = (i - shared) % rows * kRows;
-      }
+      shared = p.num_shared_tiles * row_units[1];
+      look_ahead();
+      total = shared + (__shfl_sync(kAllLanes, *p.plan.num_tiles, 0) - p.num_shared_tiles) * row_units[0];
     } else {
-      const int tiles = (p.num_tokens + kTokens - 1) / kTokens;
-      const int rows0 = row_units(0), row_unit = i / tiles;
-      if (row_unit >= rows0 + row_units(1)) return false;
-      unit.io = row_unit >= rows0;
+      total = tiles * (row_units[0] + row_units[1]);
+    }
+  }
+  // Every other turn runs backwards, so that who began with a long unit gets no second one of the longer
+  // kind.
+  __device__ int index_of(int at) const {
+    const int stride = gridDim.x, own = blockIdx.x;
+    return at * stride + (at % 2 ? stride - 1 - own : own);
+  }
+  __device__ bool next(Unit& unit) {
+    const int i = index_of(turn);
+    ++turn;
+    if (p.map_table[0] == nullptr) {
+      if (i >= total) return false;
+      const int row_unit = i / tiles;
+      unit.io = row_unit >= row_units[0];
       unit.expert = 0;
       unit.first = i % tiles * kTokens;
       unit.count = min(kTokens, p.num_tokens - unit.first);
-      unit.row0 = (row_unit - (unit.io ? rows0 : 0)) * kRows;
+      unit.row0 = (row_unit - (unit.io ? row_units[0] : 0)) * kRows;
+      return true;
     }
-    const int blocks = num_blocks(unit.io);
-    unit.begin = segment_begin(first_segment(unit.io), unit.io, blocks);
-    unit.end = segment_begin(end_segment(unit.io), unit.io, blocks);
+    if (i < shared) {  // the shared expert first: which weights it has is known
+      const int index = i / row_units[1];
+      unit = {index * kTokens, min(kTokens, p.num_tokens - index * kTokens), p.num_experts, 1,
+              (i - index * row_units[1]) * kRows};
+      look_ahead();
+      return true;
+    }
+    if (i >= total) return false;
+    // Lane 0's, which the compiler takes as uniform.
+    unit = {__shfl_sync(kAllLanes, tile.first, 0), __shfl_sync(kAllLanes, tile.count, 0),
+            __shfl_sync(kAllLanes, tile.expert, 0), 0, (i - shared) % row_units[0] * kRows};
+    look_ahead();
     return true;
   }
-  __device__ int num_blocks(int io) const { return (p.cols[io] + kBlockK - 1) / kBlockK; }
-  __device__ int first_segment(int io) const { return rank * p.segments[io] / p.cluster; }
-  __device__ int end_segment(int io) const { return (rank + 1) * p.segments[io] / p.cluster; }
-  __device__ int segment_begin(int segment, int io, int blocks) const {
-    return segment * blocks / p.segments[io];
+  __device__ void look_ahead() {
+    const int i = index_of(turn);
+    if (i >= shared) tile = p.plan.tiles[min((i - shared) / row_units[0], p.max_tiles - 1)];
   }
-  __device__ const WeightView& weight(const Unit& unit, int which) const {
-    return p.table[0] != nullptr ? p.table[which][unit.expert] : p.weight[kGated ? which : unit.io];
-  }
-  __device__ int row_of(const Unit& unit, int token) const {
-    const bool is_ordered = p.map_table[0] != nullptr && unit.io == 0;
-    return is_ordered ? p.plan.order[unit.first + token] : unit.first + token;
-  }
+  __device__ int num_blocks(const Unit& unit) const { return (p.cols[unit.io] + kBlockK - 1) / kBlockK; }
 };
 
 struct Ring {
@@ -142,7 +132,7 @@ struct Ring {
   int stage = 0;
   uint32_t parity = 0;
 
-  __device__ void advance(int count) {
+  __device__ void advance(int count = 1) {
     stage += count;
     if (stage >= stages) stage -= stages, parity ^= 1;
   }
@@ -151,163 +141,111 @@ struct Ring {
   __device__ uint32_t empty() const { return barriers + (stages + stage) * 8; }
 };
 
-// ---- weights --------------------------------------------------------------------------------------------
+// ---- copies ---------------------------------------------------------------------------------------------
 
+// One thread of a warp whose threads are all here: the compiler keeps what the others compute too in uniform
+// registers, where copies take their operands from.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t is_elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(is_elected));
+  return is_elected != 0;
+}
+
+// The first stages' weights come while the kernel ahead runs.
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void bring(const SplitParams& p, Ring ring, int rank) {
-  Units<kTokens, kGated> units(p, rank);
+__device__ __forceinline__ void bring_weights(const SplitParams& p, Ring ring) {
+  const bool is_grouped = p.map_table[0] != nullptr;
+  int num_brought = 0;
+  Units<kTokens, kGated> units(p);
   Unit unit;
   while (units.next(unit)) {
-    const bool is_grouped = p.map_table[0] != nullptr;
     const TensorMap* const map0 = is_grouped ? p.map_table[0] + unit.expert : p.maps + (kGated ? 0 : unit.io);
     const TensorMap* const map1 = is_grouped ? p.map_table[1] + unit.expert : p.maps + 1;
     if (is_grouped) {
       map_fence(map0);
       if constexpr (kGated) map_fence(map1);
     }
-    for (int block = unit.begin; block < unit.end; ++block) {
-      barrier_wait(ring.empty(), ring.parity ^ 1);
-      barrier_expect(ring.full(), kStageWeights);
-      copy_box(ring.weights(), map0, block * kBlockK, unit.row0, ring.full());
-      if constexpr (kGated)
-        copy_box(ring.weights() + kStageWeights / 2, map1, block * kBlockK, unit.row0, ring.full());
-      ring.advance(1);
+    const int cols = units.num_blocks(unit) * kBlockK;
+    for (int col = 0; col < cols; col += kBlockK) {
+      if (num_brought++ == ring.stages) wait_for_predecessor();
+      // One thread waits and the others for it: threads that left a loop of waiting one after the other would
+      // each elect one of their own.
+      if (threadIdx.x % 32 == 0) barrier_wait(ring.empty(), ring.parity ^ 1);
+      __syncwarp();
+      if (elect_one()) {
+        barrier_expect(ring.full(), kStageWeights);
+        copy_box(ring.weights(), map0, col, unit.row0, ring.full());
+        if constexpr (kGated) copy_box(ring.weights() + kStageWeights / 2, map1, col, unit.row0, ring.full());
+      }
+      ring.advance();
     }
   }
-}
-
-// ---- inputs ---------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint4 load_eight(const bf16* row, int k, int cols, bool is_aligned) {
-  if (row == nullptr || k >= cols) return make_uint4(0, 0, 0, 0);
-  // Not through the read-only path: the kernel before this one may have written them while this one ran.
-  if (k + 8 <= cols && is_aligned) return *reinterpret_cast<const uint4*>(row + k);
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(row);
-  uint32_t words[4] = {};  // [4]
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (k + i < cols) words[i / 2] |= static_cast<uint32_t>(bits[k + i]) << (i % 2 * 16);
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Two e4m3 values of two f16, `low` of the pair in the low byte.
-__device__ __forceinline__ uint32_t e4m3_of_half(__half2 pair) {
-  uint16_t out;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(out) : "r"(*reinterpret_cast<const uint32_t*>(&pair)));
-  return out;
-}
-
-// High and low parts of two inputs times `power`.
-__device__ __forceinline__ void split_pair(uint32_t pair, float power, uint32_t& high, uint32_t& low) {
-  const __half2 v = __floats2half2_rn(low_float(pair) * power, high_float(pair) * power);
-  high = e4m3_of_half(v);
-  const uint32_t back = half_of_e4m3(high);
-  const __half2 rest = __hsub2(v, *reinterpret_cast<const __half2*>(&back));
-  low = e4m3_of_half(__hmul2(rest, __float2half2_rn(16.0f)));
-}
-
-// Half a warp takes one block of inputs of one token at a time, a lane 8 of them. Where tiles have fewer
-// tokens than there are half-warps, groups of `p.groups` half-warps take neighbouring stages.
-template <int kTokens, bool kGated>
-__device__ __forceinline__ void convert(const SplitParams& p, Ring ring, int rank, const Layout& layout) {
-  constexpr int kItems = (kTokens + kHalfWarps - 1) / kHalfWarps;  // tokens of a half-warp in a stage
-  constexpr int kScales = kGated ? 2 : 1;
-  const int half_warp = threadIdx.x / 16 - 2 * kConsumerWarps, lane = threadIdx.x % 16;
-  const int groups = kTokens >= kHalfWarps ? kHalfWarps : p.groups, step = kHalfWarps / groups;
-  const int slot = half_warp % groups;
   wait_for_predecessor();
-  if (p.is_successor_held) let_successor_begin();
+}
 
-  Units<kTokens, kGated> units(p, rank);
-  Unit unit = {};
-  const bf16* rows[kItems] = {};  // [kItems]
-  const float* scales = nullptr;
-  int blocks_per_scale = 1;
-  int position = half_warp / groups, unit_position = 0, length = 0;  // in the stream of stages
-  bool is_there = true;
-  uint4 x[kItems];  // [kItems] of `position`
-  float scale = 0;
-  const auto load = [&] {
-    while (is_there && position - unit_position >= length) {
-      unit_position += length;
-      is_there = units.next(unit);
-      if (!is_there) break;
-      length = unit.end - unit.begin;
-      const LinearIo& io = p.io[unit.io];
-      const int divisor = p.map_table[0] != nullptr && unit.io == 0 ? p.x_divisor : 1;
+// Inputs and their scales; lane i writes the weights' scales of every 32nd block of inputs, which it holds
+// one round and one unit ahead.
+template <int kTokens, bool kGated>
+__device__ __forceinline__ void bring_inputs(const SplitParams& p, Ring ring, const Layout& layout) {
+  constexpr int kBytes = 2 * kTokens * kBlockK + input_scale_bytes(kTokens);
+  const int lane = threadIdx.x % 32;
+  const bool is_grouped = p.map_table[0] != nullptr;
+  Units<kTokens, kGated> units(p);
+  Unit unit, ahead;
+  const float* scales[2];       // [2] of the unit ahead
+  float next[2] = {}, held[2];  // [2]
+  int per_scale = 1;
+  const auto load_scales = [&](int block, int num_blocks) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int token = slot + i * kHalfWarps;
-        rows[i] = token < unit.count
-                      ? static_cast<const bf16*>(io.x) + units.row_of(unit, token) / divisor * io.x_stride
-                      : nullptr;
-      }
-      const WeightView& weight = units.weight(unit, kGated ? lane % 2 : 0);
-      const int row = min(unit.row0, p.max_rows[unit.io] - 1);
-      scales = weight.scale + row / weight.block_rows * weight.scale_cols;
-      blocks_per_scale = weight.blocks_per_scale;
-    }
-    if (!is_there) return;
-    const int block = unit.begin + position - unit_position;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      x[i] = load_eight(rows[i], block * kBlockK + lane * 8, p.cols[unit.io], p.is_x_aligned);
-    scale = __ldg(scales + (blocks_per_scale == 1 ? block : block / blocks_per_scale));
+    for (int which = 0; which < (kGated ? 2 : 1); ++which)
+      if (block + lane < num_blocks) next[which] = __ldg(scales[which] + (block + lane) / per_scale);
   };
-  ring.advance(position);
-  load();
-  while (__any_sync(kAllLanes, is_there)) {
-    const bool is_now = is_there;
-    const int count = unit.count;
-    const float weight_scale = scale;
-    uint4 now[kItems];  // [kItems]
+  const auto look_ahead = [&] {
+    if (!units.next(ahead)) return false;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) now[i] = x[i];
-    position += step;
-    load();
-    if (is_now) barrier_wait(ring.empty(), ring.parity ^ 1);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (kItems > 1 && i * kHalfWarps >= count) break;  // the same in both halves: one group
-      const uint32_t pairs[4] = {now[i].x, now[i].y, now[i].z, now[i].w};  // [4]
-      uint32_t most = 0;  // magnitudes of bf16 rise with their bits
-#pragma unroll
-      for (int j = 0; j < 4; ++j) most = max(most, max(pairs[j] & 0x7fffu, pairs[j] >> 16 & 0x7fffu));
-#pragma unroll
-      for (int offset = 8; offset > 0; offset /= 2)
-        most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
-      const uint32_t exponent = max(most >> 7, 8u);
-      const float power = __uint_as_float((261 - exponent) << 23);
-      // An infinity or a NaN makes the whole block NaN.
-      const float inverse = __uint_as_float(exponent == 255 ? 0x7fffffffu : (exponent - 7) << 23);
-      uint32_t high[4], low[4];  // [4]
-#pragma unroll
-      for (int j = 0; j < 4; ++j) split_pair(pairs[j], power, high[j], low[j]);
-      const int token = slot + i * kHalfWarps;
-      if (is_now && token < count) {
-        // Row 2 token and 2 token + 1 of 128 bytes; 16-byte words change places within 8 rows (hopper.cuh).
-        const uint32_t inputs = ring.base + layout.inputs + ring.stage * (2 * kTokens * kBlockK);
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int row = 2 * token + part;
-          const uint32_t to = inputs + row * kBlockK + (lane / 2 ^ row % 8) * 16 + lane % 2 * 8;
-          const uint32_t(&bytes)[4] = part ? low : high;
-          asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(bytes[0] | bytes[1] << 16),
-                       "r"(bytes[2] | bytes[3] << 16)
-                       : "memory");
-        }
-        if (lane < kScales) {
-          const uint32_t to =
-              ring.base + layout.factors + ((ring.stage * kScales + lane) * kTokens + token) * 4;
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(weight_scale * inverse) : "memory");
+    for (int which = 0; which < (kGated ? 2 : 1); ++which) {
+      const WeightView& weight =
+          is_grouped ? p.table[which][ahead.expert] : p.weight[kGated ? which : ahead.io];
+      scales[which] =
+          weight.scale + min(ahead.row0, p.max_rows[ahead.io] - 1) / weight.block_rows * weight.scale_cols;
+      per_scale = weight.blocks_per_scale;
+    }
+    load_scales(0, units.num_blocks(ahead));
+    return true;
+  };
+  bool is_there = look_ahead();
+  wait_for_predecessor();
+  while (is_there) {
+    unit = ahead;
+    const int num_blocks = units.num_blocks(unit);
+    for (int block = 0; block < num_blocks; ++block) {
+      if (block % 32 == 0) {
+        held[0] = next[0], held[1] = next[1];
+        if (block + 32 < num_blocks) {
+          load_scales(block + 32, num_blocks);
+        } else {
+          is_there = look_ahead();
         }
       }
+      if (lane == 0) barrier_wait(ring.empty(), ring.parity ^ 1);
+      __syncwarp();
+      if (lane == block % 32) {
+        asm volatile(
+            "st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.base + layout.weight_scales + ring.stage * 8),
+            "f"(held[0]), "f"(held[1])
+            : "memory");
+      }
+      __syncwarp();
+      if (elect_one()) {
+        barrier_expect(ring.full(), kBytes);
+        copy_box(ring.base + layout.inputs + ring.stage * (2 * kTokens * kBlockK), p.x + unit.io,
+                 block * kBlockK, 2 * unit.first, ring.full());
+        copy_box(ring.base + layout.input_scales + ring.stage * input_scale_pitch(kTokens),
+                 p.x_scale + unit.io, unit.first / 4 * 4, block, ring.full());
+      }
+      ring.advance();
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    if (is_now && lane == 0) barrier_arrive(ring.full());
-    ring.advance(step);
   }
 }
 
@@ -328,136 +266,131 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens], const Ring& ring
   products_commit();
 }
 
+// Scales of a stage's products: of the weights times those of tokens 4 j + t. They are read before the
+// products are waited for: long before the stage is given back.
+template <int kTokens>
+__device__ __forceinline__ void load_factors(float (&factors)[kTokens / 4], uint32_t input_scales,
+                                             uint32_t weight_scale) {
+  const float scale = load_shared(weight_scale);
+#pragma unroll
+  for (int j = 0; j < kTokens / 4; ++j) factors[j] = scale * load_shared(input_scales + 16 * j);
+}
+
 // total += factor * sum; token 4 j + t has its high and low sums in columns 8 j + 2 t and the next.
 template <int kTokens>
-__device__ __forceinline__ void promote(float (&total)[kTokens / 4][2], const float (&acc)[kTokens],
-                                        uint32_t factors) {
+__device__ __forceinline__ void promote(float (&total)[kTokens / 4][2], float (&acc)[kTokens],
+                                        const float (&factors)[kTokens / 4]) {
 #pragma unroll
-  for (int j = 0; j < kTokens / 4; ++j) {
-    const float factor = load_shared(factors + (4 * j + threadIdx.x % 4) * 4);
+  for (int i = 0; i < kTokens; ++i) asm volatile("" : "+f"(acc[i])::"memory");  // nothing reads them before
+#pragma unroll
+  for (int j = 0; j < kTokens / 4; ++j)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = fmaf(acc[4 * j + 2 * half + 1], 0.0625f, acc[4 * j + 2 * half]);
-      total[j][half] = fmaf(factor, sum, total[j][half]);
+      total[j][half] = fmaf(factors[j], sum, total[j][half]);
     }
-  }
 }
 
 __device__ __forceinline__ void consumer_barrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumerWarps) : "memory");
 }
 
+// Both warpgroups' sums of a unit, added, to where they belong.
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void store_unit(const SplitParams& p, const Units<kTokens, kGated>& units,
-                                           const Unit& unit, uint32_t sums) {
+__device__ __forceinline__ void store_unit(const SplitParams& p, const Unit& unit, uint32_t sums) {
   constexpr int kRows = kGated ? kUnitRows / 2 : kUnitRows;
-  const int num_sums = 2 * p.segments[unit.io];
-  const float* const bias = p.table[0] == nullptr ? p.weight[kGated ? 0 : unit.io].bias : nullptr;
-  for (int o = threadIdx.x; o < kRows * unit.count; o += 32 * kConsumerWarps) {
-    const int token = o / kRows, row = unit.row0 + o % kRows;
-    if (row >= p.max_rows[unit.io]) continue;
-    const uint32_t at = sums + (token * kSumPitch + o % kRows) * 4;
-    float value = 0, up = 0;
-    for (int i = 0; i < num_sums; ++i) {
-      value += load_shared(at + i * kTokens * kSumPitch * 4);
-      if constexpr (kGated) up += load_shared(at + (i * kTokens * kSumPitch + kRows) * 4);
+  constexpr int kGroupBytes = kTokens * kSumPitch * 4;
+  const int local_row = threadIdx.x % kRows, row = unit.row0 + local_row;
+  if (row >= p.max_rows[unit.io]) return;
+  const float* const bias = p.table[0] == nullptr && !kGated ? p.weight[unit.io].bias : nullptr;
+  const int32_t* const order = p.map_table[0] != nullptr && !kGated && unit.io == 0 ? p.plan.order : nullptr;
+  const LinearIo& io = p.io[unit.io];
+  for (int token = threadIdx.x / kRows; token < unit.count; token += 32 * kConsumerWarps / kRows) {
+    const uint32_t at = sums + (token * kSumPitch + local_row) * 4;
+    float value = load_shared(at) + load_shared(at + kGroupBytes);
+    if constexpr (kGated) {
+      const float up = load_shared(at + kRows * 4) + load_shared(at + kGroupBytes + kRows * 4);
+      value = value / (1.0f + expf(-value)) * up;
     }
     if (bias) value += bias[row];
-    if constexpr (kGated) value = value / (1.0f + expf(-value)) * up;
-    const LinearIo& io = p.io[unit.io];
-    static_cast<bf16*>(io.out)[units.row_of(unit, token) * io.out_stride + row] = __float2bfloat16_rn(value);
+    const int64_t to = order ? order[unit.first + token] : unit.first + token;
+    static_cast<bf16*>(io.out)[to * io.out_stride + row] = __float2bfloat16_rn(value);
   }
 }
 
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void consume(const SplitParams& p, Ring ring, int rank, const Layout& layout,
-                                        uint32_t done) {
-  constexpr int kScales = kGated ? 2 : 1;
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+__device__ __forceinline__ void consume(const SplitParams& p, Ring ring, const Layout& layout) {
+  const int group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // which the compiler takes as uniform
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t sums = ring.base + layout.sums;
-  uint32_t to_sums = sums, to_done = done;  // of the cluster's first block
-  if (p.cluster > 1) {
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(to_sums) : "r"(sums));
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(to_done) : "r"(done));
-  }
-  const auto factors_of = [&](const Ring& at) {
-    return ring.base + layout.factors + (at.stage * kScales + (kGated ? warp / 2 : 0)) * kTokens * 4;
+  const uint32_t own_sums =
+      sums + (group * kTokens * kSumPitch + lane % 4 * kSumPitch + 16 * warp + lane / 4) * 4;
+  const auto load = [&](float (&factors)[kTokens / 4], const Ring& at, int first) {
+    load_factors<kTokens>(
+        factors,
+        ring.base + layout.input_scales + at.stage * input_scale_pitch(kTokens) + (first % 4 + lane % 4) * 4,
+        ring.base + layout.weight_scales + at.stage * 8 + (kGated ? warp / 2 * 4 : 0));
+#pragma unroll
+    for (int j = 0; j < kTokens / 4; ++j) asm volatile("" : "+f"(factors[j])::"memory");
   };
   const auto release = [&](const Ring& at) {
     __syncwarp();
     if (lane == 0) barrier_arrive(at.empty());
   };
-  Units<kTokens, kGated> units(p, rank);
   wait_for_predecessor();
+  Units<kTokens, kGated> units(p);
   Unit unit;
   float acc0[kTokens], acc1[kTokens];  // [kTokens]
   while (units.next(unit)) {
-    const int blocks = units.num_blocks(unit.io);
-    for (int segment = units.first_segment(unit.io); segment < units.end_segment(unit.io); ++segment) {
-      const int begin = units.segment_begin(segment, unit.io, blocks);
-      const int end = units.segment_begin(segment + 1, unit.io, blocks);
-      float total[kTokens / 4][2] = {};  // [kTokens / 4, row half]
-      Ring own = ring;
-      own.advance(group);
-      int block = begin + group;
-      for (; block + 2 < end; block += 4) {
-        Ring second = own;
-        second.advance(2);
-        barrier_wait(own.full(), own.parity);
-        products_begin();
-        multiply<kTokens>(acc0, own, layout);
-        barrier_wait(second.full(), second.parity);
-        multiply<kTokens>(acc1, second, layout);
-        products_wait<1>();
-        promote<kTokens>(total, acc0, factors_of(own));
-        release(own);
-        products_wait<0>();
-        promote<kTokens>(total, acc1, factors_of(second));
-        release(second);
-        own = second;
-        own.advance(2);
-      }
-      if (block < end) {
-        barrier_wait(own.full(), own.parity);
-        products_begin();
-        multiply<kTokens>(acc0, own, layout);
-        products_wait<0>();
-        promote<kTokens>(total, acc0, factors_of(own));
-        release(own);
-      }
-      for (int left = end - begin; left > 0; left -= ring.stages) ring.advance(min(left, ring.stages));
-      const uint32_t to = to_sums + (2 * segment + group) * kTokens * kSumPitch * 4;
-#pragma unroll
-      for (int j = 0; j < kTokens / 4; ++j) {
-        const int token = 4 * j + lane % 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (token >= unit.count) continue;
-          const uint32_t at = to + (token * kSumPitch + 16 * warp + lane / 4 + 8 * half) * 4;
-          if (p.cluster > 1) {
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(total[j][half]) : "memory");
-          } else {
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(total[j][half]) : "memory");
-          }
-        }
-      }
+    const int num_blocks = units.num_blocks(unit);
+    float total[kTokens / 4][2] = {};  // [kTokens / 4, row half]
+    Ring own = ring;
+    own.advance(group);
+    int block = group;
+    // Two at a time where there are registers for it.
+    float factors0[kTokens / 4], factors1[kTokens / 4];  // [kTokens / 4]
+    for (; kTokens <= 16 && block + 2 < num_blocks; block += 4) {
+      Ring second = own;
+      second.advance(2);
+      barrier_wait(own.full(), own.parity);
+      products_begin();
+      multiply<kTokens>(acc0, own, layout);
+      load(factors0, own, unit.first);
+      barrier_wait(second.full(), second.parity);
+      products_begin();
+      multiply<kTokens>(acc1, second, layout);
+      load(factors1, second, unit.first);
+      products_wait<1>();
+      promote<kTokens>(total, acc0, factors0);
+      release(own);
+      products_wait<0>();
+      promote<kTokens>(total, acc1, factors1);
+      release(second);
+      own = second;
+      own.advance(2);
     }
-    if (p.cluster > 1) {  // the only unit
-      __syncwarp();
-      if (lane == 0) {
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(to_done) : "memory");
+    for (; block < num_blocks; block += 2, own.advance(2)) {
+      barrier_wait(own.full(), own.parity);
+      products_begin();
+      multiply<kTokens>(acc0, own, layout);
+      load(factors0, own, unit.first);
+      products_wait<0>();
+      promote<kTokens>(total, acc0, factors0);
+      release(own);
+    }
+    for (int left = num_blocks; left > 0; left -= ring.stages) ring.advance(min(left, ring.stages));
+#pragma unroll
+    for (int j = 0; j < kTokens / 4; ++j) {
+      if (4 * j + lane % 4 >= unit.count) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(own_sums + (4 * j * kSumPitch + 8 * half) * 4),
+                     "f"(total[j][half])
+                     : "memory");
       }
-      if (rank != 0) return;
-      asm volatile(
-          "{\n.reg .pred done;\nagain:\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-          "@!done bra again;\n}\n" ::"r"(done)
-          : "memory");
-      store_unit<kTokens, kGated>(p, units, unit, sums);
-      return;
     }
     consumer_barrier();
-    store_unit<kTokens, kGated>(p, units, unit, sums);
+    store_unit<kTokens, kGated>(p, unit, sums);
     consumer_barrier();  // everybody has read what the next unit overwrites
   }
 }
@@ -466,47 +399,34 @@ template <int kTokens, bool kGated>
 __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     split_kernel(const __grid_constant__ SplitParams p) {
   extern __shared__ __align__(16) char shared[];
-  const Layout layout =
-      layout_of(kTokens, kGated, p.num_stages, max(p.segments[0], p.segments[1]));
+  const Layout layout = layout_of(kTokens, p.num_stages);
   Ring ring;
   ring.stages = p.num_stages;
   ring.base = (shared_address(shared) + 1023) / 1024 * 1024;
   ring.barriers = ring.base + layout.barriers;
-  const uint32_t done = ring.barriers + 2 * p.num_stages * 8;
-  if (!p.is_successor_held) let_successor_begin();
+  let_successor_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.num_stages; ++i) {
-      barrier_init(ring.barriers + i * 8, 1 + (kTokens >= kHalfWarps ? kHalfWarps : p.groups));
+      barrier_init(ring.barriers + i * 8, 2);
       barrier_init(ring.barriers + (p.num_stages + i) * 8, kConsumerWarps / 2);
     }
-    barrier_init(done, kConsumerWarps * p.cluster);
     barrier_init_fence();
   }
   __syncthreads();
-  int rank = 0;
-  if (p.cluster > 1) {  // nobody writes to a block that has not begun
-    rank = blockIdx.x % p.cluster;
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   if (warp < kConsumerWarps) {
-    consume<kTokens, kGated>(p, ring, rank, layout, done);
-  } else if (warp < kConsumerWarps + kConverterWarps) {
-    convert<kTokens, kGated>(p, ring, rank, layout);
-  } else if (threadIdx.x % 32 == 0) {
-    bring<kTokens, kGated>(p, ring, rank);
+    consume<kTokens, kGated>(p, ring, layout);
+  } else if (warp == kConsumerWarps) {
+    bring_weights<kTokens, kGated>(p, ring);
+  } else {
+    bring_inputs<kTokens, kGated>(p, ring, layout);
   }
 }
 
 // ---- launches -------------------------------------------------------------------------------------------
 
-// Segments of inputs of a matrix: so many that four units of 64 rows or two nearly fill 132 multiprocessors.
-// A function of the shape alone, because sums depend on it.
-int segments_of(int rows, int cols) {
-  const int64_t units = ceil_div(rows, kUnitRows), blocks = ceil_div(cols, kBlockK);
-  if (units <= 33 && blocks >= 4) return 4;
-  return units <= 66 && blocks >= 2 ? 2 : 1;
-}
+template <int kTokens>
+constexpr int kMostShared = kTokens <= 16 ? kHalfShared : kWholeShared;
 
 template <int kTokens, bool kGated>
 void launch(SplitParams p, cudaStream_t stream) {
@@ -515,35 +435,13 @@ void launch(SplitParams p, cudaStream_t stream) {
   const int64_t tiles = is_grouped ? p.max_tiles - p.num_shared_tiles : ceil_div(p.num_tokens, kTokens);
   const int64_t units = tiles * ceil_div(p.max_rows[0], kRows) +
                         (is_grouped ? p.num_shared_tiles : tiles) * ceil_div(p.max_rows[1], kRows);
-  p.cluster = 1;
-  for (int io = 0; io < 2; ++io) {
-    p.segments[io] = kGated || is_grouped ? 1 : segments_of(std::max(p.max_rows[io], 1), p.cols[io]);
-  }
-  const bool has_second = p.max_rows[1] != 0;
-  if (!has_second) p.segments[1] = p.segments[0];
-  const int least = std::min(p.segments[0], p.segments[1]);
-  while (p.cluster < least && units * p.cluster * 2 <= p.num_multiprocessors) p.cluster *= 2;
-  p.groups = 1;
-  while (p.groups < kHalfWarps && p.groups < std::min(p.most_tokens, kTokens)) p.groups *= 2;
-  const int most = kTokens <= 16 ? kHalfShared : kWholeShared;
-  const int segments = std::max(p.segments[0], p.segments[1]);
   p.num_stages = kMaxStages;
-  while (layout_of(kTokens, kGated, p.num_stages, segments).bytes > most) --p.num_stages;
-  const int64_t grid = p.cluster > 1 ? units * p.cluster : std::min<int64_t>(units, p.num_multiprocessors);
-
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(p.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = layout_of(kTokens, kGated, p.num_stages, segments).bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = p.cluster > 1 ? 2 : 1;
-  RODIN_CUDA(cudaLaunchKernelEx(&config, split_kernel<kTokens, kGated>, p), " of split_kernel");
+  // An even number: within a unit a stage belongs to one of the warpgroups. One that ran ahead would
+  // otherwise come to a stage that the other has not had yet, where its parity would let it pass.
+  while (layout_of(kTokens, p.num_stages).bytes > kMostShared<kTokens>) p.num_stages -= 2;
+  launch_overlapped(split_kernel<kTokens, kGated>,
+                    dim3(static_cast<unsigned>(std::min<int64_t>(units, p.num_multiprocessors))), kThreads,
+                    layout_of(kTokens, p.num_stages).bytes, stream, p, "split_kernel");
 }
 
 template <int kTokens>
@@ -555,8 +453,9 @@ template <int kTokens>
 void prepare() {
   for (const void* kernel : {reinterpret_cast<const void*>(split_kernel<kTokens, true>),
                              reinterpret_cast<const void*>(split_kernel<kTokens, false>)}) {
-    const int bytes = kTokens <= 16 ? kHalfShared : kWholeShared;
-    RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ", bytes);
+    RODIN_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared<kTokens>),
+        " to ", kMostShared<kTokens>);
   }
 }
 

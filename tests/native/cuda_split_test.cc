@@ -8,6 +8,8 @@ namespace {
 // A bf16 output's own rounding is 1.7e-3 of it; what the tensor cores' sums add is less.
 constexpr double kSplitTolerance = 2.5e-3;
 
+constexpr int64_t kOther = 6600;  // rows of a pair's second matrix
+
 struct SplitCase {
   int64_t rows, cols;
   int64_t block = 128;
@@ -37,7 +39,7 @@ void check_split(const SplitCase& c) {
   const std::unique_ptr<Ops> gpu = make_gpu();
   ReferenceOps reference(16);
   const auto a = random_weight(random, c.rows, c.cols, Dtype::kF8E4M3, c.block, c.has_bias);
-  const auto b = random_weight(random, 200, c.cols, Dtype::kF8E4M3, c.block, c.has_bias);
+  const auto b = random_weight(random, kOther, c.cols, Dtype::kF8E4M3, c.block, c.has_bias);
   const auto up = random_weight(random, c.rows, c.cols, Dtype::kF8E4M3, c.block);
   MlpWeights mlp{a->view, up->view, {}};
   mlp.gate.bias = nullptr;
@@ -47,11 +49,11 @@ void check_split(const SplitCase& c) {
   gpu->reserve(test_limits(small_mla()));
   const int64_t most = 75;
   Floats x = wide_inputs(random, most, c.cols);
-  Floats wanted(static_cast<size_t>(most * c.rows)), wanted_b(static_cast<size_t>(most * 200)),
+  Floats wanted(static_cast<size_t>(most * c.rows)), wanted_b(static_cast<size_t>(most * kOther)),
       wanted_gated(wanted.size());
   const Tensor host_x = host_tensor(x, most, c.cols);
   reference.linear(host_x, a->view, host_tensor(wanted, most, c.rows));
-  reference.linear(host_x, b->view, host_tensor(wanted_b, most, 200));
+  reference.linear(host_x, b->view, host_tensor(wanted_b, most, kOther));
   reference.gate_up_silu(host_x, mlp, host_tensor(wanted_gated, most, c.rows));
   for (const int64_t padding : {int64_t{0}, int64_t{3}}) {  // 3: rows that are not 16-byte aligned
     const DeviceMatrix device_x(*gpu, x, most, c.cols, Dtype::kBF16, padding);
@@ -60,7 +62,7 @@ void check_split(const SplitCase& c) {
       const int64_t first = most - tokens;
       const Tensor some = device_x.tensor().slice_rows(first, tokens);
       const DeviceMatrix out(*gpu, tokens, c.rows, Dtype::kBF16), out_a(*gpu, tokens, c.rows, Dtype::kBF16),
-          out_b(*gpu, tokens, 200, Dtype::kBF16), gated(*gpu, tokens, c.rows, Dtype::kBF16);
+          out_b(*gpu, tokens, kOther, Dtype::kBF16), gated(*gpu, tokens, c.rows, Dtype::kBF16);
       gpu->linear(some, placed_a, out);
       gpu->linear_pair(some, placed_a, out_a, placed_b, out_b);
       gpu->gate_up_silu(some, placed_mlp, gated);
@@ -86,9 +88,8 @@ void check_split(const SplitCase& c) {
 
 const bool split_tests = [] {
   for (const SplitCase& c :
-       {SplitCase{3072, 2048}, SplitCase{1031, 640, 128, true}, SplitCase{200, 72}, SplitCase{1, 16},
-        SplitCase{320, 1000, 1 << 20}, SplitCase{2112, 7168}, SplitCase{4416, 384, 128, true},
-        SplitCase{576, 200, 256}}) {
+       {SplitCase{7168, 2048}, SplitCase{6431, 640, 128, true}, SplitCase{6400, 72}, SplitCase{6400, 16},
+        SplitCase{6500, 1000, 1 << 20}, SplitCase{6464, 4352, 256}}) {
     add_cuda_test("split linear " + std::to_string(c.rows) + "x" + std::to_string(c.cols),
                   [c] { check_split(c); });
   }
@@ -99,17 +100,17 @@ const bool split_tests = [] {
 const bool nan_test = add_cuda_test("split linear of infinities and NaNs", [] {
   CudaRandom random{3};
   const std::unique_ptr<Ops> gpu = make_gpu();
-  const auto weight = random_weight(random, 100, 300, Dtype::kF8E4M3);
+  const auto weight = random_weight(random, 6400, 300, Dtype::kF8E4M3);
   Weight placed = weight->view;
   gpu->place(placed);
   gpu->reserve(test_limits(small_mla()));
   Floats x = random_floats(random, 3 * 300, 1);
   x[130] = INFINITY;
   x[600 + 299] = NAN;
-  const DeviceMatrix device_x(*gpu, x, 3, 300, Dtype::kBF16), out(*gpu, 3, 100, Dtype::kBF16);
+  const DeviceMatrix device_x(*gpu, x, 3, 300, Dtype::kBF16), out(*gpu, 3, 6400, Dtype::kBF16);
   gpu->linear(device_x, placed, out);
   const Floats got = out.get();
-  for (size_t i = 0; i < got.size(); ++i) CHECK_EQ(std::isfinite(got[i]), i / 100 == 1);
+  for (size_t i = 0; i < got.size(); ++i) CHECK_EQ(std::isfinite(got[i]), i / 6400 == 1);
 });
 
 }  // namespace
