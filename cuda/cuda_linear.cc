@@ -205,13 +205,13 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
+  if (placed.split_gate_maps != nullptr && is_splitting(x.rows, kMinQuantizedMoeTokens)) {
+    run_split_moe(x, moe, expert_ids);
+    return combine_params(x, moe, expert_weights, out);
+  }
   if (placed.gate_maps != nullptr && !is_deterministic_ && x.rows >= kMinQuantizedTokens) {
     planned_ids_ = nullptr;
     run_quantized_moe(x, moe, expert_ids);
-    return combine_params(x, moe, expert_weights, out);
-  }
-  if (placed.split_gate_maps != nullptr && is_splitting(x.rows)) {
-    run_split_moe(x, moe, expert_ids);
     return combine_params(x, moe, expert_weights, out);
   }
   const auto tokens_each =

@@ -167,10 +167,9 @@ class CudaOps final : public Ops {
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
-  // Whether a layer takes linear_split.
-  bool is_splitting(int64_t num_tokens) const;
+  // Whether a layer takes linear_split; `end`: tokens from which on it is quantised instead.
+  bool is_splitting(int64_t num_tokens, int64_t end) const;
   bool is_splitting(const WeightView& weight, int64_t num_tokens, bool is_gated) const;
-  int64_t max_split_tokens(int64_t most) const;
   void reserve_split();
   SplitParams split_params(const QuantizedView& x, int64_t num_rows, int32_t tile_tokens,
                            const WeightView& weight) const;
@@ -261,7 +260,7 @@ class CudaOps final : public Ops {
   QuantizedView shared_mid_quantized_;  // [moe_tokens, Is]
 
   // The same in two exact parts, for few tokens; data has two rows for each.
-  QuantizedView split_;             // [max_split_tokens, max_linear_inputs]
+  QuantizedView split_;             // [most tokens, max_linear_inputs]
   QuantizedView expert_split_;      // [.. * k, H]
   QuantizedView expert_mid_split_;  // [.. * k, Im]
   QuantizedView shared_mid_split_;  // [.., Is]
@@ -298,6 +297,8 @@ class CudaOps final : public Ops {
 
 // Fewest tokens whose linear layers pay for quantising them.
 constexpr int64_t kMinQuantizedTokens = 64;
+// Fewest tokens whose experts do.
+constexpr int64_t kMinQuantizedMoeTokens = 256;
 // Fewest tokens of a sequence for which its keys and values are expanded.
 constexpr int64_t kMinPrefillTokens = 64;
 

@@ -22,23 +22,23 @@ int32_t tile_tokens(int64_t num_tokens, int64_t each) {
 
 }  // namespace
 
-bool CudaOps::is_splitting(int64_t num_tokens) const {
-  return num_tokens > 0 && (is_deterministic_ || num_tokens < kMinQuantizedTokens);
+bool CudaOps::is_splitting(int64_t num_tokens, int64_t end) const {
+  return num_tokens > 0 && (is_deterministic_ || num_tokens < end);
 }
 
 bool CudaOps::is_splitting(const WeightView& weight, int64_t num_tokens, bool is_gated) const {
   const int64_t units = (weight.rows + kSplitRows - 1) / kSplitRows * (is_gated ? 2 : 1);
-  return is_splitting(num_tokens) && has_boxes(weight) && units >= kMinUnits && !(is_gated && weight.bias);
-}
-
-int64_t CudaOps::max_split_tokens(int64_t most) const {
-  return is_deterministic_ ? most : std::min(most, kMinQuantizedTokens - 1);
+  return is_splitting(num_tokens, kMinQuantizedTokens) && has_boxes(weight) && units >= kMinUnits &&
+         !(is_gated && weight.bias);
 }
 
 void CudaOps::reserve_split() {
-  split_ = quantized_view(max_split_tokens(limits_.max_step_tokens), limits_.max_linear_inputs, 2);
+  const auto most = [&](int64_t tokens) {
+    return is_deterministic_ ? tokens : std::min(tokens, kMinQuantizedMoeTokens - 1);
+  };
+  split_ = quantized_view(most(limits_.max_step_tokens), limits_.max_linear_inputs, 2);
   if (limits_.num_experts == 0) return;
-  const int64_t tokens = max_split_tokens(moe_tokens_), slots = tokens * limits_.experts_per_token;
+  const int64_t tokens = most(moe_tokens_), slots = tokens * limits_.experts_per_token;
   expert_split_ = quantized_view(slots, limits_.hidden_size, 2);
   expert_mid_split_ = quantized_view(slots, limits_.moe_intermediate_size, 2);
   shared_mid_split_ = quantized_view(tokens, limits_.shared_intermediate_size, 2);

@@ -12,134 +12,20 @@
 // many blocks as there are multiprocessors walk over units. Warps 0 to 3 and 4 to 7 are two warpgroups that
 // take even and odd blocks of inputs, their sums meet in shared memory; warp 8 brings weights, warp 9 inputs
 // and scales into a ring of stages that runs on from unit to unit. Barriers of a stage: full (both have
-// expected their bytes and these have arrived), empty (the four warps that take it have read it). Weights do
-// not depend on the kernel ahead: they are on their way before that has ended.
+// expected their bytes, these and the weights' scales are there), empty (the four warps that take it have
+// read it). Weights do not depend on the kernel ahead: they are on their way before that has ended.
 #include <algorithm>
 
-#include "cuda/hopper.cuh"
+#include "cuda/split_units.cuh"
 
 namespace rodin::cuda {
 namespace {
 
-constexpr int kUnitRows = kSplitRows;
-constexpr int kStageWeights = kUnitRows * kBlockK;  // bytes
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 32 * (kConsumerWarps + 2);
 constexpr int kMaxStages = 16;
-constexpr int kSumPitch = 72;           // floats from one token to the next
 constexpr int kHalfShared = 112 << 10;  // so that two blocks fit on a multiprocessor
 constexpr int kWholeShared = 225 << 10;
-
-// Offsets from the stages' base, where the weights are.
-struct Layout {
-  int inputs, input_scales, weight_scales, sums, barriers, bytes;
-};
-
-__host__ __device__ constexpr int input_scale_bytes(int tokens) { return (tokens + kSplitScaleMargin) * 4; }
-__host__ __device__ constexpr int input_scale_pitch(int tokens) {
-  return (input_scale_bytes(tokens) + 127) / 128 * 128;
-}
-
-__host__ __device__ constexpr Layout layout_of(int tokens, int stages) {
-  Layout l = {};
-  l.inputs = stages * kStageWeights;
-  l.input_scales = l.inputs + stages * 2 * tokens * kBlockK;
-  l.weight_scales = l.input_scales + stages * input_scale_pitch(tokens);
-  l.sums = l.weight_scales + stages * 8;
-  l.barriers = l.sums + 2 * tokens * kSumPitch * 4;
-  l.bytes = l.barriers + 2 * stages * 8 + 1024;  // 1024: to align the base
-  return l;
-}
-
-// ---- units ----------------------------------------------------------------------------------------------
-
-struct Unit {
-  int first;  // row of the inputs
-  int count;
-  int expert;
-  int io;
-  int row0;  // of the weights
-};
-
-// The units of this block of threads, one after the other. Their tiles are read a turn ahead.
-template <int kTokens, bool kGated>
-struct Units {
-  static constexpr int kRows = kGated ? kUnitRows / 2 : kUnitRows;
-  const SplitParams& p;
-  int turn = 0;
-  int row_units[2];  // [2]
-  int tiles;         // plain
-  int shared = 0;    // grouped: units of the shared expert
-  int total;
-  MoeTile tile = {};  // of the turn to come, where that is not the shared expert's
-
-  __device__ explicit Units(const SplitParams& params) : p(params) {
-    row_units[0] = (p.max_rows[0] + kRows - 1) / kRows;
-    row_units[1] = (p.max_rows[1] + kRows - 1) / kRows;
-    tiles = (p.num_tokens + kTokens - 1) / kTokens;
-    if (p.map_table[0] != nullptr) {
-      shared = p.num_shared_tiles * row_units[1];
-      look_ahead();
-      total = shared + (__shfl_sync(kAllLanes, *p.plan.num_tiles, 0) - p.num_shared_tiles) * row_units[0];
-    } else {
-      total = tiles * (row_units[0] + row_units[1]);
-    }
-  }
-  // Every other turn runs backwards, so that who began with a long unit gets no second one of the longer
-  // kind.
-  __device__ int index_of(int at) const {
-    const int stride = gridDim.x, own = blockIdx.x;
-    return at * stride + (at % 2 ? stride - 1 - own : own);
-  }
-  __device__ bool next(Unit& unit) {
-    const int i = index_of(turn);
-    ++turn;
-    if (p.map_table[0] == nullptr) {
-      if (i >= total) return false;
-      const int row_unit = i / tiles;
-      unit.io = row_unit >= row_units[0];
-      unit.expert = 0;
-      unit.first = i % tiles * kTokens;
-      unit.count = min(kTokens, p.num_tokens - unit.first);
-      unit.row0 = (row_unit - (unit.io ? row_units[0] : 0)) * kRows;
-      return true;
-    }
-    if (i < shared) {  // the shared expert first: which weights it has is known
-      const int index = i / row_units[1];
-      unit = {index * kTokens, min(kTokens, p.num_tokens - index * kTokens), p.num_experts, 1,
-              (i - index * row_units[1]) * kRows};
-      look_ahead();
-      return true;
-    }
-    if (i >= total) return false;
-    // Lane 0's, which the compiler takes as uniform.
-    unit = {__shfl_sync(kAllLanes, tile.first, 0), __shfl_sync(kAllLanes, tile.count, 0),
-            __shfl_sync(kAllLanes, tile.expert, 0), 0, (i - shared) % row_units[0] * kRows};
-    look_ahead();
-    return true;
-  }
-  __device__ void look_ahead() {
-    const int i = index_of(turn);
-    if (i >= shared) tile = p.plan.tiles[min((i - shared) / row_units[0], p.max_tiles - 1)];
-  }
-  __device__ int num_blocks(const Unit& unit) const { return (p.cols[unit.io] + kBlockK - 1) / kBlockK; }
-};
-
-struct Ring {
-  uint32_t base;
-  uint32_t barriers;  // full [stages], empty [stages]
-  int stages;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance(int count = 1) {
-    stage += count;
-    if (stage >= stages) stage -= stages, parity ^= 1;
-  }
-  __device__ uint32_t weights() const { return base + stage * kStageWeights; }
-  __device__ uint32_t full() const { return barriers + stage * 8; }
-  __device__ uint32_t empty() const { return barriers + (stages + stage) * 8; }
-};
 
 // ---- copies ---------------------------------------------------------------------------------------------
 
@@ -154,11 +40,11 @@ __device__ __forceinline__ bool elect_one() {
 
 // The first stages' weights come while the kernel ahead runs.
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void bring_weights(const SplitParams& p, Ring ring) {
+__device__ __forceinline__ void bring_weights(const SplitParams& p, SplitRing ring) {
   const bool is_grouped = p.map_table[0] != nullptr;
   int num_brought = 0;
-  Units<kTokens, kGated> units(p);
-  Unit unit;
+  SplitUnits<kTokens, kGated> units(p);
+  SplitUnit unit;
   while (units.next(unit)) {
     const TensorMap* const map0 = is_grouped ? p.map_table[0] + unit.expert : p.maps + (kGated ? 0 : unit.io);
     const TensorMap* const map1 = is_grouped ? p.map_table[1] + unit.expert : p.maps + 1;
@@ -174,9 +60,10 @@ __device__ __forceinline__ void bring_weights(const SplitParams& p, Ring ring) {
       if (threadIdx.x % 32 == 0) barrier_wait(ring.empty(), ring.parity ^ 1);
       __syncwarp();
       if (elect_one()) {
-        barrier_expect(ring.full(), kStageWeights);
+        barrier_expect(ring.full(), kSplitStageWeights);
         copy_box(ring.weights(), map0, col, unit.row0, ring.full());
-        if constexpr (kGated) copy_box(ring.weights() + kStageWeights / 2, map1, col, unit.row0, ring.full());
+        if constexpr (kGated)
+          copy_box(ring.weights() + kSplitStageWeights / 2, map1, col, unit.row0, ring.full());
       }
       ring.advance();
     }
@@ -187,12 +74,13 @@ __device__ __forceinline__ void bring_weights(const SplitParams& p, Ring ring) {
 // Inputs and their scales; lane i writes the weights' scales of every 32nd block of inputs, which it holds
 // one round and one unit ahead.
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void bring_inputs(const SplitParams& p, Ring ring, const Layout& layout) {
+__device__ __forceinline__ void bring_inputs(const SplitParams& p, SplitRing ring,
+                                             const SplitLayout& layout) {
   constexpr int kBytes = 2 * kTokens * kBlockK + input_scale_bytes(kTokens);
   const int lane = threadIdx.x % 32;
   const bool is_grouped = p.map_table[0] != nullptr;
-  Units<kTokens, kGated> units(p);
-  Unit unit, ahead;
+  SplitUnits<kTokens, kGated> units(p);
+  SplitUnit unit, ahead;
   const float* scales[2];       // [2] of the unit ahead
   float next[2] = {}, held[2];  // [2]
   int per_scale = 1;
@@ -235,6 +123,7 @@ __device__ __forceinline__ void bring_inputs(const SplitParams& p, Ring ring, co
             "st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.base + layout.weight_scales + ring.stage * 8),
             "f"(held[0]), "f"(held[1])
             : "memory");
+        barrier_arrive(ring.full());
       }
       __syncwarp();
       if (elect_one()) {
@@ -258,7 +147,8 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
 }
 
 template <int kTokens>
-__device__ __forceinline__ void multiply(float (&acc)[kTokens], const Ring& ring, const Layout& layout) {
+__device__ __forceinline__ void multiply(float (&acc)[kTokens], const SplitRing& ring,
+                                         const SplitLayout& layout) {
   const uint64_t a = matrix_descriptor(ring.weights());
   const uint64_t b = matrix_descriptor(ring.base + layout.inputs + ring.stage * (2 * kTokens * kBlockK));
 #pragma unroll
@@ -297,16 +187,16 @@ __device__ __forceinline__ void consumer_barrier() {
 
 // Both warpgroups' sums of a unit, added, to where they belong.
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void store_unit(const SplitParams& p, const Unit& unit, uint32_t sums) {
-  constexpr int kRows = kGated ? kUnitRows / 2 : kUnitRows;
-  constexpr int kGroupBytes = kTokens * kSumPitch * 4;
+__device__ __forceinline__ void store_unit(const SplitParams& p, const SplitUnit& unit, uint32_t sums) {
+  constexpr int kRows = kGated ? kSplitRows / 2 : kSplitRows;
+  constexpr int kGroupBytes = kTokens * kSplitSumPitch * 4;
   const int local_row = threadIdx.x % kRows, row = unit.row0 + local_row;
   if (row >= p.max_rows[unit.io]) return;
   const float* const bias = p.table[0] == nullptr && !kGated ? p.weight[unit.io].bias : nullptr;
   const int32_t* const order = p.map_table[0] != nullptr && !kGated && unit.io == 0 ? p.plan.order : nullptr;
   const LinearIo& io = p.io[unit.io];
   for (int token = threadIdx.x / kRows; token < unit.count; token += 32 * kConsumerWarps / kRows) {
-    const uint32_t at = sums + (token * kSumPitch + local_row) * 4;
+    const uint32_t at = sums + (token * kSplitSumPitch + local_row) * 4;
     float value = load_shared(at) + load_shared(at + kGroupBytes);
     if constexpr (kGated) {
       const float up = load_shared(at + kRows * 4) + load_shared(at + kGroupBytes + kRows * 4);
@@ -319,13 +209,13 @@ __device__ __forceinline__ void store_unit(const SplitParams& p, const Unit& uni
 }
 
 template <int kTokens, bool kGated>
-__device__ __forceinline__ void consume(const SplitParams& p, Ring ring, const Layout& layout) {
+__device__ __forceinline__ void consume(const SplitParams& p, SplitRing ring, const SplitLayout& layout) {
   const int group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // which the compiler takes as uniform
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t sums = ring.base + layout.sums;
   const uint32_t own_sums =
-      sums + (group * kTokens * kSumPitch + lane % 4 * kSumPitch + 16 * warp + lane / 4) * 4;
-  const auto load = [&](float (&factors)[kTokens / 4], const Ring& at, int first) {
+      sums + (group * kTokens * kSplitSumPitch + lane % 4 * kSplitSumPitch + 16 * warp + lane / 4) * 4;
+  const auto load = [&](float (&factors)[kTokens / 4], const SplitRing& at, int first) {
     load_factors<kTokens>(
         factors,
         ring.base + layout.input_scales + at.stage * input_scale_pitch(kTokens) + (first % 4 + lane % 4) * 4,
@@ -333,24 +223,24 @@ __device__ __forceinline__ void consume(const SplitParams& p, Ring ring, const L
 #pragma unroll
     for (int j = 0; j < kTokens / 4; ++j) asm volatile("" : "+f"(factors[j])::"memory");
   };
-  const auto release = [&](const Ring& at) {
+  const auto release = [&](const SplitRing& at) {
     __syncwarp();
     if (lane == 0) barrier_arrive(at.empty());
   };
   wait_for_predecessor();
-  Units<kTokens, kGated> units(p);
-  Unit unit;
+  SplitUnits<kTokens, kGated> units(p);
+  SplitUnit unit;
   float acc0[kTokens], acc1[kTokens];  // [kTokens]
   while (units.next(unit)) {
     const int num_blocks = units.num_blocks(unit);
     float total[kTokens / 4][2] = {};  // [kTokens / 4, row half]
-    Ring own = ring;
+    SplitRing own = ring;
     own.advance(group);
     int block = group;
     // Two at a time where there are registers for it.
     float factors0[kTokens / 4], factors1[kTokens / 4];  // [kTokens / 4]
     for (; kTokens <= 16 && block + 2 < num_blocks; block += 4) {
-      Ring second = own;
+      SplitRing second = own;
       second.advance(2);
       barrier_wait(own.full(), own.parity);
       products_begin();
@@ -384,7 +274,7 @@ __device__ __forceinline__ void consume(const SplitParams& p, Ring ring, const L
       if (4 * j + lane % 4 >= unit.count) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(own_sums + (4 * j * kSumPitch + 8 * half) * 4),
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(own_sums + (4 * j * kSplitSumPitch + 8 * half) * 4),
                      "f"(total[j][half])
                      : "memory");
       }
@@ -399,15 +289,15 @@ template <int kTokens, bool kGated>
 __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     split_kernel(const __grid_constant__ SplitParams p) {
   extern __shared__ __align__(16) char shared[];
-  const Layout layout = layout_of(kTokens, p.num_stages);
-  Ring ring;
+  const SplitLayout layout = split_layout(kTokens, p.num_stages);
+  SplitRing ring;
   ring.stages = p.num_stages;
   ring.base = (shared_address(shared) + 1023) / 1024 * 1024;
   ring.barriers = ring.base + layout.barriers;
   let_successor_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.num_stages; ++i) {
-      barrier_init(ring.barriers + i * 8, 2);
+      barrier_init(ring.barriers + i * 8, 3);
       barrier_init(ring.barriers + (p.num_stages + i) * 8, kConsumerWarps / 2);
     }
     barrier_init_fence();
@@ -430,7 +320,7 @@ constexpr int kMostShared = kTokens <= 16 ? kHalfShared : kWholeShared;
 
 template <int kTokens, bool kGated>
 void launch(SplitParams p, cudaStream_t stream) {
-  constexpr int kRows = kGated ? kUnitRows / 2 : kUnitRows;
+  constexpr int kRows = kGated ? kSplitRows / 2 : kSplitRows;
   const bool is_grouped = p.map_table[0] != nullptr;
   const int64_t tiles = is_grouped ? p.max_tiles - p.num_shared_tiles : ceil_div(p.num_tokens, kTokens);
   const int64_t units = tiles * ceil_div(p.max_rows[0], kRows) +
@@ -438,10 +328,10 @@ void launch(SplitParams p, cudaStream_t stream) {
   p.num_stages = kMaxStages;
   // An even number: within a unit a stage belongs to one of the warpgroups. One that ran ahead would
   // otherwise come to a stage that the other has not had yet, where its parity would let it pass.
-  while (layout_of(kTokens, p.num_stages).bytes > kMostShared<kTokens>) p.num_stages -= 2;
+  while (split_layout(kTokens, p.num_stages).bytes > kMostShared<kTokens>) p.num_stages -= 2;
   launch_overlapped(split_kernel<kTokens, kGated>,
                     dim3(static_cast<unsigned>(std::min<int64_t>(units, p.num_multiprocessors))), kThreads,
-                    layout_of(kTokens, p.num_stages).bytes, stream, p, "split_kernel");
+                    split_layout(kTokens, p.num_stages).bytes, stream, p, "split_kernel");
 }
 
 template <int kTokens>
