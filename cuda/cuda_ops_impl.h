@@ -87,6 +87,9 @@ class CudaOps final : public Ops {
   void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                             const Tensor& out) override;
+  bool mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                  const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
+                  const Tensor& attention, const Tensor& out) override;
   bool has_gqa() const override { return true; }
   void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
                       const StepIndex& index, const CacheLayer& cache) override;
@@ -161,6 +164,12 @@ class CudaOps final : public Ops {
   // has_q_latent: q_latent_ holds q_nope W_UK of the only chunk.
   void attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
               const Tensor& out, bool has_q_latent);
+  MlaEnterParams enter_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                              const Tensor& rope_table, const StepIndex& index,
+                              const CacheLayer& cache) const;
+  MlaParams mla_params(const Tensor& q, const MlaShape& shape, const StepIndex& index,
+                       const CacheLayer& cache, const Step& step, const MlaChunk& chunk) const;
+  MlaLeaveParams leave_params(const MlaParams& params, const MlaWeights& mla, const Tensor& out) const;
   // Attention of one chunk up to the splits' results.
   void run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent, const CacheLayer& cache);
   GqaParams gqa_params(const Tensor& q, const GqaShape& shape, const StepIndex& index,
@@ -271,10 +280,11 @@ class CudaOps final : public Ops {
   int64_t attention_tokens_ = 0;  // most tokens of a chunk
   int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
   int64_t latent_stride_ = 0;
-  void* q_latent_ = nullptr;     // bf16 [attention_tokens, A, latent_stride]
-  void* out_latent_ = nullptr;   // the same
-  float* partial_ = nullptr;     // [partial_rows, lora_rank]
-  float* partial_ml_ = nullptr;  // [partial_rows, 2]
+  void* q_latent_ = nullptr;      // bf16 [attention_tokens, A, latent_stride]
+  void* out_latent_ = nullptr;    // the same
+  float* partial_ = nullptr;      // [partial_rows, lora_rank]
+  float* partial_ml_ = nullptr;   // [partial_rows, 2]
+  uint64_t* arrivals_ = nullptr;  // [2] of the blocks of decode_enter, of decode_leave
 
   // Attention of prompts in its naive form.
   bool has_prefill_weights_ = true;  // every kv_b so far has kernels for many tokens
