@@ -121,7 +121,8 @@ test('pocket-r1, greedy: at least 95 % of the drafts at each depth are accepted 
   await withEngine({ speculativeTokens: 4 }, async (engine) => {
     const greedy = prompts
       .slice(0, 40)
-      .map((prompt, index) => makeRequest(`r${index}`, prompt, { maxTokens: 60, stopTokenIds: [1] }));
+      // Room for all drafts, until the answer ends.
+      .map((prompt, index) => makeRequest(`r${index}`, prompt, { maxTokens: 400, stopTokenIds: [1] }));
     await outputsOf(engine, greedy, 16);
     const { specNumDrafts, specAcceptedPerPos } = engine.stats();
     context.diagnostic(`${specNumDrafts} rounds, accepted by depth ${specAcceptedPerPos.join(' ')}`);
