@@ -8,7 +8,7 @@ namespace {
 // Tiles of keys of one wave of attend_split.
 constexpr int64_t kMaxParts = 256;
 // Multiply-adds below which attention is not worth waking the other workers.
-constexpr int64_t kMinParallelWork = 256 * 1024;
+constexpr int64_t kMinParallelWork = 128 * 1024;
 // Tokens that a task stores.
 constexpr int64_t kStoredTokens = 16;
 constexpr int64_t kRowAlign = 32;

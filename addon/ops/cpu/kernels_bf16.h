@@ -298,7 +298,7 @@ inline void linear_packed_of(const LinearArgs& args) {
   const int64_t per_pass = ceil_div(args.m, ceil_div(args.m, kMaxTokens));
   int64_t row = args.row0;
   if (per_pass <= 3) row = linear_rows<Read, kIsScaled, 4, 3>(args, rows, row, per_pass);
-  if (per_pass <= 4) row = linear_rows<Read, kIsScaled, 2, 4>(args, rows, row, per_pass);
+  if (per_pass <= 5) row = linear_rows<Read, kIsScaled, 2, 5>(args, rows, row, per_pass);
   linear_rows<Read, kIsScaled, 1, kMaxTokens>(args, rows, row, per_pass);
 }
 
