@@ -29,5 +29,5 @@ test('speculation.ts: numbers of drafts in turns, with what was accepted', async
 });
 
 test('speculation.ts refuses what it does not know', async () => {
-  await assert.rejects(run(process.execPath, [...SCRIPT, '--drafts', '9']), /--drafts lists 0 to 4 and auto/);
+  await assert.rejects(run(process.execPath, [...SCRIPT, '--drafts', '9']), /--drafts lists 0 to 8 and auto/);
 });

@@ -3,6 +3,7 @@ import { parseArgs } from 'node:util';
 import type { Engine } from '../../server/engine/engine.js';
 import { loadAddon } from '../../server/engine/load-addon.js';
 import { startEngine, type EngineConfig } from '../../server/engine/start-engine.js';
+import { MAX_DRAFTS } from '../../server/engine/step-batch.js';
 import { usableCores } from '../../server/machine.js';
 import { fixture, pooled, Server } from '../e2e/server.js';
 import { makeRequest } from '../helpers/fake-runner.js';
@@ -75,7 +76,7 @@ else {
 
 async function main(): Promise<void> {
   const drafts = values.drafts.split(',');
-  if (drafts.some((one) => !/^([0-4]|auto)$/.test(one))) throw new Error('--drafts lists 0 to 4 and auto.');
+  if (drafts.some((one) => !/^([0-8]|auto)$/.test(one))) throw new Error('--drafts lists 0 to 8 and auto.');
   const [numRounds, numPrompts] = [count('rounds', 1000), count('prompts', 48)];
   const references = (fixture('greedy.jsonl') as Reference[])
     .filter(({ thinking }) => thinking)
@@ -188,7 +189,7 @@ async function overHttp(drafts: string, references: Reference[]): Promise<Contes
       const numRounds = await server.metric('vllm:spec_decode_num_drafts_total');
       const numDrafts = await server.metric('vllm:spec_decode_num_draft_tokens_total');
       const accepted: number[] = [];
-      for (let depth = 0; depth < 4; depth++) {
+      for (let depth = 0; depth < MAX_DRAFTS; depth++) {
         const line = `vllm:spec_decode_num_accepted_tokens_per_pos_total{position="${depth}"`;
         accepted.push(await server.metric(line));
       }
