@@ -260,7 +260,7 @@ template <class Read, bool kIsScaled, int P, int M>
 
 // Tokens that one pass over the weights serves at most. Few tokens take several panels at once: as many sums
 // as registers hold beside the tables, and enough independent ones to hide an instruction's latency.
-constexpr int kMaxTokens = 8;
+constexpr int kMaxTokens = 12;
 
 // P panels from `row` on for the tokens token .. token + num_tokens - 1, which are kMin .. kMax.
 template <class Read, bool kIsScaled, int P, int kMin, int kMax>
