@@ -6,6 +6,7 @@ import type { NativeAddon } from '../../server/engine/addon.js';
 import { loadAddon } from '../../server/engine/load-addon.js';
 import type { EngineRequest, EngineStats } from '../../server/engine/request.js';
 import { startEngine, type EngineConfig } from '../../server/engine/start-engine.js';
+import { MAX_DRAFTS } from '../../server/engine/step-batch.js';
 import { CheckpointCopy, FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
 import { makeRequest } from '../helpers/fake-runner.js';
 import { ENGINE_CONFIG, SETUPS, evaluationPrompts, makeRequests, outputsOf } from '../helpers/speculation-workload.js';
@@ -39,7 +40,7 @@ const poor = new CheckpointCopy(POCKET_R1);
 after(() => poor.close());
 poor.editTensor('model.safetensors', 'model.layers.6.hnorm.weight', (bytes) => bytes.fill(0, 0, POOR_BYTES));
 
-for (const [round, speculativeTokens] of ([1, 2, 3, 4, 'auto'] as const).entries()) {
+for (const [round, speculativeTokens] of ([1, 2, 4, 8, 'auto'] as const).entries()) {
   test(`${NUM_REQUESTS} requests: ${speculativeTokens} drafts change no token, log-probability or finish reason`, async () => {
     // One at a time, each with a salt of its own: nothing around it.
     const salted = requests.map((request, index) => ({ ...request, cacheSalt: `alone ${index}` }));
@@ -118,7 +119,7 @@ test('a prefix hit, whole or in part, and chunks of the prompt give the same dra
 });
 
 test('pocket-r1, greedy: at least 95 % of the drafts at each depth are accepted where those before them are', async (context) => {
-  await withEngine({ speculativeTokens: 4 }, async (engine) => {
+  await withEngine({ speculativeTokens: MAX_DRAFTS }, async (engine) => {
     const greedy = prompts
       .slice(0, 40)
       // Room for all drafts, until the answer ends.
@@ -126,7 +127,7 @@ test('pocket-r1, greedy: at least 95 % of the drafts at each depth are accepted 
     await outputsOf(engine, greedy, 16);
     const { specNumDrafts, specAcceptedPerPos } = engine.stats();
     context.diagnostic(`${specNumDrafts} rounds, accepted by depth ${specAcceptedPerPos.join(' ')}`);
-    assert.ok(specNumDrafts > 200);
+    assert.ok(specNumDrafts > 100);
     for (const [depth, accepted] of specAcceptedPerPos.entries()) {
       const asked = depth === 0 ? specNumDrafts : specAcceptedPerPos[depth - 1]!;
       assert.ok(accepted >= 0.95 * asked, `depth ${depth + 1}: ${accepted} of ${asked}`);
