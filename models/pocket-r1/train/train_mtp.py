@@ -1,6 +1,6 @@
-"""Train pocket-r1's MTP module further, so that its second to fourth draft are accepted too.
+"""Train pocket-r1's MTP module further, so that its second draft and those after it are accepted too.
 
-    python train_mtp.py --seconds 200 --out DIR
+    python train_mtp.py --seconds 200 --out DIR [--weights 1,1,1,1,1,1,1,1]
 
 The main model stays as it is; so do the embedding and the head, which the module shares with it. The module is applied
 to its own output as an engine does that drafts several tokens: the entry of depth 1 at anchor i comes from token i+1 and
@@ -230,7 +230,7 @@ class Pocket:
         module, self.is_fp8 = layer_weights(stored, self.cfg, self.num_layers)
         self.bias = module.pop("mlp.gate.e_score_correction_bias").to(device)
         self.module = {name: w.to(device).requires_grad_() for name, w in module.items()}
-        cos, sin = R.rope_table(self.cfg, args.anchors + 8)
+        cos, sin = R.rope_table(self.cfg, args.anchors + 64)
         self.cos, self.sin = cos.to(device), sin.to(device)
         torch._dynamo.config.suppress_errors = True  # then runs as it is
         torch._dynamo.config.recompile_limit = 64
