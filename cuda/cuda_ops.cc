@@ -80,7 +80,7 @@ namespace {
 
 // Steps that are worth a recording: they come again and again, and their launches take longer than their
 // work.
-constexpr int64_t kMaxDecodeRows = 5;  // of a sequence: its token and up to four drafts
+constexpr int64_t kMaxDecodeRows = 9;  // of a sequence: its token and up to eight drafts
 constexpr int64_t kMaxDecodeTokens = 512;
 
 }  // namespace
