@@ -80,16 +80,22 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 1)
   }
 }
 
+// Blocks of a launch: the norm ahead has a block a token, beside which there is no room.
+int num_blocks_of(const DecodeEnterParams& p) {
+  const int left = p.num_multiprocessors - p.enter.rope.num_tokens;
+  return is_decode_rows(p.rows, left) ? left : p.num_multiprocessors;
+}
+
 }  // namespace
 
 bool is_decode_enter(const DecodeEnterParams& p) {
-  return is_mla_enter(p.enter) && is_decode_rows(p.rows, p.num_blocks) && p.enter.is_q_aligned &&
+  return is_mla_enter(p.enter) && is_decode_rows(p.rows, p.num_multiprocessors) && p.enter.is_q_aligned &&
          p.enter.rope.nope_dim % 16 == 0;
 }
 
 void run_decode_enter(const DecodeEnterParams& params, cudaStream_t stream) {
   launch_overlapped(params.enter.rope.is_cache_fp8 ? decode_enter_kernel<true> : decode_enter_kernel<false>,
-                    dim3(static_cast<unsigned>(params.num_blocks)), kDecodeRowThreads, 0, stream, params,
+                    dim3(static_cast<unsigned>(num_blocks_of(params))), kDecodeRowThreads, 0, stream, params,
                     "decode_enter_kernel");
 }
 

@@ -6,8 +6,9 @@
 
 namespace rodin::cuda {
 
-constexpr int kDecodeRowTiles = 2;   // tiles of 16 weight rows of a block, at most
-constexpr int kDecodeRowWarps = 16;  // warps of a block, and most blocks of inputs
+constexpr int kDecodeRowTiles = 2;      // tiles of 16 weight rows of a block, at most
+constexpr int kDecodeRowWarps = 16;     // warps of a block, and most blocks of inputs
+constexpr int kArrivalsEach = 1 << 16;  // what a launch counts up, however many blocks it has
 
 // One or two matrices and their inputs, few enough that a launch holds their weights in registers.
 struct DecodeRows {
@@ -18,8 +19,8 @@ struct DecodeRows {
 struct DecodeEnterParams {
   DecodeRows rows;               // q and kv_a, from the layer's normed input
   MlaEnterParams enter;          // of their outputs
-  uint64_t* arrivals = nullptr;  // of all blocks, so far: a multiple of num_blocks between launches
-  int32_t num_blocks = 0;        // multiprocessors
+  uint64_t* arrivals = nullptr;  // a multiple of kArrivalsEach between launches
+  int32_t num_multiprocessors = 0;
 };
 bool is_decode_enter(const DecodeEnterParams& params);
 void run_decode_enter(const DecodeEnterParams& params, cudaStream_t stream);
@@ -28,7 +29,7 @@ struct DecodeLeaveParams {
   MlaLeaveParams leave;
   DecodeRows rows;  // o, of what leave writes
   uint64_t* arrivals = nullptr;
-  int32_t num_blocks = 0;
+  int32_t num_multiprocessors = 0;
 };
 bool is_decode_leave(const DecodeLeaveParams& params);
 void run_decode_leave(const DecodeLeaveParams& params, cudaStream_t stream);

@@ -164,8 +164,8 @@ struct GridBarrier {
   uint64_t* arrivals;
   uint64_t before;
 
-  // Behind wait_for_predecessor(): the launches ahead have all arrived, and this block has not, so that the
-  // count is on its way to the next multiple.
+  // Behind wait_for_predecessor(): the launches ahead have counted all they do, and this block has not, so
+  // that the count is on its way to the next multiple.
   __device__ __forceinline__ explicit GridBarrier(uint64_t* count) : arrivals(count) {
     if (threadIdx.x == 0)
       asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(before) : "l"(arrivals) : "memory");
@@ -174,8 +174,9 @@ struct GridBarrier {
   __device__ __forceinline__ void wait() const {
     __syncthreads();
     if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(arrivals) : "memory");
-      const uint64_t target = (before / gridDim.x + 1) * gridDim.x;
+      const uint64_t own = blockIdx.x == 0 ? kArrivalsEach - gridDim.x + 1 : 1;
+      asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(arrivals), "l"(own) : "memory");
+      const uint64_t target = (before / kArrivalsEach + 1) * kArrivalsEach;
       uint64_t now;
       do {
         asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(now) : "l"(arrivals) : "memory");
