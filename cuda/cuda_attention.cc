@@ -59,7 +59,8 @@ void CudaOps::reserve_attention() {
                   .max_tile_rows = !has_mla_wgmma_ ? 16
                                    : is_cache_fp8  ? kMlaMostTileRowsFp8
                                                    : kMlaMostTileRows,
-                  .has_spread = has_spread};
+                  .has_spread = has_spread,
+                  .num_multiprocessors = num_multiprocessors_};
 }
 
 RopeStoreParams CudaOps::rope_store_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla,
@@ -228,7 +229,8 @@ void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& in
       run_mla_leave(leave, stream_);
       continue;
     }
-    run_mla_combine(params, stream_);
+    // Rows of one split each are out already.
+    if (!has_mla_wgmma_ || chunk.max_splits > 1) run_mla_combine(params, stream_);
 
     LinearParams values = linear_params(out_latent, chunk_out, view_of(mla.kv_b));
     values.num_batches = num_heads;

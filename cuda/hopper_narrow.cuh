@@ -13,6 +13,14 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
+// One thread of a converged warp, always the same. Unlike `lane == 0` the compiler knows that it is one: what
+// only one thread executes, it keeps in uniform registers.
+__device__ __forceinline__ bool is_elected() {
+  uint32_t is_it;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(is_it));
+  return is_it != 0;
+}
+
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -101,13 +101,6 @@ __host__ __device__ inline int mla_split_shift(int32_t position, int spread) {
 inline int32_t mla_num_splits(int32_t position, int spread) {
   return (position >> mla_split_shift(position, spread)) + 1;
 }
-// Splits that a launch has room for: a power of two from what 8192 keys need on, so that steps with contexts
-// of any length up to there have one shape.
-inline int32_t mla_padded_splits(int32_t num_splits, int spread) {
-  int32_t padded = spread > 0 ? 8 << spread : 8;
-  while (padded < num_splits) padded *= 2;
-  return padded;
-}
 
 struct MlaParams {
   const void* q_latent = nullptr;  // bf16 [chunk tokens, A, q_latent_stride] q_nope W_UK

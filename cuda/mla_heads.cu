@@ -150,8 +150,8 @@ void run_mla_enter(const MlaEnterParams& params, cudaStream_t stream) {
 }
 
 bool is_mla_leave(const MlaLeaveParams& p) {
-  return p.mla.num_tokens <= kMlaFewTokens && p.w_uv.dtype == Dtype::kF8E4M3 && p.w_uv.bias == nullptr &&
-         p.mla.lora_rank == kMlaMaxLora && p.v_dim <= kLeaveThreads / 32 * 16;
+  return p.mla.num_tokens <= kMlaFewTokens && p.mla.max_splits > 1 && p.w_uv.dtype == Dtype::kF8E4M3 &&
+         p.w_uv.bias == nullptr && p.mla.lora_rank == kMlaMaxLora && p.v_dim <= kLeaveThreads / 32 * 16;
 }
 
 void run_mla_leave(const MlaLeaveParams& params, cudaStream_t stream) {

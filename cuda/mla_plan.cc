@@ -1,6 +1,7 @@
 #include "cuda/mla_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "ops/check.h"
 
@@ -8,14 +9,43 @@ namespace rodin::cuda {
 
 namespace {
 
-constexpr int kMostSpread = 2, kLeastSpread = -2;
+constexpr int kMostSpread = 2, kLeastSpread = -3;
 
-// Few tiles are spread over the multiprocessors, many need not be.
-int spread_of(int64_t num_tiles) {
-  if (num_tiles <= 4) return kMostSpread;
-  if (num_tiles <= 8) return 1;
-  if (num_tiles <= 20) return 0;
-  return num_tiles <= 40 ? -1 : kLeastSpread;
+// Splits that a launch has room for: a power of two from what 8192 keys need on, so that steps with contexts
+// of any length up to there have one shape.
+int32_t padded_splits(int32_t num_splits, int spread) {
+  int32_t padded = spread > 0 ? 8 << spread : 8 >> -spread;
+  while (padded < num_splits) padded *= 2;
+  return padded;
+}
+
+// The tiles of a step before they are cut up.
+struct Load {
+  int64_t num_tiles = 0;
+  int64_t longest = 0, sum = 0;  // keys
+};
+
+// What they take at a spread, in keys that one multiprocessor works on: as many turns of all multiprocessors
+// as tiles of one length need; where lengths differ, the mean and one split more. What a split costs beside
+// its keys, its results' bytes above all, is a share of the longest tile's, seen on an H200.
+double cost_of(const Load& load, int spread, int tile_rows, int64_t num_multiprocessors) {
+  const double splits = std::ldexp(8.0, spread), num_blocks = static_cast<double>(num_multiprocessors);
+  const auto num_tiles = static_cast<double>(load.num_tiles), longest = static_cast<double>(load.longest);
+  const auto sum = static_cast<double>(load.sum);
+  const bool is_even = longest * num_tiles <= 1.1 * sum;
+  const double keys = is_even ? std::ceil(num_tiles * splits / num_blocks) / splits * longest
+                              : sum / num_blocks + longest / splits;
+  return keys * (1 + splits * (tile_rows > 32 ? 0.06 : 0.03));
+}
+
+int spread_of(const Load& load, int tile_rows, int64_t num_multiprocessors) {
+  int best = kMostSpread;
+  for (int spread = kMostSpread - 1; spread >= kLeastSpread; --spread) {
+    if (cost_of(load, spread, tile_rows, num_multiprocessors) <
+        cost_of(load, best, tile_rows, num_multiprocessors))
+      best = spread;
+  }
+  return best;
 }
 
 }  // namespace
@@ -25,7 +55,7 @@ int64_t MlaPlan::most_splits(int64_t max_context, bool has_spread) {
   for (int step_spread = 0; step_spread <= (has_spread ? kMostSpread : 0); ++step_spread) {
     for (const int64_t context : {max_context, std::min<int64_t>(max_context, kMlaSpreadEnd)}) {
       const int32_t splits = mla_num_splits(static_cast<int32_t>(context - 1), step_spread);
-      most = std::max<int64_t>(most, mla_padded_splits(splits, step_spread));
+      most = std::max<int64_t>(most, padded_splits(splits, step_spread));
     }
   }
   return most;
@@ -44,12 +74,17 @@ void MlaPlan::fill(const StepIndex& host, const Limits& limits, const std::vecto
   tile_rows = most_rows <= 16 ? 16 : most_rows <= 32 ? 32 : 64;
   spread = 0;
   if (limits.has_spread) {
-    int64_t num_tiles = 0;
+    Load load;
     for (int64_t seq = 0; seq < host.num_seqs; ++seq) {
-      const int64_t rows = (host.q_start[seq + 1] - host.q_start[seq]) * num_heads;
-      if (!is_skipped[static_cast<size_t>(seq)]) num_tiles += (rows + tile_rows - 1) / tile_rows;
+      const int64_t num_tokens = host.q_start[seq + 1] - host.q_start[seq];
+      if (is_skipped[static_cast<size_t>(seq)] || num_tokens == 0) continue;
+      const int64_t num_tiles = (num_tokens * num_heads + tile_rows - 1) / tile_rows;
+      const int64_t num_keys = host.cache_positions[host.q_start[seq + 1] - 1] + 1;
+      load.num_tiles += num_tiles;
+      load.longest = std::max(load.longest, num_keys);
+      load.sum += num_tiles * num_keys;
     }
-    spread = spread_of(num_tiles);
+    if (load.num_tiles > 0) spread = spread_of(load, tile_rows, limits.num_multiprocessors);
   }
 
   MlaChunk chunk;
@@ -86,7 +121,7 @@ void MlaPlan::fill(const StepIndex& host, const Limits& limits, const std::vecto
     int64_t begin = host.q_start[seq];  // of the tokens not in a tile yet
     for (int64_t token = begin; token < host.q_start[seq + 1]; ++token) {
       const int32_t position = host.cache_positions[token];
-      const int32_t num_splits = mla_padded_splits(mla_num_splits(position, spread), spread);
+      const int32_t num_splits = padded_splits(mla_num_splits(position, spread), spread);
       const int64_t splits = std::max(chunk.max_splits, num_splits);
       if (chunk.num_tokens > 0 && (chunk.num_tokens + 1 > limits.max_tokens ||
                                    (chunk.num_tokens + 1) * num_heads * splits > limits.max_partial_rows)) {

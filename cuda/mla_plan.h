@@ -32,7 +32,8 @@ struct MlaPlan {
     int64_t max_tokens = 0;        // of one chunk
     int64_t max_partial_rows = 0;  // of one chunk: (token, head, split) triples
     int64_t max_tile_rows = 16;    // 16, 32 or 64
-    bool has_spread = false;       // splits depend on how many tiles a step has
+    bool has_spread = false;       // splits depend on the step's tiles
+    int64_t num_multiprocessors = 1;
   };
 
   // Splits of one token for which the workspace must have room.

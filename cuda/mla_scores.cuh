@@ -40,12 +40,12 @@ __device__ __forceinline__ int maximise(float (&values)[kCount], int& offset) {
 
 // One warpgroup: zeros in place of a block's keys that nobody attends to. They have a weight of 0, but may
 // hold anything.
-template <int N, bool kFp8>
-__device__ __forceinline__ void clear_outside(const MlaParams& p, const MlaLayout<N, kFp8>& at,
-                                              const MlaItem& item, int first, const int (&slots)[kThirds]) {
+template <int N>
+__device__ __forceinline__ void clear_outside(const MlaParams& p, const MlaLayout<N>& at, const MlaItem& item,
+                                              int first, const int (&slots)[kThirds]) {
   const int begin = max(p.first_position - first, 0), end = min(item.end - first, kKeys);
   for (int i = threadIdx.x % 128; i < kKeys * 64; i += 128) {
-    const int row = i / 64, word = i % 64, box = word / 8;
+    const int row = i / 64, word = i % 64, box = 1 + word / 8;  // box 0 holds no values
     if (row >= begin && row < end) continue;
     const int slot = box < 3 ? slots[0] : box < 6 ? slots[1] : slots[2];
     store_shared(at.slot(slot) + box % 3 * kBoxBytes + row * 128 + word % 8 * 16, make_uint4(0, 0, 0, 0));
@@ -65,9 +65,9 @@ __device__ __forceinline__ float move_maximum(float& row_max, float seen, float 
 }
 
 // Warpgroup 0, N = 16 or 32. A lane holds keys 16 warp + g and 8 further of columns 8 j + 2 t + c.
-template <int N, bool kFp8>
-__device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
-  using L = MlaLayout<N, kFp8>;
+template <int N>
+__device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
+  using L = MlaLayout<N>;
   constexpr int kColumns = N / 4;  // of a lane: 2 j + c
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int g = lane / 4, t = lane % 4;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
               score[4 * (i / 2) + 2 * half + i % 2] = -INFINITY;
           }
         }
-        if constexpr (!kFp8) clear_outside(p.mla, at, item, first, slots);
+        clear_outside(p.mla, at, item, first, slots);
       }
 
       float most[kColumns];  // [kColumns]
@@ -138,7 +138,7 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
         store_shared_float(
             at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4, most[i]);
       }
-      group_sync<1, 128>();
+      group_sync<kScoresBarrier, 128>();
       float shrink[kColumns];  // [kColumns]
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
@@ -184,8 +184,7 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
           store_shared_float(at.shrink() + (8 * (i / 2) + 2 * t + i % 2) * 4, shrink[i]);
       }
       shared_fence();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.weights_full());
+      barrier_arrive(at.weights_full());
     }
 
     // Sums of the four warps, in order.
@@ -196,7 +195,11 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
       if (g == 0)
         store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
     }
-    group_sync<1, 128>();
+    group_sync<kScoresBarrier, 128>();
+    if (is_whole(p.mla)) {  // the sums pass as one more block's shrink does
+      barrier_wait(at.weights_empty(), weights_parity);
+      weights_parity ^= 1;
+    }
     if (warp == 0 && g == 0) {
       const int64_t row = item.row(p.mla);
 #pragma unroll
@@ -205,22 +208,25 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
         float sum = load_shared_float(at.warp_max(which) + column * 4);
 #pragma unroll
         for (int w = 1; w < 4; ++w) sum += load_shared_float(at.warp_max(which) + (w * N + column) * 4);
-        if (column >= item.tile.num_rows || item.limit(column, p.mla.num_heads) < item.begin) continue;
+        if (is_whole(p.mla)) store_shared_float(at.shrink() + column * 4, sum > 0 ? 1 / sum : 1);
+        if (is_whole(p.mla) || column >= item.tile.num_rows ||
+            item.limit(column, p.mla.num_heads) < item.begin)
+          continue;
         float* to = p.mla.partial_ml + 2 * ((row + column) * p.mla.max_splits + item.split);
         to[0] = row_max[i] * scale;
         to[1] = sum;
       }
     }
     which ^= 1;
+    if (is_whole(p.mla)) barrier_arrive(at.weights_full());
   }
 }
 
 // The same for N = 64: S = Q K^T, so that a row's scores lie in the four lanes of a quad. A lane holds rows
 // 16 warp + g and 8 further, keys 8 j + 2 t + c. Products, weights and sums have the bits of the other form:
 // there, warp w of lanes g = 2 t + c adds up keys 16 w + g and 8 further.
-template <bool kFp8>
-__device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, const MlaLayout<64, kFp8>& at) {
-  using L = MlaLayout<64, kFp8>;
+__device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, const MlaLayout<64>& at) {
+  using L = MlaLayout<64>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int g = lane / 4, t = lane % 4;
   const float scale = p.mla.softmax_scale * 1.4426950408889634f;  // into base 2
@@ -268,7 +274,8 @@ __device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, con
           const int position = first + 8 * (i / 4) + 2 * t + i % 2;
           if (position > limits[i / 2 % 2] || position < p.mla.first_position) score[i] = -INFINITY;
         }
-        if constexpr (!kFp8) clear_outside(p.mla, at, item, first, slots);
+        clear_outside(p.mla, at, item, first, slots);
+        shared_fence();
       }
 
       float shrink[2], base[2];  // [2]
@@ -316,11 +323,13 @@ __device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, con
         store_shared_float(at.shrink() + rows[0] * 4, shrink[0]);
         store_shared_float(at.shrink() + rows[1] * 4, shrink[1]);
       }
-      shared_fence();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.weights_full());
+      barrier_arrive(at.weights_full());  // they go to registers: no fence
     }
 
+    if (is_whole(p.mla)) {  // the sums pass as one more block's shrink does
+      barrier_wait(at.weights_empty(), weights_parity);
+      weights_parity ^= 1;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = 0;
@@ -335,12 +344,15 @@ __device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, con
         const float both = row_sum[half][w][0] + row_sum[half][w][1];
         sum = w == 0 ? both : sum + both;
       }
-      if (t == 0 && rows[half] < item.tile.num_rows && limits[half] >= item.begin) {
+      if (is_whole(p.mla)) {
+        if (t == 0) store_shared_float(at.shrink() + rows[half] * 4, sum > 0 ? 1 / sum : 1);
+      } else if (t == 0 && rows[half] < item.tile.num_rows && limits[half] >= item.begin) {
         const int64_t row = item.row(p.mla) + rows[half];
         reinterpret_cast<float2*>(p.mla.partial_ml)[row * p.mla.max_splits + item.split] =
             make_float2(row_max[half] * scale, sum);
       }
     }
+    if (is_whole(p.mla)) barrier_arrive(at.weights_full());
   }
 }
 

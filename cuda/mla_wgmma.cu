@@ -1,5 +1,5 @@
-// Absorbed latent attention over the paged cache, for latents of 512 and up to 64: for each (token, head) row
-// with query q = [q_nope W_UK | q_rope]
+// Absorbed latent attention over the paged cache in bf16 (mla_fp8.cu: in FP8), for latents of 512 and up to
+// 64: for each (token, head) row with query q = [q_nope W_UK | q_rope]
 //   s_p = softmax_scale * q . latent(p),  o = sum_p softmax(s)_p latent(p)[:512]
 // for decode and prefill alike, split over the keys; kernels before and after apply W_UK and W_UV.
 //
@@ -14,7 +14,6 @@
 // - warpgroup 0: S^T, then the softmax (base 2): a running maximum that moves when a score exceeds it by
 //   2^8, weights to shared memory, and with them by how much earlier sums shrink;
 // - warpgroups 1 and 2: O^T of 256 of the 512 columns each. A third is free again once its products are done.
-// - FP8 cache: one more warpgroup widens raw rows into the ring, scales applied.
 // The next block's scores are computed while this one's values are added up. Nothing of a row's arithmetic
 // depends on N, on the tile's other rows or on the items of its block: a row gives the same bits in any
 // batch.
@@ -23,19 +22,18 @@
 #include <algorithm>
 
 #include "cuda/mla_scores.cuh"
-#include "cuda/mla_widen.cuh"
 
 namespace rodin::cuda {
 namespace {
 
-__host__ __device__ constexpr int threads_of(bool is_fp8) { return is_fp8 ? 512 + 32 * kWidenWarps : 512; }
+constexpr int kThreads = 512;
 
-// Of a thread, by warpgroup, where they are not shared out evenly; at a launch there are 128, with FP8 80.
-template <int N, bool kFp8>
+// Of a thread, by warpgroup, where they are not shared out evenly; at a launch there are 128.
+template <int N>
 struct Registers {
-  static constexpr bool kMoves = N == 64 || kFp8;
-  static constexpr int kScores = kFp8 ? 96 : 112;
-  static constexpr int kValues = kFp8 ? 104 : 176;
+  static constexpr bool kMoves = N == 64;
+  static constexpr int kScores = 112;
+  static constexpr int kValues = 176;
   static constexpr int kCopies = 48;
   template <int kCount>
   __device__ static void take() {
@@ -54,9 +52,9 @@ __device__ __forceinline__ void pin_all(float (&out)[4][kCount]) {
 }
 
 // Warpgroup 1 + kHalf: columns 256 kHalf .. + 255 of the values, four boxes.
-template <int N, bool kFp8, int kHalf>
-__device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
-  using L = MlaLayout<N, kFp8>;
+template <int N, int kHalf>
+__device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
+  using L = MlaLayout<N>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int g = lane / 4, t = lane % 4;
   MlaItems items(p.mla);
@@ -64,8 +62,8 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
   Ring<L::kSlots> ring;
   uint32_t weights_parity = 0;
   float out[4][N / 2];  // [4, N / 2] by box
-  // The first of the two thirds that this half has a part in has so many of its boxes.
-  constexpr int kFirstBoxes = kHalf == 0 ? 3 : 2;
+  // The first of the two thirds that this half has a part in has so many of its boxes, its last ones.
+  constexpr int kFirstBoxes = kHalf == 0 ? 2 : 1;
   const uint64_t weights = matrix_descriptor(at.weights());
   while (items.take(item)) {
     for (int first = item.begin; first < item.end; first += kKeys) {
@@ -78,6 +76,7 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
       }
       barrier_wait(at.weights_full(), weights_parity);
       weights_parity ^= 1;
+      if (lane == 0) barrier_arrive(at.empty(slots[kHalf == 0 ? 2 : 0]));  // no part in it
       const bool is_added = first > item.begin;
       if (is_added) {
         float2 shrink[N / 8];  // [N / 8]
@@ -96,7 +95,7 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
       }
       pin_all(out);
       products_begin();
-      const uint32_t first_at = at.slot(slots[kHalf]) + (kHalf == 0 ? 0 : kBoxBytes);
+      const uint32_t first_at = at.slot(slots[kHalf]) + (kThirdBoxes - kFirstBoxes) * kBoxBytes;
       const uint32_t second_at = at.slot(slots[kHalf + 1]);
 #pragma unroll
       for (int box = 0; box < 4; ++box) {
@@ -110,20 +109,37 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
       }
       products_commit();
       products_wait<1>();
-      if (lane == 0) {
-        barrier_arrive(at.empty(slots[kHalf]));
-        barrier_arrive(at.empty(slots[kHalf == 0 ? 2 : 0]));  // no part in it
-      }
+      if (lane == 0) barrier_arrive(at.empty(slots[kHalf]));
+      __syncwarp();
       products_wait<0>();
       pin_all(out);
-      if (lane == 0) {
-        barrier_arrive(at.empty(slots[kHalf + 1]));
-        barrier_arrive(at.weights_empty());
-      }
+      barrier_arrive(at.weights_empty());
+      if (lane == 0) barrier_arrive(at.empty(slots[kHalf + 1]));
       __syncwarp();
     }
 
     const int64_t row = item.row(p.mla);
+    if (is_whole(p.mla)) {
+      barrier_wait(at.weights_full(), weights_parity);
+      weights_parity ^= 1;
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        const int column = 8 * (i / 2) + 2 * t + i % 2;
+        const float inverse = load_shared_float(at.shrink() + column * 4);
+        uint32_t* to = whole_row(p.mla, row + column) + (256 * kHalf + 16 * warp + g - g % 2) / 2;
+#pragma unroll
+        for (int box = 0; box < 4; ++box) {
+          // Lanes g and g + 1 of a pair have columns g and g + 1, and those 8 further: each writes two.
+          const float first = out[box][4 * (i / 2) + i % 2] * inverse;
+          const float second = out[box][4 * (i / 2) + 2 + i % 2] * inverse;
+          const float other = __shfl_xor_sync(kAllLanes, g % 2 == 0 ? second : first, 4);
+          if (column < item.tile.num_rows)
+            to[32 * box + g % 2 * 4] = g % 2 == 0 ? pack_bf16(first, other) : pack_bf16(other, second);
+        }
+      }
+      barrier_arrive(at.weights_empty());
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       const int column = 8 * (i / 2) + 2 * t + i % 2;
@@ -139,19 +155,20 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
   }
 }
 
-// The same for N = 64: O = P V, weights in registers. Columns 128 kHalf .. + 127 and 256 further.
-template <bool kFp8, int kHalf>
-__device__ __forceinline__ void compute_wide_values(const MlaWgmmaParams& p, const MlaLayout<64, kFp8>& at) {
-  static_assert(MlaLayout<64, kFp8>::kSlots % kThirds == 0);  // a block's boxes lie one behind the other
+// The same for N = 64: O = P V, weights in registers. Every other box of 64 columns from the kHalf-th on.
+template <int kHalf>
+__device__ __forceinline__ void compute_wide_values(const MlaWgmmaParams& p, const MlaLayout<64>& at) {
+  static_assert(MlaLayout<64>::kSlots % kThirds == 0);  // a block's boxes lie one behind the other
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int g = lane / 4, t = lane % 4;
   MlaItems items(p.mla);
   MlaItem item;
-  Ring<MlaLayout<64, kFp8>::kSlots> ring;
+  Ring<MlaLayout<64>::kSlots> ring;
   uint32_t weights_parity = 0;
   const int weights_row = 16 * warp + lane % 16;
   while (items.take(item)) {
-    float out[2][64] = {};  // [2, 64] rows 16 warp + g and 8 further, columns 8 j + 2 t + c
+    float out[4][32] =
+        {};  // [4, 32] rows 16 warp + g and 8 further, columns 8 j + 2 t + c of box 2 i + kHalf
     for (int first = item.begin; first < item.end; first += kKeys) {
       int slots[kThirds];
 #pragma unroll
@@ -169,55 +186,73 @@ __device__ __forceinline__ void compute_wide_values(const MlaWgmmaParams& p, con
                                           (((2 * step + lane / 16) ^ (weights_row & 7)) * 16));
       const float shrink[2] = {load_shared_float(at.shrink() + (16 * warp + g) * 4),
                                load_shared_float(at.shrink() + (16 * warp + g + 8) * 4)};
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.weights_empty());
+      barrier_arrive(at.weights_empty());
       if (__any_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1)) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int j = 0; j < 64; ++j) out[i][j] *= shrink[j / 2 % 2];
+          for (int j = 0; j < 32; ++j) out[i][j] *= shrink[j / 2 % 2];
       }
-      pin(out[0]), pin(out[1]);
-      products_begin();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint64_t values =
-            transposed_descriptor(at.slot(slots[0]) + (4 * i + 2 * kHalf) * kBoxBytes, kBoxBytes);
+      for (int i = 0; i < 4; ++i) pin(out[i]);
+      products_begin();
+      const uint32_t values_at = at.slot(slots[0]) + (1 + kHalf) * kBoxBytes;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t values = transposed_descriptor(values_at + 2 * i * kBoxBytes, kBoxBytes);
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-          wgmma_m64n128k16_bf16_transposed(out[i], weights[step], values + 128 * step);
+          wgmma_m64n64k16_bf16_transposed(out[i], weights[step], values + 128 * step);
         products_commit();
       }
-      products_wait<1>();
+      products_wait<3>();
       if (lane == 0) barrier_arrive(at.empty(slots[0]));
+      products_wait<kHalf == 0 ? 1 : 2>();
+      if (lane == 0) barrier_arrive(at.empty(slots[1]));
       products_wait<0>();
-      pin(out[0]), pin(out[1]);
-      if (lane == 0) {
-        barrier_arrive(at.empty(slots[1]));
-        barrier_arrive(at.empty(slots[2]));
-      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pin(out[i]);
+      if (lane == 0) barrier_arrive(at.empty(slots[2]));
       __syncwarp();
+    }
+    if (is_whole(p.mla)) {
+      barrier_wait(at.weights_full(), weights_parity);
+      weights_parity ^= 1;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * warp + g + 8 * half;
+        if (row >= item.tile.num_rows) continue;
+        const float inverse = load_shared_float(at.shrink() + row * 4);
+        uint32_t* to = whole_row(p.mla, item.row(p.mla) + row) + 32 * kHalf + t;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            to[64 * i + 4 * j] =
+                pack_bf16(out[i][4 * j + 2 * half] * inverse, out[i][4 * j + 2 * half + 1] * inverse);
+      }
+      barrier_arrive(at.weights_empty());
+      continue;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * warp + g + 8 * half;
       if (row >= item.tile.num_rows || item.limit(row, p.mla.num_heads) < item.begin) continue;
       float* to = p.mla.partial + ((item.row(p.mla) + row) * p.mla.max_splits + item.split) * kMlaMaxLora +
-                  128 * kHalf + 2 * t;
+                  64 * kHalf + 2 * t;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 16; ++j)
-          *reinterpret_cast<float2*>(to + 256 * i + 8 * j) =
+        for (int j = 0; j < 8; ++j)
+          *reinterpret_cast<float2*>(to + 128 * i + 8 * j) =
               make_float2(out[i][4 * j + 2 * half], out[i][4 * j + 2 * half + 1]);
     }
   }
 }
 
-template <int N, bool kFp8>
-__global__ void __launch_bounds__(threads_of(kFp8), 1)
-    mla_wgmma_kernel(const __grid_constant__ MlaWgmmaParams p) {
-  using L = MlaLayout<N, kFp8>;
+template <int N>
+__global__ void __launch_bounds__(kThreads, 1) mla_wgmma_kernel(const __grid_constant__ MlaWgmmaParams p) {
+  using L = MlaLayout<N>;
   extern __shared__ __align__(1024) char shared[];
   L at;
   at.base = shared_address(shared);
@@ -225,28 +260,23 @@ __global__ void __launch_bounds__(threads_of(kFp8), 1)
   if (threadIdx.x == 0) {
     if (at.base % 1024 != 0) __trap();  // swizzled boxes
     for (int i = 0; i < L::kSlots; ++i) {
-      barrier_init(at.full(i), kFp8 ? kWidenWarps : 1);
+      barrier_init(at.full(i), 1);
       barrier_init(at.empty(i), 8);
     }
     barrier_init(at.queries_full(), 1);
     barrier_init(at.queries_empty(), 4);
-    barrier_init(at.weights_full(), 4);
-    barrier_init(at.weights_empty(), 8);
-    for (int i = 0; i < L::kRawStages; ++i) {
-      barrier_init(at.raw_full(i), 1);
-      barrier_init(at.raw_empty(i), kWidenWarps);
-    }
+    barrier_init(at.weights_full(), 128);
+    barrier_init(at.weights_empty(), 256);
     barrier_init_fence();
     prefetch_map(&p.q_latent);
     prefetch_map(&p.q_rope);
-    if constexpr (!kFp8) prefetch_map(&p.cache);
+    prefetch_map(&p.cache);
   }
   __syncthreads();
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-  using R = Registers<N, kFp8>;
+  using R = Registers<N>;
   if (group == 0) {
-    if constexpr (kFp8) R::template take<R::kScores>();
-    if constexpr (!kFp8) R::template give<R::kScores>();
+    R::template give<R::kScores>();
     if constexpr (N == 64) {
       compute_wide_scores(p, at);
     } else {
@@ -255,52 +285,46 @@ __global__ void __launch_bounds__(threads_of(kFp8), 1)
   } else if (group == 1) {
     R::template take<R::kValues>();
     if constexpr (N == 64) {
-      compute_wide_values<kFp8, 0>(p, at);
+      compute_wide_values<0>(p, at);
     } else {
-      compute_values<N, kFp8, 0>(p, at);
+      compute_values<N, 0>(p, at);
     }
   } else if (group == 2) {
     R::template take<R::kValues>();
     if constexpr (N == 64) {
-      compute_wide_values<kFp8, 1>(p, at);
+      compute_wide_values<1>(p, at);
     } else {
-      compute_values<N, kFp8, 1>(p, at);
+      compute_values<N, 1>(p, at);
     }
-  } else if (group == 3) {
+  } else {
     R::template give<R::kCopies>();
     if (warp == 0) bring_keys(p, at);
     if (warp == 1 && threadIdx.x % 32 == 0) bring_queries(p, at);
-  } else {
-    if constexpr (kFp8) {
-      R::template give<64>();
-      widen_keys(p, at);
-    }
   }
 }
 
-template <int N, bool kFp8>
+template <int N>
 void launch(const MlaWgmmaParams& p, cudaStream_t stream) {
   const int blocks = std::min(p.mla.num_tiles * p.mla.max_splits, p.num_multiprocessors);
-  launch_overlapped(mla_wgmma_kernel<N, kFp8>, dim3(static_cast<unsigned>(blocks)), threads_of(kFp8),
-                    MlaLayout<N, kFp8>::kBytes, stream, p, "mla_wgmma_kernel");
+  launch_overlapped(mla_wgmma_kernel<N>, dim3(static_cast<unsigned>(blocks)), kThreads, MlaLayout<N>::kBytes,
+                    stream, p, "mla_wgmma_kernel");
 }
 
-template <bool kFp8>
 void launch_tiles(const MlaWgmmaParams& p, cudaStream_t stream) {
   if (p.mla.tile_rows == 16) {
-    launch<16, kFp8>(p, stream);
-  } else if (kFp8 || p.mla.tile_rows == 32) {
-    launch<32, kFp8>(p, stream);
-  } else if constexpr (!kFp8) {
-    launch<64, kFp8>(p, stream);
+    launch<16>(p, stream);
+  } else if (p.mla.tile_rows == 32) {
+    launch<32>(p, stream);
+  } else {
+    launch<64>(p, stream);
   }
 }
 
-template <int N, bool kFp8>
+template <int N>
 void raise_limit() {
-  RODIN_CUDA(cudaFuncSetAttribute(mla_wgmma_kernel<N, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  MlaLayout<N, kFp8>::kBytes),
-             " to ", MlaLayout<N, kFp8>::kBytes);
+  RODIN_CUDA(cudaFuncSetAttribute(mla_wgmma_kernel<N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  MlaLayout<N>::kBytes),
+             " to ", MlaLayout<N>::kBytes);
 }
 
 }  // namespace
@@ -313,15 +337,14 @@ bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_
 
 void run_mla_wgmma(const MlaWgmmaParams& params, cudaStream_t stream) {
   if (params.mla.num_tiles == 0) return;
-  params.mla.is_cache_fp8 ? launch_tiles<true>(params, stream) : launch_tiles<false>(params, stream);
+  params.mla.is_cache_fp8 ? run_mla_fp8(params, stream) : launch_tiles(params, stream);
 }
 
 void prepare_mla_wgmma() {
-  raise_limit<16, false>();
-  raise_limit<32, false>();
-  raise_limit<64, false>();
-  raise_limit<16, true>();
-  raise_limit<32, true>();
+  raise_limit<16>();
+  raise_limit<32>();
+  raise_limit<64>();
+  prepare_mla_fp8();
 }
 
 }  // namespace rodin::cuda

@@ -7,13 +7,16 @@
 namespace rodin::cuda {
 
 constexpr int kKeys = kMlaKeyBlock;
-constexpr int kBoxes = kMlaMaxLatent / kMlaBoxColumns;  // of a row; the last one is the rotary part
+constexpr int kBoxes = kMlaMaxLatent / kMlaBoxColumns;  // of a row
 constexpr int kBoxBytes = kKeys * 128;
 constexpr int kThirds = 3;  // of a block of keys: the unit of the ring
 constexpr int kThirdBoxes = kBoxes / kThirds;
 constexpr int kThirdBytes = kThirdBoxes * kBoxBytes;
-constexpr int kFp8RowBytes = kMlaMaxLora + kMlaMaxLora / kFp8Group * 4 + 64 * 2;  // at most
-constexpr int kWidenWarps = 8;
+// Which columns of a row lie in a place of its kBoxes: the rotary part comes first, so that the first third,
+// whose values are two boxes, is free early.
+__host__ __device__ constexpr int columns_at(int place) {
+  return (place + kBoxes - 1) % kBoxes * kMlaBoxColumns;
+}
 constexpr int kSharedLimit = 232448;
 
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
@@ -43,21 +46,18 @@ __device__ __forceinline__ void store_shared_float(uint32_t to, float v) {
 }
 
 // N: rows of a tile. Bytes of shared memory, from `base` on, which is a multiple of 1024.
-template <int N, bool kFp8>
+template <int N>
 struct MlaLayout {
   static constexpr int kQueryBox = N * 128;
   static constexpr int kWeightBytes = N * kKeys * 2;
-  static constexpr int kSlots = kFp8 ? (N == 16 ? 5 : 4) : N == 16 ? 8 : N == 32 ? 7 : 6;  // of the ring
-  static constexpr int kRawStages = kFp8 ? 2 : 0;
-  static constexpr int kRawBytes = kKeys * kFp8RowBytes;
+  static constexpr int kSlots = N == 16 ? 8 : N == 32 ? 7 : 6;  // of the ring
 
   static constexpr int kQueries = kSlots * kThirdBytes;
   static constexpr int kWeights = kQueries + kBoxes * kQueryBox;
-  static constexpr int kRaw = kWeights + kWeightBytes;
-  static constexpr int kWarpMax = kRaw + kRawStages * kRawBytes;
+  static constexpr int kWarpMax = kWeights + kWeightBytes;
   static constexpr int kShrink = kWarpMax + 2 * 4 * N * 4;
   static constexpr int kBarriers = kShrink + N * 4;
-  static constexpr int kBytes = kBarriers + (2 * kSlots + 4 + 2 * kRawStages) * 8;
+  static constexpr int kBytes = kBarriers + (2 * kSlots + 4) * 8;
   static_assert(kBytes <= kSharedLimit);
 
   uint32_t base;
@@ -65,7 +65,6 @@ struct MlaLayout {
   __device__ uint32_t slot(int i) const { return base + i * kThirdBytes; }
   __device__ uint32_t queries(int box) const { return base + kQueries + box * kQueryBox; }
   __device__ uint32_t weights() const { return base + kWeights; }  // bf16 [N, kKeys] of the softmax
-  __device__ uint32_t raw(int stage) const { return base + kRaw + stage * kRawBytes; }
   // float32 [2, 4, N], used in turn; and [N]
   __device__ uint32_t warp_max(int which) const { return base + kWarpMax + which * 16 * N; }
   __device__ uint32_t shrink() const { return base + kShrink; }
@@ -73,11 +72,13 @@ struct MlaLayout {
   __device__ uint32_t empty(int i) const { return full(i) + 8; }
   __device__ uint32_t queries_full() const { return full(kSlots); }
   __device__ uint32_t queries_empty() const { return queries_full() + 8; }
+  // All threads of their warpgroups arrive: racecheck does not see that __syncwarp() and one lane's arrival
+  // order what the other lanes wrote and read.
   __device__ uint32_t weights_full() const { return queries_full() + 16; }
   __device__ uint32_t weights_empty() const { return queries_full() + 24; }
-  __device__ uint32_t raw_full(int stage) const { return queries_full() + 32 + 16 * stage; }
-  __device__ uint32_t raw_empty(int stage) const { return raw_full(stage) + 8; }
 };
+
+constexpr int kScoresBarrier = 1;  // of warpgroup 0's threads
 
 // A place in a ring of kCount, and the parity of the phase in which it is full.
 template <int kCount>
@@ -103,6 +104,13 @@ struct MlaItem {
     return tile.first_position + (tile.row_begin + row) / num_heads;
   }
 };
+
+// Whether rows have one split each: their results go to `out` at once, and nobody puts splits together.
+__device__ __forceinline__ bool is_whole(const MlaParams& p) { return p.max_splits == 1; }
+// Pairs of bf16.
+__device__ __forceinline__ uint32_t* whole_row(const MlaParams& p, int64_t row) {
+  return reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + row * p.out_stride);
+}
 
 // The items of a block, one after the other: the first splits of all tiles, then the second ones.
 struct MlaItems {
@@ -141,15 +149,13 @@ struct MlaPieces {
   }
 };
 
-// One warp: the keys of all items into the ring (FP8: into the raw stages). Those that earlier steps wrote
-// come before the kernel ahead has ended.
-template <int N, bool kFp8>
-__device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
-  using L = MlaLayout<N, kFp8>;
-  const int lane = threadIdx.x % 32;
+// One warp: the keys of all items into the ring. Those that earlier steps wrote come before the kernel ahead
+// has ended.
+template <int N>
+__device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
   const int rows = p.piece_rows;
   MlaItems items(p.mla);
-  Ring<kFp8 ? (L::kRawStages > 0 ? L::kRawStages : 1) : L::kSlots> ring;
+  Ring<MlaLayout<N>::kSlots> ring;
   bool has_waited = false;
   MlaItem item, following;
   MlaPieces pieces{p.mla, rows}, following_pieces{p.mla, rows};
@@ -166,40 +172,24 @@ __device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLay
       }
       const int first_piece = (first - item.begin) / rows;
       const int num_pieces = (count + rows - 1) / rows;
-      if constexpr (kFp8) {
-        const auto row_bytes = static_cast<int>(p.mla.cache_stride);
-        barrier_wait(at.raw_empty(ring.place), ring.parity ^ 1);
-        if (lane == 0) barrier_expect(at.raw_full(ring.place), count * row_bytes);
+      if (first_piece > 0 && first_piece % 32 == 0) pieces.find(item, first_piece);
+#pragma unroll
+      for (int third = 0; third < kThirds; ++third) {
+        barrier_wait(at.empty(ring.place), ring.parity ^ 1);
+        __syncwarp();  // lanes that leave the wait one by one would elect one each
+        if (is_elected()) barrier_expect(at.full(ring.place), kThirdBoxes * num_pieces * rows * 128);
         __syncwarp();
         for (int i = 0; i < num_pieces; ++i) {
-          if (first_piece + i > 0 && (first_piece + i) % 32 == 0) pieces.find(item, first_piece + i);
           const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
-          if (lane == 0) {
-            copy_bulk(at.raw(ring.place) + i * rows * row_bytes,
-                      static_cast<const char*>(p.mla.cache) + static_cast<int64_t>(slot) * row_bytes,
-                      min(rows, count - i * rows) * row_bytes, at.raw_full(ring.place));
+          if (is_elected()) {
+#pragma unroll
+            for (int box = 0; box < kThirdBoxes; ++box) {
+              copy_box(at.slot(ring.place) + box * kBoxBytes + i * rows * 128, &p.cache,
+                       columns_at(third * kThirdBoxes + box), slot, at.full(ring.place));
+            }
           }
         }
         ring.next();
-      } else {
-        if (first_piece > 0 && first_piece % 32 == 0) pieces.find(item, first_piece);
-#pragma unroll
-        for (int third = 0; third < kThirds; ++third) {
-          barrier_wait(at.empty(ring.place), ring.parity ^ 1);
-          if (lane == 0) barrier_expect(at.full(ring.place), kThirdBoxes * num_pieces * rows * 128);
-          __syncwarp();
-          for (int i = 0; i < num_pieces; ++i) {
-            const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
-            if (lane == 0) {
-#pragma unroll
-              for (int box = 0; box < kThirdBoxes; ++box) {
-                copy_box(at.slot(ring.place) + box * kBoxBytes + i * rows * 128, &p.cache,
-                         (third * kThirdBoxes + box) * kMlaBoxColumns, slot, at.full(ring.place));
-              }
-            }
-          }
-          ring.next();
-        }
       }
     }
     item = following;
@@ -210,8 +200,8 @@ __device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLay
 }
 
 // One thread: the queries of all items. A box's rows behind the tile's are another sequence's, or zeros.
-template <int N, bool kFp8>
-__device__ __forceinline__ void bring_queries(const MlaWgmmaParams& p, const MlaLayout<N, kFp8>& at) {
+template <class Layout>
+__device__ __forceinline__ void bring_queries(const MlaWgmmaParams& p, const Layout& at) {
   wait_for_predecessor();
   MlaItems items(p.mla);
   MlaItem item;
@@ -219,11 +209,11 @@ __device__ __forceinline__ void bring_queries(const MlaWgmmaParams& p, const Mla
     barrier_wait(at.queries_empty(), parity);
     barrier_expect(at.queries_full(), kBoxes * at.kQueryBox);
     const int row = item.tile.first_token * p.mla.num_heads + item.tile.row_begin;
+    copy_box(at.queries(0), &p.q_rope, 0, row, at.queries_full());
 #pragma unroll
-    for (int box = 0; box < kBoxes - 1; ++box)
-      copy_box(at.queries(box), &p.q_latent, box * kMlaBoxColumns, row - p.mla.first_token * p.mla.num_heads,
+    for (int place = 1; place < kBoxes; ++place)
+      copy_box(at.queries(place), &p.q_latent, columns_at(place), row - p.mla.first_token * p.mla.num_heads,
                at.queries_full());
-    copy_box(at.queries(kBoxes - 1), &p.q_rope, 0, row, at.queries_full());
   }
 }
 

@@ -26,5 +26,8 @@ bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_
                    bool is_cache_fp8);
 void run_mla_wgmma(const MlaWgmmaParams& params, cudaStream_t stream);
 void prepare_mla_wgmma();
+// The part of it that has an FP8 cache (mla_fp8.cu).
+void run_mla_fp8(const MlaWgmmaParams& params, cudaStream_t stream);
+void prepare_mla_fp8();
 
 }  // namespace rodin::cuda

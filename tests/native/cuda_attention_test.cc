@@ -25,12 +25,12 @@ struct AttentionCase {
 // An FP8 cache row: 512 e4m3, 4 scales, 64 rotary values in bf16.
 constexpr int64_t kFp8Row = 512 + 16 + 128;
 
-// What the kernels read it as: latents times their scales, rounded to bf16.
+// What the kernels read it as.
 void decode_fp8_row(const uint8_t* row, float* to) {  // [kFp8Row], [576]
   for (int i = 0; i < 512; ++i) {
     float scale;
     memcpy(&scale, row + 512 + i / 128 * 4, 4);
-    to[i] = float_of_bf16(bf16_of_float(float_of_e4m3(row[i]) * scale));
+    to[i] = float_of_e4m3(row[i]) * scale;
   }
   for (int i = 0; i < 64; ++i) to[512 + i] = element_as_float(row + 528, Dtype::kBF16, i);
 }
@@ -359,6 +359,20 @@ const bool attention_tests = [] {
       {"prompts, FP8 cache", 6, 128, 64, 128, 512, fp8, {{130, 260}, {0, 65}}, 16, 0, false, fp8, false});
   add_pocket("prompts of pocket-r1, MTP", {{1, 140}, {257, 400}}, bf16, false);
   for (const AttentionCase& c : cases) add_cuda_test("attention, " + c.name, [c] { check_attention(c); });
+  // So many tiles that nobody splits them: rows are written without a sum of splits.
+  AttentionCase whole = {
+      "132 sequences of one length, spread", 4, 64, 64, 64, 512, fp8, {}, 64, 0, true, bf16, false};
+  for (int64_t i = 0; i < 132; ++i) whole.spans.push_back({300, 301});
+  AttentionCase whole_heads = {
+      "66 sequences of 128 heads, spread", 128, 16, 64, 16, 512, fp8, {}, 64, 0, true, bf16, false};
+  for (int64_t i = 0; i < 66; ++i) whole_heads.spans.push_back({150, 151});
+  for (AttentionCase c : {whole, whole_heads}) {
+    for (const Dtype dtype : {bf16, fp8}) {
+      c.cache_dtype = dtype;
+      const std::string name = "attention, " + c.name + (dtype == fp8 ? ", FP8 cache" : "");
+      add_cuda_test(name, [c] { check_attention(c); });
+    }
+  }
   // As many tiles as have the largest splits, more than there are blocks.
   AttentionCase many = {"150 sequences", 4, 64, 64, 64, 512, fp8, {}, 64, 0, true, bf16, false};
   for (int64_t i = 0; i < 150; ++i) many.spans.push_back({7 * i % 400, 7 * i % 400 + 1});

@@ -46,6 +46,26 @@ const bool step_speed = [] {
   return true;
 }();
 
+// A few keys more must not cost more than their bytes.
+const bool context_speed = add_cuda_test("speed of a Moonlight step by its context", [] {
+  StepRig rig(moonlight(27), 1, 2304, false);
+  double before = 0;
+  for (const int64_t context : {512, 521, 1024, 1025, 1100, 1536, 2048, 2049}) {
+    double best = 1e9;
+    for (int round = 0; round < 30; ++round) {
+      rig.begin(1, context, static_cast<uint32_t>(round + 1));
+      const auto start = std::chrono::steady_clock::now();
+      rig.wait(rig.run());
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      best = std::min(best, elapsed.count());
+    }
+    std::printf("moonlight, one sequence of %4d: %.3f ms a step\n", static_cast<int>(context), best * 1e3);
+    std::fflush(stdout);
+    CHECK(before == 0 || best < 1.05 * before);
+    before = best;
+  }
+});
+
 // Each part enqueued again and again, so that no launch is waited for.
 const bool part_speed = add_cuda_test("speed of a Moonlight step's parts", [] {
   StepRig rig(moonlight(27), 32, 1024, false);

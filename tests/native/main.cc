@@ -1,15 +1,24 @@
-// Runs every registered test, or those whose name contains the first argument.
+// Runs every registered test, or those whose name contains one of the arguments; each must be in some name.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #include "tests/native/test.h"
 
 int main(int argc, char** argv) {
-  const char* filter = argc > 1 ? argv[1] : "";
+  std::vector<const char*> filters(argv + 1, argv + argc);
+  if (filters.empty()) filters.push_back("");
+  std::vector<char> is_met(filters.size(), 0);
   int passed = 0, failed = 0;
   for (const rodin::test::TestCase& test : rodin::test::test_cases()) {
-    if (std::strstr(test.name.c_str(), filter) == nullptr) continue;
+    bool is_meant = false;
+    for (size_t i = 0; i < filters.size(); ++i) {
+      if (std::strstr(test.name.c_str(), filters[i]) == nullptr) continue;
+      is_meant = is_met[i] = true;
+    }
+    if (!is_meant) continue;
     const auto start = std::chrono::steady_clock::now();
     try {
       test.body();
@@ -22,9 +31,8 @@ int main(int argc, char** argv) {
     if (seconds > 1) std::printf("slow: %s took %.1f s\n", test.name.c_str(), seconds);
   }
   std::printf("%d passed, %d failed\n", passed, failed);
-  if (passed + failed == 0) {
-    std::printf("no test matches '%s'\n", filter);
-    return 1;
-  }
-  return failed == 0 ? 0 : 1;
+  for (size_t i = 0; i < filters.size(); ++i)
+    if (!is_met[i]) std::printf("no test matches '%s'\n", filters[i]);
+  const bool all_met = std::all_of(is_met.begin(), is_met.end(), [](char met) { return met != 0; });
+  return failed == 0 && all_met ? 0 : 1;
 }
