@@ -100,6 +100,9 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
   if (limits.num_experts > 0) {
     expert_start_.resize(static_cast<size_t>(limits.num_experts) + 2);
     active_experts_.reserve(static_cast<size_t>(limits.num_experts) + 1);
+    const int64_t most_pieces = limits.num_experts * ceil_div(limits.moe_intermediate_size, kRowGroup) +
+                                ceil_div(limits.shared_intermediate_size, kRowGroup);
+    expert_pieces_.reserve(static_cast<size_t>(most_pieces));
     pair_of_slot_.resize(static_cast<size_t>(tokens * slots));
     pair_token_.resize(static_cast<size_t>(max_pairs));
     make(expert_hidden_, tokens * (slots * limits.moe_intermediate_size + limits.shared_intermediate_size));
