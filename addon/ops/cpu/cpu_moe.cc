@@ -97,8 +97,8 @@ void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWei
   }
 }
 
-// Cuts the rows of gate and up of the active experts into pieces of whole strips that take about equally long.
-// The shared expert, which has most pairs, comes first: what is begun last should be over soon.
+// Cuts the rows of gate and up of the active experts into pieces of whole strips that take about equally
+// long. The shared expert, which has most pairs, comes first: what is begun last should be over soon.
 template <class F>
 void CpuOps::cut_experts(const F& mlp_of) {
   const auto cost_of_row = [&](int64_t e) {
@@ -134,8 +134,8 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
   cut_experts(mlp_of);
   pool_.parallel_for(static_cast<int64_t>(expert_pieces_.size()), [&](int64_t task, int worker) {
     const ExpertPiece& piece = expert_pieces_[static_cast<size_t>(task)];
-    run_gate_up(mlp_of(piece.expert), first_pair(piece.expert), num_pairs(piece.expert), piece.row0, piece.rows,
-                x_bf16_ != nullptr, workers_[static_cast<size_t>(worker)]);
+    run_gate_up(mlp_of(piece.expert), first_pair(piece.expert), num_pairs(piece.expert), piece.row0,
+                piece.rows, x_bf16_ != nullptr, workers_[static_cast<size_t>(worker)]);
   });
 
   // Down: a strip of outputs of every pair, then of every token.

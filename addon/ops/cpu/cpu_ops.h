@@ -84,9 +84,10 @@ class CpuOps final : public HostOps {
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
     uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
     uint16_t* scratch_bf16 = nullptr;   // [kMaxQueryTile + kKeyTile, latent_dim rounded up]
-    float* pairs = nullptr;             // [max pairs, down_strip_] of every (token, expert) pair
+    float* pairs = nullptr;             // [max pairs, down_strip_] of every (token, expert) pair; gate and up
     const float** x = nullptr;          // [max rows]
     float** out = nullptr;              // [max rows]
+    float** gate = nullptr;             // [max rows]
     float* scores = nullptr;            // [kRouteTokens + 2, E] routing
   };
 
