@@ -51,6 +51,8 @@ void CudaOps::reserve_attention() {
   out_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
   partial_ = workspace<float>(partial_rows_ * shape.lora_rank);
   partial_ml_ = workspace<float>(partial_rows_ * 2);
+  arrivals_ = workspace<uint64_t>(2);
+  RODIN_CUDA(cudaMemsetAsync(arrivals_, 0, 2 * sizeof(uint64_t), stream_));
   plan_limits_ = {.num_heads = shape.num_heads,
                   .max_tokens = attention_tokens_,
                   .max_partial_rows = partial_rows_,
@@ -89,14 +91,20 @@ void CudaOps::mla_rope_store(const Tensor& q, const Tensor& kv, const MlaWeights
   run_rope_store(rope_store_params(q, kv, mla, eps, rope_table, index, cache), stream_);
 }
 
+MlaEnterParams CudaOps::enter_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                                     const Tensor& rope_table, const StepIndex& index,
+                                     const CacheLayer& cache) const {
+  return {.rope = rope_store_params(q, kv, mla, eps, rope_table, index, cache),
+          .w_uk = static_cast<const PlacedMla*>(mla.packed)->w_uk,
+          .q_latent = q_latent_,
+          .q_latent_stride = latent_stride_,
+          .is_q_aligned = is_aligned(q) && mla.shape.qk_dim() % 8 == 0};
+}
+
 void CudaOps::mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                                    const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                                    const Tensor& out) {
-  const MlaEnterParams enter = {.rope = rope_store_params(q, kv, mla, eps, rope_table, index, cache),
-                                .w_uk = static_cast<const PlacedMla*>(mla.packed)->w_uk,
-                                .q_latent = q_latent_,
-                                .q_latent_stride = latent_stride_,
-                                .is_q_aligned = is_aligned(q) && mla.shape.qk_dim() % 8 == 0};
+  const MlaEnterParams enter = enter_params(q, kv, mla, eps, rope_table, index, cache);
   // One launch where the step is a single chunk.
   const std::vector<MlaChunk>& chunks = step_of(index).plan.chunks;
   const bool is_entered =
@@ -112,6 +120,51 @@ void CudaOps::mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaW
 void CudaOps::mla_attention(const Tensor& q, const MlaWeights& mla, const StepIndex& index,
                             const CacheLayer& cache, const Tensor& out) {
   attend(q, mla, index, cache, out, false);
+}
+
+MlaParams CudaOps::mla_params(const Tensor& q, const MlaShape& shape, const StepIndex& index,
+                              const CacheLayer& cache, const Step& step, const MlaChunk& chunk) const {
+  return {.q_latent = q_latent_,
+          .q_latent_stride = latent_stride_,
+          .q = q.data,
+          .q_stride = q.stride,
+          .cache = cache.latents.data,
+          .cache_stride = cache.latents.stride,
+          .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3,
+          .q_start = index.q_start,
+          .cache_positions = index.cache_positions,
+          .block_table_start = index.block_table_start,
+          .block_table = index.block_table,
+          .tiles = step.tiles + chunk.first_tile,
+          .num_tiles = chunk.num_tiles,
+          .max_splits = chunk.max_splits,
+          .first_token = chunk.first_token,
+          .num_tokens = chunk.num_tokens,
+          .first_position = static_cast<int32_t>(index.first_position),
+          .block_size = static_cast<int32_t>(index.block_size),
+          .num_heads = static_cast<int32_t>(shape.num_heads),
+          .nope_dim = static_cast<int32_t>(shape.nope_dim),
+          .rope_dim = static_cast<int32_t>(shape.rope_dim),
+          .lora_rank = static_cast<int32_t>(shape.lora_rank),
+          .tile_rows = step.plan.tile_rows,
+          .spread = step.plan.spread,
+          .softmax_scale = shape.softmax_scale,
+          .partial = partial_,
+          .partial_ml = partial_ml_,
+          .out = out_latent_,
+          .out_stride = latent_stride_};
+}
+
+MlaLeaveParams CudaOps::leave_params(const MlaParams& params, const MlaWeights& mla,
+                                     const Tensor& out) const {
+  const MlaShape& shape = mla.shape;
+  return {.mla = params,
+          .w_uv = view_of(mla.kv_b),
+          .weight_batch = shape.nope_dim + shape.v_dim,
+          .weight_offset = shape.nope_dim,
+          .v_dim = static_cast<int32_t>(shape.v_dim),
+          .out = out.data,
+          .out_stride = out.stride};
 }
 
 void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent,
@@ -167,44 +220,10 @@ void CudaOps::attend(const Tensor& q, const MlaWeights& mla, const StepIndex& in
     absorb.is_x_aligned = absorb.is_x_aligned && shape.qk_dim() % 8 == 0;
     if (!has_q_latent) run_linear(absorb, stream_);
 
-    const MlaParams params = {.q_latent = q_latent_,
-                              .q_latent_stride = latent_stride_,
-                              .q = q.data,
-                              .q_stride = q.stride,
-                              .cache = cache.latents.data,
-                              .cache_stride = cache.latents.stride,
-                              .is_cache_fp8 = cache_dtype_ == Dtype::kF8E4M3,
-                              .q_start = index.q_start,
-                              .cache_positions = index.cache_positions,
-                              .block_table_start = index.block_table_start,
-                              .block_table = index.block_table,
-                              .tiles = step.tiles + chunk.first_tile,
-                              .num_tiles = chunk.num_tiles,
-                              .max_splits = chunk.max_splits,
-                              .first_token = chunk.first_token,
-                              .num_tokens = chunk.num_tokens,
-                              .first_position = static_cast<int32_t>(index.first_position),
-                              .block_size = static_cast<int32_t>(index.block_size),
-                              .num_heads = num_heads,
-                              .nope_dim = static_cast<int32_t>(shape.nope_dim),
-                              .rope_dim = static_cast<int32_t>(shape.rope_dim),
-                              .lora_rank = static_cast<int32_t>(shape.lora_rank),
-                              .tile_rows = step.plan.tile_rows,
-                              .spread = step.plan.spread,
-                              .softmax_scale = shape.softmax_scale,
-                              .partial = partial_,
-                              .partial_ml = partial_ml_,
-                              .out = out_latent_,
-                              .out_stride = latent_stride_};
+    const MlaParams params = mla_params(q, shape, index, cache, step, chunk);
     run_chunk(params, q, q_latent, cache);
     const Tensor chunk_out = out.slice_rows(chunk.first_token, chunk.num_tokens);
-    const MlaLeaveParams leave = {.mla = params,
-                                  .w_uv = view_of(mla.kv_b),
-                                  .weight_batch = shape.nope_dim + shape.v_dim,
-                                  .weight_offset = shape.nope_dim,
-                                  .v_dim = static_cast<int32_t>(shape.v_dim),
-                                  .out = chunk_out.data,
-                                  .out_stride = chunk_out.stride};
+    const MlaLeaveParams leave = leave_params(params, mla, chunk_out);
     if (is_mla_leave(leave)) {
       run_mla_leave(leave, stream_);
       continue;

@@ -9,13 +9,13 @@ namespace {
 
 constexpr size_t kMoeBudget = size_t{512} << 20;  // bytes of the experts' intermediate results
 
-bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+}  // namespace
+
+bool has_aligned_rows(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
 }
 
 LinearIo io_of(const Tensor& x, const Tensor& out) { return {x.data, x.stride, out.data, out.stride}; }
-
-}  // namespace
 
 LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const {
   LinearParams params;
@@ -23,7 +23,7 @@ LinearParams CudaOps::linear_params(const Tensor& x, const Tensor& out, const We
   params.io[0] = io_of(x, out);
   params.weight_dtype = weight.dtype;
   params.out_dtype = out.dtype;
-  params.is_x_aligned = is_aligned(x.data, x.stride);
+  params.is_x_aligned = has_aligned_rows(x);
   params.num_tokens = static_cast<int32_t>(x.rows);
   params.max_rows = weight.rows;
   params.max_cols = weight.cols;
@@ -35,6 +35,11 @@ void CudaOps::linear(const Tensor& x, const Weight& weight, const Tensor& out) {
     WgmmaParams params = wgmma_params(quantize(x), x.rows, view_of(weight));
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
+  }
+  if (out.dtype == Dtype::kBF16 && is_splitting(view_of(weight), x.rows, false)) {
+    SplitParams params = split_params(x, view_of(weight));
+    params.io[0] = io_of(x, out);
+    return run_linear_split(params, stream_);
   }
   run_linear(linear_params(x, out, view_of(weight)), stream_);
 }
@@ -60,6 +65,19 @@ void CudaOps::linear_pair(const Tensor& x, const Weight& weight0, const Tensor& 
     both.outs[1] = io_of(x, out1);
     return run_linear_wgmma(both, stream_);
   }
+  if (out0.dtype == Dtype::kBF16 && is_splitting(params.weight[0], x.rows, false) &&
+      is_splitting(view1, x.rows, false)) {
+    SplitParams both = split_params(x, params.weight[0]);
+    both.io[0] = params.io[0];
+    both.x[1] = both.x[0];
+    both.x_scale[1] = both.x_scale[0];
+    both.weight[1] = view1;
+    both.maps[1] = weight_map(view1);
+    both.io[1] = io_of(x, out1);
+    both.max_rows[1] = view1.rows;
+    both.cols[1] = view1.cols;
+    return run_linear_split(both, stream_);
+  }
   params.is_pair = true;
   params.weight[1] = view1;
   params.io[1] = io_of(x, out1);
@@ -84,6 +102,8 @@ void CudaOps::gate_up_silu(const Tensor& x, const MlpWeights& mlp, const Tensor&
     params.outs[0] = io_of(x, out);
     return run_linear_wgmma(params, stream_);
   }
+  if (is_splitting(view_of(mlp.gate), x.rows, true) && is_splitting(view_of(mlp.up), x.rows, true))
+    return run_split_mlp(x, mlp, out);
   run_mlp_linear(x, mlp, out);
 }
 
@@ -185,7 +205,11 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   const auto num_experts = static_cast<int32_t>(moe.route.num_experts);
   const bool is_shared_grouped = moe.has_shared() && placed.is_shared_grouped;
   const int32_t shared_rows = is_shared_grouped ? view_of(moe.shared.gate).rows : 0;
-  if (placed.gate_maps != nullptr && x.rows >= kMinQuantizedTokens) {
+  if (placed.split_gate_maps != nullptr && is_splitting(x.rows, kMinQuantizedMoeTokens)) {
+    run_split_moe(x, moe, expert_ids);
+    return combine_params(x, moe, expert_weights, out);
+  }
+  if (placed.gate_maps != nullptr && !is_deterministic_ && x.rows >= kMinQuantizedTokens) {
     planned_ids_ = nullptr;
     run_quantized_moe(x, moe, expert_ids);
     return combine_params(x, moe, expert_weights, out);

@@ -80,7 +80,7 @@ namespace {
 
 // Steps that are worth a recording: they come again and again, and their launches take longer than their
 // work.
-constexpr int64_t kMaxDecodeRows = 5;  // of a sequence: its token and up to four drafts
+constexpr int64_t kMaxDecodeRows = 9;  // of a sequence: its token and up to eight drafts
 constexpr int64_t kMaxDecodeTokens = 512;
 
 }  // namespace
@@ -92,6 +92,7 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
   RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors_, cudaDevAttrMultiProcessorCount, device_id));
   prepare_linear();
   prepare_linear_wgmma();
+  prepare_linear_split();
   prepare_mla_prefill();
   prepare_mla();
   prepare_mla_wgmma();
@@ -175,6 +176,7 @@ size_t CudaOps::reserve(const OpsLimits& limits) {
   finish_placing();
   reserve_moe();
   reserve_quantized();
+  reserve_split();
   reserve_attention();
   reserve_prefill();
   reserve_sample();

@@ -30,10 +30,12 @@ struct PlacedMoe {
   const WeightView* down = nullptr;  // [E + 1]
   Dtype gate_dtype = Dtype::kBF16;
   Dtype down_dtype = Dtype::kBF16;
-  // Boxes of the same matrices; null where the layer has no kernels for many tokens.
-  const TensorMap* gate_maps = nullptr;  // [E + 1] as the tables above, if has_shared_maps
-  const TensorMap* up_maps = nullptr;    // [E + 1]
-  const TensorMap* down_maps = nullptr;  // [E + 1]
+  // Boxes of the same matrices for linear_wgmma and linear_split; null where the layer is not for these.
+  const TensorMap* gate_maps = nullptr;        // [E + 1] as the tables above, if has_shared_maps
+  const TensorMap* up_maps = nullptr;          // [E + 1]
+  const TensorMap* down_maps = nullptr;        // [E + 1] for both
+  const TensorMap* split_gate_maps = nullptr;  // [E + 1]
+  const TensorMap* split_up_maps = nullptr;    // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
 };
@@ -85,6 +87,9 @@ class CudaOps final : public Ops {
   void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                             const Tensor& out) override;
+  bool mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
+                  const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
+                  const Tensor& attention, const Tensor& out) override;
   bool has_gqa() const override { return true; }
   void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
                       const StepIndex& index, const CacheLayer& cache) override;
@@ -148,7 +153,7 @@ class CudaOps final : public Ops {
   // Waits for the uploads and runs what depends on them.
   void finish_placing();
   void widen_and_transpose(const PendingTranspose& pending);
-  // Of the experts' matrices, where all of them have kernels for many tokens.
+  // Of the experts' matrices, where all of them have boxes.
   void place_maps(const MoeWeights& moe, PlacedMoe& placed);
   template <class T>
   const T* upload_table(const std::vector<T>& table);
@@ -159,19 +164,34 @@ class CudaOps final : public Ops {
   // has_q_latent: q_latent_ holds q_nope W_UK of the only chunk.
   void attend(const Tensor& q, const MlaWeights& mla, const StepIndex& index, const CacheLayer& cache,
               const Tensor& out, bool has_q_latent);
+  MlaEnterParams enter_params(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
+                              const Tensor& rope_table, const StepIndex& index,
+                              const CacheLayer& cache) const;
+  MlaParams mla_params(const Tensor& q, const MlaShape& shape, const StepIndex& index,
+                       const CacheLayer& cache, const Step& step, const MlaChunk& chunk) const;
+  MlaLeaveParams leave_params(const MlaParams& params, const MlaWeights& mla, const Tensor& out) const;
   // Attention of one chunk up to the splits' results.
   void run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_latent, const CacheLayer& cache);
   GqaParams gqa_params(const Tensor& q, const GqaShape& shape, const StepIndex& index,
                        const CacheLayer& cache) const;
   LinearParams linear_params(const Tensor& x, const Tensor& out, const WeightView& weight) const;
   void run_mlp_linear(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  // Whether a layer takes linear_split; `end`: tokens from which on it is quantised instead.
+  bool is_splitting(int64_t num_tokens, int64_t end) const;
+  bool is_splitting(const WeightView& weight, int64_t num_tokens, bool is_gated) const;
+  void reserve_split();
+  SplitParams split_params(const QuantizedView& x, int64_t num_rows, int32_t tile_tokens,
+                           const WeightView& weight) const;
+  SplitParams split_params(const Tensor& x, const WeightView& weight);
+  void run_split_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
+  void run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
   // Whether a layer of so many tokens takes the kernels that quantise them.
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
-  QuantizedView quantized_view(int64_t max_rows, int64_t cols);
+  QuantizedView quantized_view(int64_t max_rows, int64_t cols, int rows_each = 1);
   // The view for fewer channels; throws where there is not enough room.
   QuantizedView fitted(QuantizedView view, int64_t num_rows, int64_t cols) const;
-  QuantizeParams quantize_params(const Tensor& x) const;  // into quantized_
+  QuantizeParams quantize_params(const Tensor& x, const QuantizedView& out) const;
   QuantizedView quantize(const Tensor& x);
   WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
   WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);
@@ -248,16 +268,23 @@ class CudaOps final : public Ops {
   QuantizedView expert_mid_quantized_;  // [moe_tokens * k, Im]
   QuantizedView shared_mid_quantized_;  // [moe_tokens, Is]
 
+  // The same in two exact parts, for few tokens; data has two rows for each.
+  QuantizedView split_;             // [most tokens, max_linear_inputs]
+  QuantizedView expert_split_;      // [.. * k, H]
+  QuantizedView expert_mid_split_;  // [.. * k, Im]
+  QuantizedView shared_mid_split_;  // [.., Is]
+
   // Attention, for one chunk of tokens.
   bool has_mla_wgmma_ = false;
   MlaPlan::Limits plan_limits_;
   int64_t attention_tokens_ = 0;  // most tokens of a chunk
   int64_t partial_rows_ = 0;      // (token, head, split) triples of a chunk
   int64_t latent_stride_ = 0;
-  void* q_latent_ = nullptr;     // bf16 [attention_tokens, A, latent_stride]
-  void* out_latent_ = nullptr;   // the same
-  float* partial_ = nullptr;     // [partial_rows, lora_rank]
-  float* partial_ml_ = nullptr;  // [partial_rows, 2]
+  void* q_latent_ = nullptr;      // bf16 [attention_tokens, A, latent_stride]
+  void* out_latent_ = nullptr;    // the same
+  float* partial_ = nullptr;      // [partial_rows, lora_rank]
+  float* partial_ml_ = nullptr;   // [partial_rows, 2]
+  uint64_t* arrivals_ = nullptr;  // [2] of the blocks of decode_enter, of decode_leave
 
   // Attention of prompts in its naive form.
   bool has_prefill_weights_ = true;  // every kv_b so far has kernels for many tokens
@@ -280,10 +307,18 @@ class CudaOps final : public Ops {
 
 // Fewest tokens whose linear layers pay for quantising them.
 constexpr int64_t kMinQuantizedTokens = 64;
+// Fewest tokens whose experts do.
+constexpr int64_t kMinQuantizedMoeTokens = 256;
 // Fewest tokens of a sequence for which its keys and values are expanded.
 constexpr int64_t kMinPrefillTokens = 64;
 
-TensorMap weight_map(const WeightView& weight);
+// Whether kernels that take weights in boxes of 64 rows and kBlockK columns, each with one scale, have this
+// one.
+bool has_boxes(const WeightView& weight);
+bool has_boxes(const MlpWeights& mlp);
+TensorMap weight_map(const WeightView& weight, int32_t box_rows = 64);
+LinearIo io_of(const Tensor& x, const Tensor& out);
+bool has_aligned_rows(const Tensor& x);  // every row begins at a multiple of 16 bytes
 
 // The placed form of a weight; throws for one that place() has not seen.
 const WeightView& view_of(const Weight& weight);

@@ -107,20 +107,25 @@ void CudaOps::place(Weight& weight) {
 
 void CudaOps::place_maps(const MoeWeights& moe, PlacedMoe& placed) {
   for (const MlpWeights& expert : moe.experts) {
-    if (!is_quantizing(expert, kMinQuantizedTokens)) return;
+    if (!has_boxes(expert)) return;
   }
-  std::vector<TensorMap> gate, up, down;  // [E + 1]
+  std::vector<TensorMap> gate, up, down, split_gate, split_up;  // [E + 1]
   const auto add = [&](const MlpWeights& expert) {
     gate.push_back(weight_map(view_of(expert.gate)));
     up.push_back(weight_map(view_of(expert.up)));
     down.push_back(weight_map(view_of(expert.down)));
+    split_gate.push_back(weight_map(view_of(expert.gate), kSplitRows / 2));
+    split_up.push_back(weight_map(view_of(expert.up), kSplitRows / 2));
   };
   for (const MlpWeights& expert : moe.experts) add(expert);
-  placed.has_shared_maps = placed.is_shared_grouped && is_quantizing(moe.shared, kMinQuantizedTokens);
+  placed.has_shared_maps = placed.is_shared_grouped && has_boxes(moe.shared);
   if (placed.has_shared_maps) add(moe.shared);
   placed.gate_maps = upload_table(gate);
   placed.up_maps = upload_table(up);
   placed.down_maps = upload_table(down);
+  if (placed.is_shared_grouped && !placed.has_shared_maps) return;  // plans have the shared expert in them
+  placed.split_gate_maps = upload_table(split_gate);
+  placed.split_up_maps = upload_table(split_up);
 }
 
 void CudaOps::place(MoeWeights& moe) {

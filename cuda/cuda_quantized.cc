@@ -33,33 +33,40 @@ TensorMap scale_map(const QuantizedView& x) {
 
 }  // namespace
 
-TensorMap weight_map(const WeightView& weight) {
+TensorMap weight_map(const WeightView& weight, int32_t box_rows) {
   return make_tensor_map({.data = weight.data,
                           .rows = weight.rows,
                           .cols = weight.row_bytes,
                           .row_bytes = weight.row_bytes,
-                          .box_rows = 64,
+                          .box_rows = box_rows,
                           .box_cols = kBlockK},
                          Dtype::kF8E4M3, Swizzle::k128Bytes);
 }
 
+bool has_boxes(const WeightView& weight) {
+  return weight.dtype == Dtype::kF8E4M3 && weight.block_rows % 64 == 0;
+}
+
+bool has_boxes(const MlpWeights& mlp) {
+  for (const Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) {
+    if (!has_boxes(view_of(*weight)) || weight->bias) return false;
+  }
+  return true;
+}
+
 bool CudaOps::is_quantizing(const WeightView& weight, int64_t num_tokens) const {
-  return !is_deterministic_ && num_tokens >= kMinQuantizedTokens && weight.dtype == Dtype::kF8E4M3 &&
-         weight.block_rows % 64 == 0;
+  return !is_deterministic_ && num_tokens >= kMinQuantizedTokens && has_boxes(weight);
 }
 
 bool CudaOps::is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const {
-  for (const Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) {
-    if (!is_quantizing(view_of(*weight), num_tokens)) return false;
-  }
-  return !mlp.gate.bias && !mlp.up.bias && !mlp.down.bias;
+  return is_quantizing(view_of(mlp.gate), num_tokens) && has_boxes(mlp);
 }
 
-QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols) {
+QuantizedView CudaOps::quantized_view(int64_t max_rows, int64_t cols, int rows_each) {
   QuantizedView view;
   view.stride = padded_channels(cols);
   view.scale_stride = (max_rows + 31) / 32 * 32;
-  view.data = workspace<uint8_t>(max_rows * view.stride);
+  view.data = workspace<uint8_t>(max_rows * rows_each * view.stride);
   view.scale = workspace<float>(view.stride / kBlockK * view.scale_stride);
   return view;
 }
@@ -82,17 +89,17 @@ QuantizedView CudaOps::fitted(QuantizedView view, int64_t num_rows, int64_t cols
   return view;
 }
 
-QuantizeParams CudaOps::quantize_params(const Tensor& x) const {
+QuantizeParams CudaOps::quantize_params(const Tensor& x, const QuantizedView& out) const {
   return {.x = x.data,
           .x_stride = x.stride,
           .num_rows = static_cast<int32_t>(x.rows),
           .cols = static_cast<int32_t>(x.cols),
           .is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0,
-          .out = fitted(quantized_, x.rows, x.cols)};
+          .out = fitted(out, x.rows, x.cols)};
 }
 
 QuantizedView CudaOps::quantize(const Tensor& x) {
-  const QuantizeParams params = quantize_params(x);
+  const QuantizeParams params = quantize_params(x, quantized_);
   run_quantize(params, stream_);
   return params.out;
 }
@@ -149,7 +156,7 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
   };
 
   // Each token's row once for each of its experts, and once in its place for the shared one.
-  QuantizeParams inputs = quantize_params(x);
+  QuantizeParams inputs = quantize_params(x, quantized_);
   inputs.plain_out = inputs.out;
   inputs.num_plain_rows = has_shared ? inputs.num_rows : 0;
   inputs.out = fitted(expert_quantized_, slots, x.cols);

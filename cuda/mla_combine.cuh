@@ -18,14 +18,15 @@ __device__ __forceinline__ float4 load_quad(const float* row, int quad, int cols
 }
 
 // Columns 4 * (threadIdx.x % 128) .. of `row` (token * A + head of the chunk). Even splits are added in
-// order, odd ones too, and then the two sums. With 256 threads each half of a block has one of them, and the
-// first half gets the result; `scratch` is theirs.
+// order, odd ones too, and then the two sums. With 256 threads each half of them has one, and the first half
+// gets the result; `scratch` is theirs.
 template <int kThreads>
 __device__ __forceinline__ float4 combine_splits(const MlaParams& p, int64_t row, int position,
                                                  float4* scratch) {  // [kCombineQuads]
   constexpr int kGroups = kThreads / kCombineQuads;
   static_assert(kGroups == 1 || kGroups == 2);
-  const int quad = threadIdx.x % kCombineQuads, group = threadIdx.x / kCombineQuads, lane = threadIdx.x % 32;
+  const int quad = threadIdx.x % kCombineQuads, group = threadIdx.x / kCombineQuads % kGroups,
+            lane = threadIdx.x % 32;
   const int num_splits = (position >> mla_split_shift(position, p.spread)) + 1;
   const float2* ml = reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits;  // maximum and sum
   const float* partial = p.partial + row * p.max_splits * p.lora_rank;

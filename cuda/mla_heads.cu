@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kRopeThreads) mla_enter_kernel(const __grid_co
   const int rope_blocks = p.rope.num_tokens * rope_blocks_each;
   if (static_cast<int>(blockIdx.x) < rope_blocks) {
     wait_for_predecessor();
-    rope_store_block<kFp8>(p.rope, blockIdx.x / rope_blocks_each, blockIdx.x % rope_blocks_each);
+    rope_store_block<kFp8>(p.rope, blockIdx.x / rope_blocks_each, blockIdx.x % rope_blocks_each, threadIdx.x,
+                           [] { __syncthreads(); });
     return;
   }
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

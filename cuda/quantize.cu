@@ -1,6 +1,12 @@
 // Activations in FP8: for each token and kBlockK channels, scale = largest magnitude / 448 and e4m3 of x /
 // scale. quantize_kernel: 16 lanes take one token's block of channels, 8 of them each; grid: (blocks of 8
 // tokens, pairs of channel blocks). Bound by bytes: 2 in, 1 out. A NaN makes its whole block NaN.
+//
+// kSplit, the same for linear_split: v = x * 2^-n with the block's largest magnitude in [2^7, 2^8), high =
+// e4m3(v), low = e4m3(16 (v - high)), scale = 2^n. high + low / 16 is v for all inputs within 2^-13 of the
+// largest, and v to 2^-22 of the largest below that. An infinity makes its block NaN too.
+#include <algorithm>
+
 #include "cuda/common.cuh"
 #include "cuda/quantized.h"
 
@@ -10,20 +16,44 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlockTokens = kThreads / 16;
 
+// Two e4m3 values of two f16, the first in the low byte.
+__device__ __forceinline__ uint32_t e4m3_of_half(__half2 pair) {
+  uint16_t out;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(out) : "r"(*reinterpret_cast<const uint32_t*>(&pair)));
+  return out;
+}
+
+// High and low parts of two values.
+__device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
+  const __half2 v = __floats2half2_rn(a, b);
+  high = e4m3_of_half(v);
+  const uint32_t back = half_of_e4m3(high);
+  const __half2 rest = __hsub2(v, *reinterpret_cast<const __half2*>(&back));
+  low = e4m3_of_half(__hmul2(rest, __float2half2_rn(16.0f)));
+}
+
+template <bool kSplit>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
-  let_successor_begin();
+  if (!p.is_successor_held) let_successor_begin();
   wait_for_predecessor();
+  if (p.is_successor_held) let_successor_begin();
   const int index = blockIdx.x * kBlockTokens + threadIdx.x / 16;
   const bool is_plain = index >= p.num_rows;
   const int row = is_plain ? index - p.num_rows : index;
   const int lane = threadIdx.x % 16;
   const int col = blockIdx.y * kBlockK + lane * 8;
   const bool is_there = index < p.num_rows + p.num_plain_rows;
+  const bool is_other = is_plain && p.plain_x != nullptr;
+  const int cols = is_other ? p.plain_cols : p.cols;
+  const QuantizedView& view = is_plain ? p.plain_out : p.out;
+  if (col >= view.stride) return;
   float values[8] = {};  // [8]
   if (is_there) {
     const int64_t from = p.rows && !is_plain ? p.rows[row] / p.rows_divisor : row;
-    const bf16* x = static_cast<const bf16*>(p.x) + from * p.x_stride + col;
-    if (p.is_aligned && col + 8 <= p.cols) {
+    const bf16* x = (is_other ? static_cast<const bf16*>(p.plain_x) + from * p.plain_x_stride
+                              : static_cast<const bf16*>(p.x) + from * p.x_stride) +
+                    col;
+    if (p.is_aligned && col + 8 <= cols) {
       const uint4 words = *reinterpret_cast<const uint4*>(x);
       values[0] = low_float(words.x), values[1] = high_float(words.x);
       values[2] = low_float(words.y), values[3] = high_float(words.y);
@@ -32,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (col + i < p.cols) values[i] = __bfloat162float(x[i]);
+        if (col + i < cols) values[i] = __bfloat162float(x[i]);
       }
     }
   }
@@ -43,13 +73,27 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
   for (int offset = 8; offset > 0; offset /= 2)
     most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
   if (!is_there) return;
+  if constexpr (kSplit) {
+    const uint32_t exponent = max(__float_as_uint(most) >> 23, 8u);
+    const float power = __uint_as_float((261 - exponent) << 23);
+    uint32_t high[4], low[4];  // [4]
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_pair(values[2 * i] * power, values[2 * i + 1] * power, high[i], low[i]);
+    uint8_t* const to = static_cast<uint8_t*>(view.data) + 2 * row * view.stride + col;
+    *reinterpret_cast<uint2*>(to) = make_uint2(high[0] | high[1] << 16, high[2] | high[3] << 16);
+    *reinterpret_cast<uint2*>(to + view.stride) = make_uint2(low[0] | low[1] << 16, low[2] | low[3] << 16);
+    if (lane == 0) {
+      view.scale[blockIdx.y * view.scale_stride + row] =
+          __uint_as_float(exponent == 255 ? 0x7fffffffu : (exponent - 7) << 23);
+    }
+    return;
+  }
   const float inverse = most == 0 ? 0.0f : 448.0f / most;
   uint2 out;
   out.x = quantize_pair(values[0] * inverse, values[1] * inverse) |
           quantize_pair(values[2] * inverse, values[3] * inverse) << 16;
   out.y = quantize_pair(values[4] * inverse, values[5] * inverse) |
           quantize_pair(values[6] * inverse, values[7] * inverse) << 16;
-  const QuantizedView& view = is_plain ? p.plain_out : p.out;
   *reinterpret_cast<uint2*>(static_cast<uint8_t*>(view.data) + row * view.stride + col) = out;
   if (lane == 0) view.scale[blockIdx.y * view.scale_stride + row] = most / 448.0f;
 }
@@ -58,9 +102,12 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
 
 void run_quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
+  const int64_t channels =
+      std::max(params.out.stride, params.num_plain_rows > 0 ? params.plain_out.stride : 0);
   const dim3 grid(static_cast<unsigned>(ceil_div(params.num_rows + params.num_plain_rows, kBlockTokens)),
-                  static_cast<unsigned>(params.out.stride / kBlockK));
-  launch_overlapped(quantize_kernel, grid, kThreads, 0, stream, params, "quantize_kernel");
+                  static_cast<unsigned>(channels / kBlockK));
+  launch_overlapped(params.is_split ? quantize_kernel<true> : quantize_kernel<false>, grid, kThreads, 0,
+                    stream, params, "quantize_kernel");
 }
 
 }  // namespace rodin::cuda

@@ -1,4 +1,5 @@
-// Params and launchers of the kernels for many tokens: as kernels.h, with its letters.
+// Params and launchers of the kernels on Hopper's bulk tensor copies and warpgroup products: as kernels.h,
+// with its letters.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -29,7 +30,13 @@ struct QuantizeParams {
   int32_t cols = 0;
   bool is_aligned = false;  // every row of x begins at a multiple of 16 bytes
   QuantizedView out;
-  // The same x again, row for row: the shared expert's tokens beside the routed ones'.
+  bool is_successor_held = false;  // the next kernel begins once all before this one have ended
+  // Exact in two e4m3 parts (quantize.cu): rows 2 i and 2 i + 1 of out.data are row i of x.
+  bool is_split = false;
+  // More rows, those of another matrix: the shared expert's beside the routed ones'.
+  const void* plain_x = nullptr;  // bf16 [num_plain_rows, plain_cols]; null: x and its cols once more
+  int64_t plain_x_stride = 0;
+  int32_t plain_cols = 0;
   int32_t num_plain_rows = 0;
   QuantizedView plain_out = {};
 };
@@ -67,6 +74,41 @@ struct WgmmaParams {
 };
 void run_linear_wgmma(const WgmmaParams& params, cudaStream_t stream);
 void prepare_linear_wgmma();
+
+// ---- linear_split.cu ------------------------------------------------------------------------------------
+
+constexpr int kSplitRows = 64;        // weight rows of a unit; gated: half of them gate, half up
+constexpr int kSplitScaleMargin = 4;  // scales that are brought besides a tile's, as of kWgmmaScales
+
+// out = x W^T + bias with split inputs and FP8 weights, in one of these forms:
+// - plain:   x[0], weight[0], io[0]; where max_rows[1] is not 0, x[1], weight[1], io[1] too
+// - gated:   out = silu(x weight[0]^T) * (x weight[1]^T)
+// - grouped (map_table[0] set): the tiles of a MoePlan, which is complete before this kernel begins
+//            (QuantizeParams::is_successor_held), weights from the tables. Rows of x[0] lie in the plan's
+//            order; those of io[0] do where gated, and are order[row of x] elsewhere. The shared expert's
+//            have index 1 and are tokens.
+struct SplitParams {
+  TensorMap x[2];        // boxes [2 tile_tokens, kBlockK] of rows that alternate between high and low parts
+  TensorMap x_scale[2];  // boxes [1, tile_tokens + kSplitScaleMargin]
+  TensorMap maps[2];     // of the weights, boxes [kSplitRows, kBlockK], gated [kSplitRows / 2, kBlockK]
+  WeightView weight[2];
+  const TensorMap* map_table[2] = {nullptr, nullptr};  // [E + 1]
+  const WeightView* table[2] = {nullptr, nullptr};     // [E + 1]
+  MoePlan plan;
+  LinearIo io[2];  // out: bf16; x is not read
+  bool is_gated = false;
+  int32_t num_tokens = 0;        // T
+  int32_t tile_tokens = 0;       // 4, 8, 16 or 32: the same in the plan; changes the speed, not a bit
+  int32_t max_rows[2] = {0, 0};  // [2] N; grouped: of an expert and of the shared one
+  int32_t cols[2] = {0, 0};      // [2] K
+  int32_t num_shared_tiles = 0;  // grouped: the plan's last ones
+  int32_t max_tiles = 0;         // grouped: most of all
+  int32_t num_experts = 0;       // grouped: E
+  int32_t num_multiprocessors = 0;
+  int32_t num_stages = 0;  // set by run_linear_split
+};
+void run_linear_split(const SplitParams& params, cudaStream_t stream);
+void prepare_linear_split();
 
 // ---- mla_expand.cu, mla_prefill.cu ----------------------------------------------------------------------
 

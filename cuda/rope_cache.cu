@@ -29,7 +29,7 @@ template <bool kFp8>
 __global__ void __launch_bounds__(kRopeThreads) rope_store_kernel(const __grid_constant__ RopeStoreParams p) {
   let_successor_begin();
   wait_for_predecessor();
-  rope_store_block<kFp8>(p, blockIdx.x, blockIdx.y);
+  rope_store_block<kFp8>(p, blockIdx.x, blockIdx.y, threadIdx.x, [] { __syncthreads(); });
 }
 
 }  // namespace

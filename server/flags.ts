@@ -40,7 +40,7 @@ const LOGITS = ['logits'] as const;
 const BENCH = ['bench'] as const;
 const BUNDLED_MODEL = fileURLToPath(new URL('../models/pocket-r1', import.meta.url));
 /** what a step batch can carry for one sequence */
-const MAX_SPECULATIVE_TOKENS = 4;
+const MAX_SPECULATIVE_TOKENS = 8;
 const THINKING_END_PHRASE = '\nThat is enough thinking, so I answer now.\n';
 const THINKING_EXTEND_PHRASE = '\nWait, let me check that again.\n';
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'];
@@ -185,7 +185,7 @@ export const FLAGS: readonly Flag[] = [
     value: 'N',
     default: 'auto',
     parse: (text) => (text === 'auto' ? text : integer(0, MAX_SPECULATIVE_TOKENS, "'auto' or ")(text)),
-    help: 'tokens that the MTP layer drafts a step, 0 to 4, or auto: as many as pay; outputs stay the same',
+    help: 'tokens that the MTP layer drafts a step, 0 to 8, or auto: as many as pay; outputs stay the same',
   },
   {
     name: 'max-model-len',

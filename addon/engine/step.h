@@ -16,7 +16,7 @@
 namespace rodin {
 
 // Most drafts of a sequence in one step.
-constexpr int32_t kMaxDrafts = 4;
+constexpr int32_t kMaxDrafts = 8;
 
 struct StepBatch : SampleBatch {
   // [T] below 0 in a sequence's only sampled row: -1 - r is the token that row r of the step before sampled

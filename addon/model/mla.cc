@@ -24,6 +24,8 @@ void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& 
   if (mla.q_a.present()) {
     ops.linear_pair(x, mla.q_a, at.q_a, mla.kv_a, at.kv);
   } else {
+    if (ops.mla_joined(x, mla, kLatentNormEps, at.angles, index, cache, at.q, at.kv, at.attention, out))
+      return;
     ops.linear_pair(x, mla.q_b, at.q, mla.kv_a, at.kv);
   }
   finish_mla(ops, mla, index, cache, at, out);

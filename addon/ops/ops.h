@@ -193,6 +193,17 @@ class Ops {
     mla_attention(q, mla, index, cache, out);
   }
 
+  // linear_pair of q_b and kv_a, mla_store_and_attend and o's linear layer in fewer launches, with the bits
+  // of those: x [T, H] -> out [T, H]. False, and nothing is done, where this device has none for this layer
+  // and step.
+  virtual bool mla_joined([[maybe_unused]] const Tensor& x, [[maybe_unused]] const MlaWeights& mla,
+                          [[maybe_unused]] float eps, [[maybe_unused]] const Tensor& rope_table,
+                          [[maybe_unused]] const StepIndex& index, [[maybe_unused]] const CacheLayer& cache,
+                          [[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& kv,
+                          [[maybe_unused]] const Tensor& attention, [[maybe_unused]] const Tensor& out) {
+    return false;
+  }
+
   // ---- GQA: devices that have it override all three -----------------------------------------------------
   virtual bool has_gqa() const { return false; }
   // Rotates every head of q [T, A * D] and of the keys kv[:, :G * D] in place. The row kv [T, 2 * G * D],

@@ -15,7 +15,7 @@ const PROBE_DRAFTS = 16;
 /** gain at which a sequence starts to run the MTP module, whose prefill is not counted; at which it goes on */
 const MIN_GAIN_TO_START = 1.06;
 const MIN_GAIN = 1.03;
-const MIN_GAIN_OF_MORE = 1.05;
+const MIN_GAIN_OF_MORE = 1.02;
 /** steps in a row without gain after which sequences stop running the MTP module */
 const MAX_USELESS_STEPS = 16;
 /** every so many steps another number of drafts is tried for some steps: in turn none, one more, one fewer */

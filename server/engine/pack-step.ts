@@ -20,13 +20,13 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
   const slotMapping = arrays.int32(qStart[size]!); // [T]
   const blockTable = arrays.int32(blockTableStart[size]!); // [blockTableStart[S]]
   for (let index = 0; index < size; index++) {
-    const { sequence, start, count, draftIds, rowBefore = 0 } = planned[index]!;
+    const { sequence, start, count, draftIds } = planned[index]!;
     const { tokens, blockTable: blocks, numShared, numComputed } = sequence;
     const numTokens = count - draftIds.length;
     for (let row = 0, to = qStart[index]!; row < count; row++, to++) {
       const position = start + row;
       const isThere = position < numShared || position < numComputed;
-      tokenIds[to] = row < numTokens ? (tokens[position] ?? -1 - rowBefore) : draftIds[row - numTokens]!;
+      tokenIds[to] = row < numTokens ? (tokens[position] ?? rowName(planned[index]!)) : draftIds[row - numTokens]!;
       positions[to] = position;
       slotMapping[to] = isThere ? -1 : blocks[Math.floor(position / blockSize)]! * blockSize + (position % blockSize);
     }
@@ -47,6 +47,13 @@ export function packStep(plan: StepPlan, blockSize: number): StepBatch {
     logitRows: arrays.int32(0), // [0]
     draftLogitRows: arrays.int32(0), // [0]
   };
+}
+
+/** Stands for a token that the step before samples. */
+function rowName({ sequence, rowBefore }: PlannedSequence): number {
+  if (rowBefore === undefined)
+    throw new Error(`sequence ${sequence.id} has no token there, and no row of a step before`);
+  return -1 - rowBefore;
 }
 
 /** What a sequence has one value of. One loop: this is run every step. */

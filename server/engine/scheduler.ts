@@ -1,13 +1,12 @@
 import { ApiError } from '../errors.js';
 import { isLastOfLength, isUnderWay, planAhead } from './ahead-planner.js';
-import { BlockPool } from './block-pool.js';
-import type { CacheEvent } from './cache-events.js';
+import { BlockTables, type BlockTableOptions } from './block-tables.js';
 import { checkRequest, type RequestLimits } from './check-request.js';
 import { DraftPlanner } from './draft-planner.js';
 import { FixedDrafts, type DraftPolicy } from './draft-policy.js';
 import { GrammarCursor, type GrammarFollower } from './grammar-cursor.js';
 import { PlanBuilder } from './plan-builder.js';
-import { PrefixCache, type CachedBlock } from './prefix-cache.js';
+import type { CachedBlock } from './prefix-cache.js';
 import { Prewarmer } from './prewarmer.js';
 import type {
   EngineEvent,
@@ -19,45 +18,32 @@ import type {
   RequestProgress,
   ThinkingControl,
 } from './request.js';
+import { SequenceQueues } from './sequence-queues.js';
 import { Sequence } from './sequence.js';
 import type { StepResult } from './step-batch.js';
 import type { PlannedSequence, SequenceOutcome, StepPlan } from './step-plan.js';
 
-export interface SchedulerOptions {
-  blockSize: number;
-  numBlocks: number;
+export interface SchedulerOptions extends BlockTableOptions {
   /** token budget of one step; at least maxNumSeqs, so that decodes never starve a prefill */
   maxStepTokens: number;
   maxNumSeqs: number;
   limits: RequestLimits;
-  /** names the weights in the prefix cache's hashes */
-  fingerprint: string;
   /** who drafts how much; nobody where it is left out */
   drafts?: DraftPolicy;
   /** milliseconds of a clock: events then say how long their sequence waited */
   now?: () => number;
-  /** told of whatever changes in the prefix cache */
-  onCacheEvent?: (event: CacheEvent) => void;
   /** follows the grammars of sequences; without it requests with a grammar are refused */
   grammars?: GrammarFollower;
 }
 
-/**
- * Decides what each step computes. Waiting and running sequences are both in order of priority and arrival: the last
- * running sequence is preempted first, and the first waiting one is admitted first.
- */
+/** Decides what each step computes. */
 export class Scheduler {
   readonly #options: SchedulerOptions;
-  readonly #pool: BlockPool;
-  readonly #cache: PrefixCache;
+  readonly #queues = new SequenceQueues();
+  readonly #blocks: BlockTables;
   readonly #drafts: DraftPolicy;
   readonly #speculation: DraftPlanner;
   readonly #prewarmer: Prewarmer;
-  readonly #open = new Map<string, Sequence>();
-  /** of the open sequences, parts of prompts that nobody has asked for: they take no request's place */
-  #numPrewarms = 0;
-  readonly #waiting: Sequence[] = []; // [num_waiting]
-  readonly #running: Sequence[] = []; // [num_running]
   #numArrived = 0;
   /** Called when a mask has come: the event of a sequence that has ended with it, or null. */
   onGrammar: (event: EngineEvent | null) => void = () => {};
@@ -79,42 +65,40 @@ export class Scheduler {
       throw new RangeError(`maxContext (${options.limits.maxContext}) is more than the blocks hold`);
     }
     this.#options = options;
-    this.#pool = new BlockPool(options.numBlocks);
-    this.#cache = new PrefixCache(this.#pool, options.blockSize, options.fingerprint, options.onCacheEvent);
+    this.#blocks = new BlockTables(options);
+    const { cache } = this.#blocks;
     this.#drafts = options.drafts ?? new FixedDrafts(0);
-    this.#speculation = new DraftPlanner(this.#drafts, this.#cache, options.blockSize);
-    this.#prewarmer = new Prewarmer(this.#cache, options.blockSize, options.maxStepTokens);
+    this.#speculation = new DraftPlanner(this.#drafts, cache, options.blockSize);
+    this.#prewarmer = new Prewarmer(cache, options.blockSize, options.maxStepTokens);
   }
 
   get isIdle(): boolean {
-    return this.#open.size === 0;
+    return this.#queues.size === 0;
   }
 
   /** Queues a request; throws ApiError where it can never be served or the queue is full. */
   add(request: EngineRequest): void {
-    checkRequest(request, this.#open.size - this.#numPrewarms, this.#options.limits);
+    checkRequest(request, this.#queues.numRequests, this.#options.limits);
     if (request.grammar && this.#options.grammars === undefined) {
       throw new ApiError('unsupported_parameter', 'This engine cannot hold output to a format.', 'response_format');
     }
-    if (this.#open.has(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
-    const rootHash = this.#cache.rootHash(request.cacheSalt);
-    const sequence = new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
+    if (this.#queues.get(request.requestId)) throw new Error(`request id ${request.requestId} is in use`);
+    const sequence = this.#open(request);
     if (request.grammar) this.#follow(sequence, request.grammar);
     else sequence.resume(request.resumedIds ?? []);
     if (this.#options.now) sequence.addedAt = this.#options.now();
-    this.#open.set(request.requestId, sequence);
-    insert(this.#waiting, sequence);
+    this.#queues.add(sequence);
   }
 
   /** Ends a sequence from outside; null where no such sequence is open. */
   end(requestId: string, finishReason: 'abort' | 'error', error?: EngineEvent['error']): EngineEvent | null {
-    const sequence = this.#open.get(requestId);
+    const sequence = this.#queues.get(requestId);
     if (sequence === undefined) return null;
     return this.#finish(sequence, finishReason, { error });
   }
 
   control(requestId: string, control: ThinkingControl): void {
-    this.#open.get(requestId)?.control(control);
+    this.#queues.get(requestId)?.control(control);
   }
 
   /** Takes a prompt that is computed when nothing is open. One that no context holds is none of a next request. */
@@ -123,22 +107,12 @@ export class Scheduler {
   }
 
   openIds(): string[] {
-    return [...this.#open.keys()];
+    return this.#queues.ids();
   }
 
   /** Where the sequences stand that have had no event yet. */
   progress(): [requestId: string, progress: RequestProgress][] {
-    const waiting = this.#waiting.map((sequence, numAhead): [string, RequestProgress] => [
-      sequence.id,
-      { status: 'waiting', numAhead },
-    ]);
-    const prefills = this.#running
-      .filter(({ numCompletion, numPending }) => numCompletion === 0 && numPending > 0)
-      .map(({ id, numComputed, promptLength }): [string, RequestProgress] => [
-        id,
-        { status: 'prefill', numComputed, numTokens: promptLength },
-      ]);
-    return [...waiting, ...prefills];
+    return this.#queues.progress();
   }
 
   /**
@@ -147,21 +121,22 @@ export class Scheduler {
    */
   schedule(): StepPlan | null {
     const { maxStepTokens, maxNumSeqs } = this.#options;
-    if (this.#open.size === 0) this.#beginPrewarm();
+    if (this.isIdle) this.#beginPrewarm();
     const plan = new PlanBuilder(maxStepTokens);
     const numPreemptions = this.#counters.numPreemptions;
-    const decodes = this.#running.filter((sequence) => sequence.numPending === 1);
-    const prefills = this.#running.filter((sequence) => sequence.numPending > 1);
+    const { running, waiting } = this.#queues;
+    const decodes = running.filter((sequence) => sequence.numPending === 1);
+    const prefills = running.filter((sequence) => sequence.numPending > 1);
     for (const sequence of decodes) if (sequence.status === 'running') this.#plan(sequence, plan);
     // Two rows, because a prefill that runs the MTP module computes one again.
-    const numOthers = Math.min(prefills.length + this.#waiting.length, maxNumSeqs - decodes.length);
-    this.#speculation.addDrafts(plan, plan.budget - 2 * numOthers, this.#running.length);
+    const numOthers = Math.min(prefills.length + waiting.length, maxNumSeqs - decodes.length);
+    this.#speculation.addDrafts(plan, plan.budget - 2 * numOthers, running.length);
     for (const sequence of prefills) if (sequence.status === 'running') this.#plan(sequence, plan);
     if (this.#counters.numPreemptions === numPreemptions) this.#admit(plan);
-    this.#speculation.planMtp(plan.parts(), this.#running.length);
+    this.#speculation.planMtp(plan.parts(), running.length);
     if (plan.parts().length === 0) {
-      if (this.#running.some(({ awaitsMask }) => awaitsMask)) return null; // onGrammar tells when to go on
-      if (this.#open.size > 0) throw new Error('no open sequence can make progress');
+      if (running.some(({ awaitsMask }) => awaitsMask)) return null; // onGrammar tells when to go on
+      if (!this.isIdle) throw new Error('no open sequence can make progress');
       return null;
     }
     return { sequences: plan.parts() };
@@ -175,9 +150,10 @@ export class Scheduler {
   scheduleAhead(before: StepPlan): StepPlan | null {
     const parts = before.sequences.filter(isUnderWay);
     const numEnding = parts.filter(isLastOfLength).length;
-    const hasPlace = this.#running.length - numEnding < this.#options.maxNumSeqs;
-    if (parts.length < this.#running.length || (this.#waiting.length > 0 && hasPlace)) return null;
-    return planAhead(before, this.#cache, this.#options.blockSize);
+    const { running, waiting } = this.#queues;
+    const hasPlace = running.length - numEnding < this.#options.maxNumSeqs;
+    if (parts.length < running.length || (waiting.length > 0 && hasPlace)) return null;
+    return planAhead(before, this.#blocks.cache, this.#options.blockSize);
   }
 
   /** Takes over how long a step took, from the end of the one before to its own end. */
@@ -200,12 +176,9 @@ export class Scheduler {
 
   stats(): EngineStats {
     return {
-      numRunning: this.#running.length,
-      numWaiting: this.#waiting.length,
-      numBlocks: this.#pool.numBlocks,
-      numFreeBlocks: this.#pool.numFree,
-      numCachedBlocks: this.#cache.numIdle,
-      blockSize: this.#options.blockSize,
+      numRunning: this.#queues.running.length,
+      numWaiting: this.#queues.waiting.length,
+      ...this.#blocks.counts(),
       ...this.#counters,
       ...this.#speculation.counters(),
       numRestarts: 0,
@@ -214,20 +187,17 @@ export class Scheduler {
 
   /** Hashes that the prefix cache finds: for checks. */
   findable(): string[] {
-    return this.#cache.findable();
+    return this.#blocks.cache.findable();
   }
 
   /** What the prefix cache holds: for checks. */
   published(): readonly Readonly<CachedBlock>[] {
-    return this.#cache.published();
+    return this.#blocks.cache.published();
   }
 
   /** The counts alone: cheap enough for every idle moment. */
   checkCounts(): void {
-    this.#cache.checkCounts();
-    if (this.isIdle && this.#pool.numReferenced !== 0) {
-      throw new Error(`block invariant broken: ${this.#pool.numReferenced} blocks referenced by nobody`);
-    }
+    this.#blocks.checkCounts(this.isIdle);
   }
 
   /**
@@ -236,29 +206,13 @@ export class Scheduler {
    */
   checkInvariant(): void {
     this.checkCounts();
-    for (const queue of [this.#running, this.#waiting]) {
-      if (queue.some((sequence, index) => index > 0 && !queue[index - 1]!.precedes(sequence))) {
-        throw new Error(`order of sequences broken: ${queue.map(({ id }) => id).join(', ')}`);
-      }
-    }
-    this.#cache.checkInvariant();
-    const references = new Int32Array(this.#pool.numBlocks); // [num_blocks]
-    for (const sequence of this.#open.values()) {
-      for (const blockId of sequence.blockTable) references[blockId]!++;
-      if (sequence.status === 'waiting' && sequence.blockTable.length > 0) {
-        throw new Error(`block invariant broken: waiting sequence ${sequence.id} owns blocks`);
-      }
-    }
-    for (const [blockId, count] of references.entries()) {
-      if (this.#pool.references(blockId) !== count) {
-        throw new Error(
-          `block invariant broken: block ${blockId} has ${this.#pool.references(blockId)} references, ${count} users`,
-        );
-      }
-      if (count > 1 && !this.#cache.isPublished(blockId)) {
-        throw new Error(`block invariant broken: unpublished block ${blockId} is shared`);
-      }
-    }
+    this.#queues.checkOrder();
+    this.#blocks.checkReferences([...this.#queues.running, ...this.#queues.waiting]);
+  }
+
+  #open(request: EngineRequest): Sequence {
+    const rootHash = this.#blocks.cache.rootHash(request.cacheSalt);
+    return new Sequence(request, this.#numArrived++, this.#options.limits.maxContext, rootHash);
   }
 
   /** Opens a sequence's grammar; what becomes of it is told through onGrammar. */
@@ -285,13 +239,10 @@ export class Scheduler {
   #beginPrewarm(): void {
     const request = this.#prewarmer.next();
     if (request === null) return;
-    const { maxContext } = this.#options.limits;
-    const sequence = new Sequence(request, this.#numArrived++, maxContext, this.#cache.rootHash(request.cacheSalt));
+    const sequence = this.#open(request);
     sequence.isPrewarm = true;
-    this.#numPrewarms++;
     sequence.cachedTokens = 0; // no query of a request
-    this.#open.set(sequence.id, sequence);
-    insert(this.#waiting, sequence);
+    this.#queues.add(sequence);
   }
 
   /** Puts as many pending tokens of a running sequence into the plan as budget and blocks allow. */
@@ -321,72 +272,40 @@ export class Scheduler {
    * tokens have room; fewer than wanted only where this sequence is itself the youngest.
    */
   #reserve(sequence: Sequence, wanted: number, plan: PlanBuilder): number {
-    const { blockSize } = this.#options;
-    const { blockTable, numComputed } = sequence;
-    let numNeeded = Math.ceil((numComputed + wanted) / blockSize) - blockTable.length;
-    while (numNeeded > this.#cache.numAvailable) {
-      const youngest = this.#running.at(-1)!;
-      if (youngest === sequence) {
-        numNeeded = this.#cache.numAvailable;
-        break;
-      }
+    while (this.#blocks.numMissing(sequence, wanted) > this.#blocks.cache.numAvailable) {
+      const youngest = this.#queues.running.at(-1)!;
+      if (youngest === sequence) break;
       plan.remove(youngest);
-      this.#preempt(youngest);
+      this.#preemptLast();
     }
-    for (let taken = 0; taken < numNeeded; taken++) blockTable.push(this.#cache.take()!);
-    return Math.min(wanted, blockTable.length * blockSize - numComputed);
+    return this.#blocks.grow(sequence, wanted);
   }
 
-  /** Back into the queue, to be recomputed with what it has generated as part of its prefill. */
-  #preempt(sequence: Sequence): void {
-    this.#running.pop();
-    this.#release(sequence);
-    sequence.status = 'waiting';
+  /** The last running sequence goes back into the queue, to be recomputed with what it has generated as part of its prefill. */
+  #preemptLast(): void {
+    const sequence = this.#queues.preemptLast();
+    this.#blocks.release(sequence);
     sequence.numPreemptions++;
     this.#counters.numPreemptions++;
-    insert(this.#waiting, sequence);
   }
 
   /** Lets waiting sequences run, oldest first, as long as each finds blocks for all of its tokens. */
   #admit(plan: PlanBuilder): void {
-    while (this.#running.length < this.#options.maxNumSeqs && plan.budget > 0) {
-      const sequence = this.#waiting[0];
+    const { running, waiting } = this.#queues;
+    while (running.length < this.#options.maxNumSeqs && plan.budget > 0) {
+      const sequence = waiting[0];
       if (sequence === undefined || !this.#takePrefix(sequence)) return;
-      this.#waiting.shift();
-      insert(this.#running, sequence);
-      sequence.status = 'running';
-      this.#plan(sequence, plan);
+      this.#plan(this.#queues.admitFirst(), plan);
     }
   }
 
-  /**
-   * Gives a waiting sequence its blocks from the prefix cache. The last token is always computed, because its row is
-   * sampled; where its block came from the cache it is computed without being written.
-   */
   #takePrefix(sequence: Sequence): boolean {
-    const { blockSize } = this.#options;
-    const { tokens, rootHash, blockHashes } = sequence;
-    this.#cache.extendHashes(blockHashes, rootHash, tokens);
-    const { blockIds, numWithMtp } = this.#cache.findPrefix(blockHashes, rootHash, tokens);
-    const runsMtp = this.#drafts.wantsMtp(
-      Math.min(this.#options.maxNumSeqs, this.#running.length + this.#waiting.length),
-      blockSize * (blockIds.length - numWithMtp),
-    );
-    const blockTable = runsMtp ? blockIds.slice(0, numWithMtp) : blockIds;
-    this.#cache.takeFound(blockTable);
-    const numNeeded = Math.ceil(tokens.length / blockSize) - blockTable.length;
+    const { running, waiting } = this.#queues;
+    const numSequences = Math.min(this.#options.maxNumSeqs, running.length + waiting.length);
+    const wantsMtp = (numLost: number) => this.#drafts.wantsMtp(numSequences, numLost);
     // One block more for each running sequence, or it would be preempted as soon as they grow.
-    if (numNeeded + this.#running.length > this.#cache.numAvailable) {
-      this.#cache.release(blockTable);
-      return false;
-    }
-    sequence.blockTable = blockTable;
-    sequence.numShared = blockTable.length * blockSize;
-    sequence.numComputed = Math.min(sequence.numShared, tokens.length - 1);
-    sequence.numPublished = blockTable.length;
-    sequence.runsMtp = runsMtp;
-    if (runsMtp) sequence.numMtp = Math.max(1, sequence.numShared);
-    this.#drafts.admit(runsMtp);
+    if (!this.#blocks.takePrefix(sequence, running.length, wantsMtp)) return false;
+    this.#drafts.admit(sequence.runsMtp);
     if (sequence.cachedTokens < 0) {
       if (this.#options.now) sequence.queueMs = this.#options.now() - sequence.addedAt;
       sequence.cachedTokens = Math.min(sequence.numShared, sequence.promptLength);
@@ -415,7 +334,7 @@ export class Scheduler {
         if (sequence.request.prefillOnly) {
           // The row vouches for what was computed; what was sampled from it is dropped.
           sequence.advance(start + count, part.runMtp ? start + count : sequence.numMtp);
-          this.#publish(sequence);
+          this.#blocks.publish(sequence);
           return this.#finish(sequence, 'stop', {});
         }
         const { tokens, numRows, isLastKept } = sequence.appendSampled(outcome.tokens);
@@ -426,7 +345,7 @@ export class Scheduler {
         sequence.advance(numComputed, part.runMtp ? numComputed + Number(isLastKept) : sequence.numMtp);
         // Drafts follow the last token sampled; forced tokens take their place.
         if (numRows === tokens.length && isLastKept && !sequence.followsGrammar) sequence.draftIds = outcome.draftIds;
-        this.#publish(sequence);
+        this.#blocks.publish(sequence);
         if (sequence.isGrammarComplete) sequence.finishReason ??= 'stop'; // of the empty grammar, behind reasoning
         if (sequence.finishReason === null) return this.#event(sequence, { tokens });
         const stopTokenId = sequence.finishReason === 'stop' ? tokens.at(-1)!.id : undefined;
@@ -435,36 +354,10 @@ export class Scheduler {
     }
   }
 
-  /**
-   * Offers the full computed blocks to the prefix cache. Called only when a row came out finite, which vouches for
-   * every latent it attended to; so the blocks of a prefill are published at its end, not chunk by chunk.
-   */
-  #publish(sequence: Sequence): void {
-    const { blockSize } = this.#options;
-    const { tokens, rootHash, blockHashes, blockTable, numComputed, numMtp } = sequence;
-    const numFull = Math.floor(numComputed / blockSize);
-    if (sequence.numPublished >= numFull) return;
-    this.#cache.extendHashes(blockHashes, rootHash, tokens);
-    while (sequence.numPublished < numFull) {
-      const index = sequence.numPublished++;
-      const hasMtp = numMtp >= (index + 1) * blockSize;
-      this.#cache.publish(blockTable[index]!, index, blockHashes, rootHash, tokens, hasMtp);
-    }
-  }
-
-  #release(sequence: Sequence): void {
-    this.#cache.release(sequence.blockTable);
-    sequence.reset();
-  }
-
   #finish(sequence: Sequence, finishReason: FinishReason, rest: Partial<EngineEvent>): EngineEvent {
-    const queue = sequence.status === 'running' ? this.#running : this.#waiting;
-    queue.splice(queue.indexOf(sequence), 1);
-    this.#open.delete(sequence.id);
-    if (sequence.isPrewarm) this.#numPrewarms--;
+    this.#queues.remove(sequence);
     sequence.grammar?.close();
-    this.#release(sequence);
-    sequence.status = 'finished';
+    this.#blocks.release(sequence);
     sequence.finishReason = finishReason;
     return this.#event(sequence, { ...rest, finishReason });
   }
@@ -491,11 +384,4 @@ export class Scheduler {
       ...rest,
     };
   }
-}
-
-/** Keeps a queue in order; most sequences belong to its end. */
-function insert(queue: Sequence[], sequence: Sequence): void {
-  let index = queue.length;
-  while (index > 0 && sequence.precedes(queue[index - 1]!)) index--;
-  queue.splice(index, 0, sequence);
 }

@@ -91,4 +91,4 @@ export interface StepResult {
 }
 
 /** Most drafts of a sequence in one step. */
-export const MAX_DRAFTS = 4;
+export const MAX_DRAFTS = 8;

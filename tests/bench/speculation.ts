@@ -3,6 +3,7 @@ import { parseArgs } from 'node:util';
 import type { Engine } from '../../server/engine/engine.js';
 import { loadAddon } from '../../server/engine/load-addon.js';
 import { startEngine, type EngineConfig } from '../../server/engine/start-engine.js';
+import { MAX_DRAFTS } from '../../server/engine/step-batch.js';
 import { usableCores } from '../../server/machine.js';
 import { fixture, pooled, Server } from '../e2e/server.js';
 import { makeRequest } from '../helpers/fake-runner.js';
@@ -33,10 +34,16 @@ interface Contestant {
   drafts: string;
   /** decodes prompt `index`: tokens after the first, and the milliseconds they took */
   decode(index: number): Promise<{ tokens: number; ms: number }>;
-  /** accepted / drafted so far, by depth; empty where nothing was drafted */
-  acceptance(): Promise<number[]>;
+  drafted(): Promise<Drafted>;
   close(): Promise<void>;
   rates: number[]; // [num_rounds] tokens/s
+}
+
+/** Of all answers so far. */
+interface Drafted {
+  numRounds: number;
+  numDrafts: number;
+  accepted: readonly number[]; // [MAX_DRAFTS] by depth
 }
 
 interface Reference {
@@ -69,7 +76,7 @@ else {
 
 async function main(): Promise<void> {
   const drafts = values.drafts.split(',');
-  if (drafts.some((one) => !/^([0-4]|auto)$/.test(one))) throw new Error('--drafts lists 0 to 4 and auto.');
+  if (drafts.some((one) => !/^([0-8]|auto)$/.test(one))) throw new Error('--drafts lists 0 to 8 and auto.');
   const [numRounds, numPrompts] = [count('rounds', 1000), count('prompts', 48)];
   const references = (fixture('greedy.jsonl') as Reference[])
     .filter(({ thinking }) => thinking)
@@ -143,9 +150,13 @@ async function inProcess(drafts: string, references: Reference[]): Promise<Conte
       }
       return { tokens: numTokens - numFirst, ms: performance.now() - firstAt };
     },
-    acceptance: () => {
-      const { specNumDrafts, specAcceptedPerPos } = engine.stats();
-      return Promise.resolve(chances(specNumDrafts, specAcceptedPerPos));
+    drafted: () => {
+      const { specNumDrafts, specNumDraftTokens, specAcceptedPerPos } = engine.stats();
+      return Promise.resolve({
+        numRounds: specNumDrafts,
+        numDrafts: specNumDraftTokens,
+        accepted: specAcceptedPerPos,
+      });
     },
     close: () => engine.close(),
   };
@@ -174,14 +185,15 @@ async function overHttp(drafts: string, references: Reference[]): Promise<Contes
       if (sample.error !== null) throw new Error(sample.error);
       return { tokens: sample.completionTokens - 1, ms: sample.lastTokenAt! - sample.firstTokenAt! };
     },
-    async acceptance() {
-      const rounds = await server.metric('vllm:spec_decode_num_drafts_total');
+    async drafted() {
+      const numRounds = await server.metric('vllm:spec_decode_num_drafts_total');
+      const numDrafts = await server.metric('vllm:spec_decode_num_draft_tokens_total');
       const accepted: number[] = [];
-      for (let depth = 0; depth < 4; depth++) {
+      for (let depth = 0; depth < MAX_DRAFTS; depth++) {
         const line = `vllm:spec_decode_num_accepted_tokens_per_pos_total{position="${depth}"`;
         accepted.push(await server.metric(line));
       }
-      return chances(rounds, accepted);
+      return { numRounds, numDrafts, accepted };
     },
     async close() {
       agent.destroy();
@@ -190,22 +202,35 @@ async function overHttp(drafts: string, references: Reference[]): Promise<Contes
   };
 }
 
-/** Chance that a draft is accepted whose predecessors were, as far as there were any. */
-function chances(rounds: number, accepted: readonly number[]): number[] {
-  const before = [rounds, ...accepted];
-  return accepted.map((count, depth) => count / before[depth]!).filter((chance) => chance > 0);
+/** Drafts of a round that had any. */
+function width({ numRounds, numDrafts }: Drafted): string {
+  return numRounds === 0 ? '' : (numDrafts / numRounds).toFixed(1);
+}
+
+/** Chance that a draft is accepted, by depth where all rounds but the last of an answer have the same number. */
+function acceptance(drafts: string, { numRounds, numDrafts, accepted }: Drafted): string {
+  if (numDrafts === 0) return '';
+  if (drafts === 'auto') return (accepted.reduce((sum, count) => sum + count, 0) / numDrafts).toFixed(2);
+  const before = [numRounds, ...accepted];
+  return accepted
+    .slice(0, Number(drafts))
+    .map((count, depth) => (count / before[depth]!).toFixed(2))
+    .join(' ');
 }
 
 async function print(contestants: readonly Contestant[]): Promise<void> {
-  const lines = ['|  | drafts | tokens/s | best | ratio | accepted by depth |', '|---|---|---|---|---|---|'];
+  const lines = [
+    '|  | drafts | tokens/s | best | ratio | drafts a round | accepted by depth, of auto of all |',
+    '|---|---|---|---|---|---|---|',
+  ];
   for (const contestant of contestants) {
     const { way, drafts, rates } = contestant;
     const base = contestants.find((other) => other.way === way)!;
     const ratio = median(rates.map((rate, round) => rate / base.rates[round]!));
-    const acceptance = (await contestant.acceptance()).map((chance) => chance.toFixed(2)).join(' ');
+    const drafted = await contestant.drafted();
     const [middle, best] = [median(rates), Math.max(...rates)];
     lines.push(
-      `| ${way} | ${drafts} | ${middle.toFixed(0)} | ${best.toFixed(0)} | ${ratio.toFixed(2)} | ${acceptance} |`,
+      `| ${way} | ${drafts} | ${middle.toFixed(0)} | ${best.toFixed(0)} | ${ratio.toFixed(2)} | ${width(drafted)} | ${acceptance(drafts, drafted)} |`,
     );
   }
   process.stdout.write(`${lines.join('\n')}\n`);

@@ -43,6 +43,16 @@ export class CheckpointCopy {
     writeFileSync(this.path(file), edit(readFileSync(this.path(file))));
   }
 
+  /** Changes one tensor's bytes in place. */
+  editTensor(file: string, name: string, edit: (bytes: Buffer) => void): void {
+    this.editBytes(file, (bytes) => {
+      const data = 8 + Number(bytes.readBigUInt64LE(0));
+      const [begin, end] = (JSON.parse(bytes.toString('utf8', 8, data)) as Header)[name]!.data_offsets;
+      edit(bytes.subarray(data + begin!, data + end!));
+      return bytes;
+    });
+  }
+
   /** Rewrites a shard's header; the tensors stay as they are. */
   editHeader(file: string, edit: (header: Header) => Header | void): void {
     this.editHeaderText(file, (text) => {

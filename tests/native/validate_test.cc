@@ -106,7 +106,7 @@ const std::vector<BadBatch> kBadBatches = {
     {"run_mtp has 1", [](StepBatch& b, RunnerOptions&) { b.run_mtp.pop_back(); }},
     {"run_mtp[1] is 2", [](StepBatch& b, RunnerOptions&) { b.run_mtp[1] = 2; }},
     {"num_drafts has 3", [](StepBatch& b, RunnerOptions&) { b.num_drafts.push_back(0); }},
-    {"num_drafts[1] is 5", [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = 5; }},
+    {"num_drafts[1] is 9", [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = 9; }},
     {"num_drafts[1] is -1", [](StepBatch& b, RunnerOptions&) { b.num_drafts[1] = -1; }},
     {"has no sampled row", [](StepBatch& b, RunnerOptions&) { b.num_drafts[0] = 1; }},
     {"does not run the MTP module", [](StepBatch& b, RunnerOptions&) { b.run_mtp[1] = 0; }},

@@ -1,17 +1,22 @@
 import assert from 'node:assert/strict';
 import { join } from 'node:path';
-import { test } from 'node:test';
+import { after, test } from 'node:test';
 import type { Engine } from '../../server/engine/engine.js';
 import type { NativeAddon } from '../../server/engine/addon.js';
 import { loadAddon } from '../../server/engine/load-addon.js';
 import type { EngineRequest, EngineStats } from '../../server/engine/request.js';
 import { startEngine, type EngineConfig } from '../../server/engine/start-engine.js';
-import { FIXTURES } from '../helpers/checkpoint-copy.js';
+import { MAX_DRAFTS } from '../../server/engine/step-batch.js';
+import { CheckpointCopy, FIXTURES, POCKET_R1 } from '../helpers/checkpoint-copy.js';
 import { makeRequest } from '../helpers/fake-runner.js';
 import { ENGINE_CONFIG, SETUPS, evaluationPrompts, makeRequests, outputsOf } from '../helpers/speculation-workload.js';
 
 /** 2,000 of them were run by hand: SPECULATION_REQUESTS=2000 */
 const NUM_REQUESTS = Number(process.env['SPECULATION_REQUESTS'] ?? 90);
+/** drafts that pocket-r1's module was trained for */
+const TRAINED_DEPTH = 4;
+/** of a norm's 512 */
+const POOR_BYTES = 400;
 
 async function withEngine<T>(overrides: Partial<EngineConfig>, body: (engine: Engine) => Promise<T>): Promise<T> {
   const engine = await startEngine(loadAddon(), { ...ENGINE_CONFIG, ...overrides });
@@ -32,14 +37,20 @@ const names = Object.keys(SETUPS);
 const totals = { numPreemptions: 0, prefixCacheHits: 0, specNumDraftTokens: 0, specNumAcceptedTokens: 0 };
 let alone: Promise<string[]> | null = null;
 
-for (const speculativeTokens of [1, 2, 3, 4, 'auto'] as const) {
+/** pocket-r1 whose MTP module sees little of the hidden states: many drafts are wrong, and outputs must be the same. */
+const poor = new CheckpointCopy(POCKET_R1);
+after(() => poor.close());
+poor.editTensor('model.safetensors', 'model.layers.6.hnorm.weight', (bytes) => bytes.fill(0, 0, POOR_BYTES));
+
+for (const [round, speculativeTokens] of ([1, 2, 4, 8, 'auto'] as const).entries()) {
   test(`${NUM_REQUESTS} requests: ${speculativeTokens} drafts change no token, log-probability or finish reason`, async () => {
     // One at a time, each with a salt of its own: nothing around it.
     const salted = requests.map((request, index) => ({ ...request, cacheSalt: `alone ${index}` }));
     const expected = await (alone ??= withEngine({}, (engine) => outputsOf(engine, salted, 1)));
     for (const [setup, name] of names.entries()) {
       const chosen = requests.flatMap((_, index) => (index % names.length === setup ? [index] : []));
-      await withEngine({ ...SETUPS[name], speculativeTokens }, async (engine) => {
+      const model = (setup + round) % 2 === 0 ? POCKET_R1 : poor.folder;
+      await withEngine({ ...SETUPS[name], speculativeTokens, model }, async (engine) => {
         const outputs = await outputsOf(
           engine,
           chosen.map((index) => requests[index]!),
@@ -109,16 +120,21 @@ test('a prefix hit, whole or in part, and chunks of the prompt give the same dra
   await chunked.close();
 });
 
-test('pocket-r1, greedy: at least 95 % of the drafts at depth 1 are accepted', async (context) => {
-  await withEngine({ speculativeTokens: 1 }, async (engine) => {
+test('pocket-r1, greedy: at least 95 % of the drafts that the module was trained for are accepted where those before them are', async (context) => {
+  await withEngine({ speculativeTokens: MAX_DRAFTS }, async (engine) => {
     const greedy = prompts
       .slice(0, 40)
-      .map((prompt, index) => makeRequest(`r${index}`, prompt, { maxTokens: 60, stopTokenIds: [1] }));
+      // Room for all drafts, until the answer ends.
+      .map((prompt, index) => makeRequest(`r${index}`, prompt, { maxTokens: 400, stopTokenIds: [1] }));
     await outputsOf(engine, greedy, 16);
-    const { specNumDraftTokens, specNumAcceptedTokens } = engine.stats();
-    const rate = specNumAcceptedTokens / specNumDraftTokens;
-    context.diagnostic(`${specNumAcceptedTokens} of ${specNumDraftTokens}`);
-    assert.ok(specNumDraftTokens > 500 && rate >= 0.95, `${rate}`);
+    const { specNumDrafts, specAcceptedPerPos } = engine.stats();
+    context.diagnostic(`${specNumDrafts} rounds, accepted by depth ${specAcceptedPerPos.join(' ')}`);
+    assert.ok(specNumDrafts > 100);
+    for (const [depth, accepted] of specAcceptedPerPos.entries()) {
+      const asked = depth === 0 ? specNumDrafts : specAcceptedPerPos[depth - 1]!;
+      const least = depth < TRAINED_DEPTH ? 0.95 : 0.9;
+      assert.ok(accepted >= least * asked, `depth ${depth + 1}: ${accepted} of ${asked}`);
+    }
   });
 });
 

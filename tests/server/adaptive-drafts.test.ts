@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { AdaptiveDrafts } from '../../server/engine/adaptive-drafts.js';
 import { CostModel } from '../../server/engine/cost-model.js';
+import { MAX_DRAFTS } from '../../server/engine/step-batch.js';
 
 /** A made-up machine: what its steps cost, and how likely a draft at each depth is accepted. */
 interface Machine {
@@ -106,11 +107,34 @@ const BOUND_BY_ROWS = {
   draft: (numDrafting: number, numDrafts: number) => (10 + 50 * numDrafting) * numDrafts,
 };
 
+/** Tokens of a step with so many drafts, all of them equally likely. */
+function tokensOf(numDrafts: number, acceptance: number): number {
+  return (1 - acceptance ** (numDrafts + 1)) / (1 - acceptance);
+}
+
 test('all drafts accepted, and rows almost free: as many drafts as there may be', () => {
-  const simulation = new Simulation({ ...BOUND_BY_BYTES, acceptance: [0.98, 0.98, 0.98, 0.98] });
+  const simulation = new Simulation({ ...BOUND_BY_BYTES, acceptance: new Array<number>(MAX_DRAFTS).fill(0.98) });
   const perToken = simulation.run(20, 1, 300);
-  const best = (BOUND_BY_BYTES.main(5) + BOUND_BY_BYTES.draft(1, 4)) / 4.9;
+  const micros = BOUND_BY_BYTES.main(1 + MAX_DRAFTS) + BOUND_BY_BYTES.draft(1, MAX_DRAFTS);
+  const best = micros / tokensOf(MAX_DRAFTS, 0.98);
   assert.ok(perToken < 1.1 * best, `${perToken} against ${best}`);
+});
+
+test('good drafts of which each costs half a step: nearly the best number, soon', () => {
+  // pocket-r1 on two cores
+  const machine = {
+    main: (rows: number) => 85 + 53 * rows,
+    draft: (_: number, count: number) => 35 * count,
+    other: 50,
+  };
+  const simulation = new Simulation({ ...machine, acceptance: new Array<number>(MAX_DRAFTS).fill(0.98) });
+  const perToken = simulation.run(12, 1, 200);
+  const best = Math.min(
+    ...Array.from({ length: MAX_DRAFTS + 1 }, (_, count) => {
+      return (machine.main(1 + count) + machine.draft(1, count) + machine.other) / tokensOf(count, 0.98);
+    }),
+  );
+  assert.ok(perToken < 1.08 * best, `${perToken} against ${best}`);
 });
 
 test('a first draft that is good and a second that is not: one draft', () => {

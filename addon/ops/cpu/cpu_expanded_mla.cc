@@ -8,7 +8,7 @@ namespace {
 // Tiles of keys of one wave of attend_split.
 constexpr int64_t kMaxParts = 256;
 // Multiply-adds below which attention is not worth waking the other workers.
-constexpr int64_t kMinParallelWork = 256 * 1024;
+constexpr int64_t kMinParallelWork = 128 * 1024;
 // Tokens that a task stores.
 constexpr int64_t kStoredTokens = 16;
 constexpr int64_t kRowAlign = 32;
@@ -33,12 +33,14 @@ CpuExpandedMla::CpuExpandedMla(const Kernels& kernels, ThreadPool& pool, const M
   for (Worker& worker : workers_) {
     const int64_t query = round_up(shape.nope_dim, kRowAlign) + round_up(shape.rope_dim, kRowAlign);
     worker.scratch.resize(static_cast<size_t>(kQueryTile * query));
-    worker.query.resize(static_cast<size_t>(shape.num_heads * shape.qk_dim()));
+    worker.query.resize(static_cast<size_t>(2 * shape.num_heads * shape.qk_dim()));
     worker.row.resize(static_cast<size_t>(layout_.row_dim()));
     if (!is_grouped_) worker.groups.resize(static_cast<size_t>(kKeyTile * layout_.row_dim()));
-    worker.part.resize(static_cast<size_t>(out_dim()));
-    for (auto* values : {&worker.part_max, &worker.part_sum, &worker.max, &worker.sum}) values->resize(heads);
+    worker.part.resize(static_cast<size_t>(2 * out_dim()));
+    for (auto* values : {&worker.part_max, &worker.part_sum, &worker.max, &worker.sum})
+      values->resize(2 * heads);
   }
+  units_.reserve(static_cast<size_t>(max_step_tokens));
   parts_.resize(static_cast<size_t>(kMaxParts * out_dim()));
   for (auto* values : {&parts_max_, &parts_sum_, &total_max_, &total_sum_}) {
     values->resize(static_cast<size_t>(kMaxParts) * heads);
@@ -91,30 +93,45 @@ void CpuExpandedMla::store(const Tensor& kv, const Tensor& rope_table, const Ste
   });
 }
 
-CpuExpandedMla::Tile CpuExpandedMla::tile_of(const Call& at, int64_t token, int64_t tile) const {
+CpuExpandedMla::Result CpuExpandedMla::result_at(std::vector<float>& out, std::vector<float>& max,
+                                                 std::vector<float>& sum, int64_t i) const {
+  return {out.data() + i * out_dim(), max.data() + i * shape_.num_heads, sum.data() + i * shape_.num_heads};
+}
+
+void CpuExpandedMla::find_units(const StepIndex& index) {
+  units_.clear();
+  for (int64_t t = 0; t < index.num_tokens;) {
+    const bool has_two = kernels_.attend_expanded_two != nullptr && t + 1 < index.num_tokens &&
+                         index.seq_of_token[t] == index.seq_of_token[t + 1];
+    units_.push_back({t, has_two ? 2 : 1});
+    t += units_.back().count;
+  }
+}
+
+CpuExpandedMla::Tile CpuExpandedMla::tile_of(const Call& at, const Unit& unit, int64_t tile) const {
   const StepIndex& index = at.index;
   const int64_t begin = tile * kKeyTile;
   Tile result;
   result.begin = begin;
   result.first = std::max<int64_t>(index.first_position - begin, 0);
-  result.end = std::min<int64_t>(kKeyTile, index.cache_positions[token] + 1 - begin);
+  result.end = std::min<int64_t>(kKeyTile, index.cache_positions[unit.last()] + 1 - begin);
   if (!is_grouped_) return result;
   const int64_t first_group = result.first / kKeyGroup;
   const int64_t last_group = (result.end - 1) / kKeyGroup;
   for (int64_t i = 0; i < kTileGroups; ++i) {
     const int64_t group = std::clamp(i, first_group, last_group);
-    const int64_t slot = slot_of(index, index.seq_of_token[token], begin + group * kKeyGroup);
+    const int64_t slot = slot_of(index, index.seq_of_token[unit.token], begin + group * kKeyGroup);
     result.groups[i] = at.cache.latents.row<uint16_t>(slot);
   }
   return result;
 }
 
-void CpuExpandedMla::make_groups(const Call& at, int64_t token, Tile& tile, Worker& worker) const {
+void CpuExpandedMla::make_groups(const Call& at, const Unit& unit, Tile& tile, Worker& worker) const {
   GroupKeyArgs args;
   args.layout = layout_;
   const int64_t group_size = kKeyGroup * layout_.row_dim();
   for (int64_t j = tile.first; j < tile.end; ++j) {
-    const int64_t slot = slot_of(at.index, at.index.seq_of_token[token], tile.begin + j);
+    const int64_t slot = slot_of(at.index, at.index.seq_of_token[unit.token], tile.begin + j);
     args.row = at.cache.latents.row<uint16_t>(slot);
     args.lane = j % kKeyGroup;
     args.group = worker.groups.data() + j / kKeyGroup * group_size;
@@ -123,34 +140,40 @@ void CpuExpandedMla::make_groups(const Call& at, int64_t token, Tile& tile, Work
   for (int64_t i = 0; i < kTileGroups; ++i) tile.groups[i] = worker.groups.data() + i * group_size;
 }
 
-void CpuExpandedMla::take_query(const Call& at, int64_t token, Worker& worker) const {
-  kernels_.scale(at.q.row<float>(token), shape_.softmax_scale, shape_.num_heads * shape_.qk_dim(),
-                 worker.query.data());
+void CpuExpandedMla::take_queries(const Call& at, const Unit& unit, Worker& worker) const {
+  const int64_t size = shape_.num_heads * shape_.qk_dim();
+  for (int64_t i = 0; i < unit.count; ++i) {
+    kernels_.scale(at.q.row<float>(unit.token + i), shape_.softmax_scale, size,
+                   worker.query.data() + i * size);
+  }
 }
 
-void CpuExpandedMla::attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next,
-                                 Worker& worker, float* out, float* max, float* sum) const {
-  AttendExpandedArgs args;
-  args.layout = layout_;
-  args.q = worker.query.data();
+void CpuExpandedMla::attend_tile(const Call& at, const Unit& unit, const Tile& tile, const Tile* next,
+                                 Worker& worker, const Result* results) const {
   Tile grouped = tile;
-  if (!is_grouped_) make_groups(at, token, grouped, worker);
-  args.groups = grouped.groups;
-  args.first = tile.first;
-  args.end = tile.end;
-  args.next_groups = next && is_grouped_ ? next->groups : nullptr;
-  args.scratch = worker.scratch.data();
-  args.out = out;
-  args.max = max;
-  args.sum = sum;
-  kernels_.attend_expanded(args);
+  if (!is_grouped_) make_groups(at, unit, grouped, worker);
+  AttendExpandedArgs args[2];  // [2]
+  for (int64_t i = 0; i < unit.count; ++i) {
+    args[i].layout = layout_;
+    args[i].q = worker.query.data() + i * shape_.num_heads * shape_.qk_dim();
+    args[i].groups = grouped.groups;
+    args[i].first = tile.first;
+    args[i].end = std::min<int64_t>(kKeyTile, at.index.cache_positions[unit.token + i] + 1 - tile.begin);
+    args[i].next_groups = next && is_grouped_ ? next->groups : nullptr;
+    args[i].scratch = worker.scratch.data();
+    args[i].out = results[i].out;
+    args[i].max = results[i].max;
+    args[i].sum = results[i].sum;
+  }
+  const bool both = unit.count == 2 && args[0].end > tile.first;
+  if (both) return kernels_.attend_expanded_two(args[0], args[1]);
+  kernels_.attend_expanded(args[unit.count - 1]);
 }
 
-void CpuExpandedMla::combine(float* out, float* max, float* sum, const float* part, const float* part_max,
-                             const float* part_sum) const {
+void CpuExpandedMla::combine(const Result& total, const Result& part) const {
   for (int64_t h = 0; h < shape_.num_heads; ++h) {
-    kernels_.combine(out + h * shape_.v_dim, max + h, sum + h, part + h * shape_.v_dim, part_max[h],
-                     part_sum[h], shape_.v_dim);
+    kernels_.combine(total.out + h * shape_.v_dim, total.max + h, total.sum + h, part.out + h * shape_.v_dim,
+                     part.max[h], part.sum[h], shape_.v_dim);
   }
 }
 
@@ -161,45 +184,52 @@ void CpuExpandedMla::divide(float* out, const float* sum) const {
   }
 }
 
-void CpuExpandedMla::attend_token(const Call& at, int64_t token, int64_t next_token, Worker& worker) const {
-  float* out = at.out.row<float>(token);
-  take_query(at, token, worker);
+void CpuExpandedMla::attend_unit(const Call& at, const Unit& unit, const Unit* next_unit,
+                                 Worker& worker) const {
+  Result totals[2], parts[2];  // [2]
+  for (int64_t i = 0; i < unit.count; ++i) {
+    parts[i] = result_at(worker.part, worker.part_max, worker.part_sum, i);
+    totals[i] = result_at(worker.part, worker.max, worker.sum, i);
+    totals[i].out = at.out.row<float>(unit.token + i);
+  }
+  take_queries(at, unit, worker);
   Tile tiles[2];  // [2] the one in hand, the one after it
-  tiles[0] = tile_of(at, token, 0);
-  const int64_t num_tiles = num_tiles_of(at.index, token);
+  tiles[0] = tile_of(at, unit, 0);
+  const int64_t num_tiles = num_tiles_of(at.index, unit.last());
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const Tile& keys = tiles[tile % 2];
     Tile& next = tiles[(tile + 1) % 2];
     const bool is_end = tile + 1 == num_tiles;
-    const bool is_last = is_end && next_token >= at.index.num_tokens;
-    if (!is_end) next = tile_of(at, token, tile + 1);
-    if (is_end && !is_last) next = tile_of(at, next_token, 0);
-    const Tile* ahead = is_last ? nullptr : &next;
-    if (tile == 0) {
-      attend_tile(at, token, keys, ahead, worker, out, worker.max.data(), worker.sum.data());
-      continue;
+    if (!is_end) next = tile_of(at, unit, tile + 1);
+    if (is_end && next_unit) next = tile_of(at, *next_unit, 0);
+    const Tile* ahead = is_end && !next_unit ? nullptr : &next;
+    attend_tile(at, unit, keys, ahead, worker, tile == 0 ? totals : parts);
+    if (tile == 0) continue;
+    for (int64_t i = 0; i < unit.count; ++i) {
+      if (tile < num_tiles_of(at.index, unit.token + i)) combine(totals[i], parts[i]);
     }
-    attend_tile(at, token, keys, ahead, worker, worker.part.data(), worker.part_max.data(),
-                worker.part_sum.data());
-    combine(out, worker.max.data(), worker.sum.data(), worker.part.data(), worker.part_max.data(),
-            worker.part_sum.data());
   }
-  divide(out, worker.sum.data());
+  for (int64_t i = 0; i < unit.count; ++i) divide(totals[i].out, totals[i].sum);
 }
 
 void CpuExpandedMla::attention(const Tensor& q, const StepIndex& index, const CacheLayer& cache,
                                const Tensor& out) {
   const Call at = {q, index, cache, out};
+  find_units(index);
   int64_t num_keys = 0;  // of all tokens
   for (int64_t t = 0; t < index.num_tokens; ++t) num_keys += index.cache_positions[t] + 1;
   const int64_t work = num_keys * shape_.num_heads * (shape_.qk_dim() + shape_.v_dim);
   const int64_t num_threads = pool_.num_threads();
+  const auto num_units = static_cast<int64_t>(units_.size());
+  const auto attend = [&](int64_t i, int64_t next, int worker) {
+    const Unit* next_unit = next < num_units ? &units_[static_cast<size_t>(next)] : nullptr;
+    attend_unit(at, units_[static_cast<size_t>(i)], next_unit, workers_[static_cast<size_t>(worker)]);
+  };
   if (num_threads == 1 || work < kMinParallelWork) {
-    for (int64_t t = 0; t < index.num_tokens; ++t) attend_token(at, t, t + 1, workers_[0]);
-  } else if (index.num_tokens >= 2 * num_threads || index.max_context_len <= kKeyTile) {
-    pool_.parallel_for(index.num_tokens, [&](int64_t token, int worker) {
-      attend_token(at, token, token + num_threads, workers_[static_cast<size_t>(worker)]);
-    });
+    for (int64_t i = 0; i < num_units; ++i) attend(i, i + 1, 0);
+  } else if (num_units >= 2 * num_threads || index.num_tokens > kMaxParts ||
+             index.max_context_len <= kKeyTile) {
+    pool_.parallel_for(num_units, [&](int64_t i, int worker) { attend(i, i + num_threads, worker); });
   } else {
     attend_split(at);
   }
@@ -208,39 +238,39 @@ void CpuExpandedMla::attention(const Tensor& q, const StepIndex& index, const Ca
 // Waves of tiles of keys, all tokens of a call: part = tile of the wave * num_tokens + token.
 void CpuExpandedMla::attend_split(const Call& at) {
   const int64_t num_tokens = at.index.num_tokens;
-  const int64_t heads = shape_.num_heads;
+  const auto num_units = static_cast<int64_t>(units_.size());
   const int64_t all_tiles = ceil_div(at.index.max_context_len, kKeyTile);
   const int64_t wave_tiles = std::max<int64_t>(1, kMaxParts / num_tokens);
-  const auto part_of = [&](int64_t part) { return parts_.data() + part * out_dim(); };
+  const auto part_of = [&](int64_t part) { return result_at(parts_, parts_max_, parts_sum_, part); };
   for (int64_t first = 0; first < all_tiles; first += wave_tiles) {
     const int64_t num_tiles = std::min(wave_tiles, all_tiles - first);
-    pool_.parallel_for(num_tokens * num_tiles, [&](int64_t part, int worker_id) {
+    pool_.parallel_for(num_units * num_tiles, [&](int64_t task, int worker_id) {
       Worker& worker = workers_[static_cast<size_t>(worker_id)];
-      const int64_t token = part % num_tokens;
-      const int64_t tile = first + part / num_tokens;
-      if (tile >= num_tiles_of(at.index, token)) return;
-      take_query(at, token, worker);
-      attend_tile(at, token, tile_of(at, token, tile), nullptr, worker, part_of(part),
-                  parts_max_.data() + part * heads, parts_sum_.data() + part * heads);
+      const Unit& unit = units_[static_cast<size_t>(task % num_units)];
+      const int64_t tile = first + task / num_units;
+      if (tile >= num_tiles_of(at.index, unit.last())) return;
+      take_queries(at, unit, worker);
+      Result results[2];  // [2]
+      for (int64_t i = 0; i < unit.count; ++i) {
+        results[i] = part_of((tile - first) * num_tokens + unit.token + i);
+      }
+      attend_tile(at, unit, tile_of(at, unit, tile), nullptr, worker, results);
     });
     for (int64_t token = 0; token < num_tokens; ++token) {
-      float* out = at.out.row<float>(token);
-      float* max = total_max_.data() + token * heads;
-      float* sum = total_sum_.data() + token * heads;
+      Result total = result_at(parts_, total_max_, total_sum_, token);
+      total.out = at.out.row<float>(token);
       const int64_t end_tile = num_tiles_of(at.index, token);
       for (int64_t tile = first; tile < std::min(end_tile, first + num_tiles); ++tile) {
-        const int64_t part = (tile - first) * num_tokens + token;
-        const float* part_max = parts_max_.data() + part * heads;
-        const float* part_sum = parts_sum_.data() + part * heads;
+        const Result part = part_of((tile - first) * num_tokens + token);
         if (tile == 0) {
-          std::copy_n(part_of(part), out_dim(), out);
-          std::copy_n(part_max, heads, max);
-          std::copy_n(part_sum, heads, sum);
+          std::copy_n(part.out, out_dim(), total.out);
+          std::copy_n(part.max, shape_.num_heads, total.max);
+          std::copy_n(part.sum, shape_.num_heads, total.sum);
         } else {
-          combine(out, max, sum, part_of(part), part_max, part_sum);
+          combine(total, part);
         }
       }
-      if (end_tile > first && end_tile <= first + num_tiles) divide(out, sum);
+      if (end_tile > first && end_tile <= first + num_tiles) divide(total.out, total.sum);
     }
   }
 }

@@ -4,7 +4,8 @@
 // a group of 16 keys and values, which lie there as the path's kernels want them (kernels.h, ExpandedLayout);
 // where groups do not fit blocks, a position keeps a row, and groups are made whenever they are needed.
 // Tiles of kKeyTile keys at absolute positions are combined in rising order, one after another or spread over
-// the workers: the same operations either way.
+// the workers: the same operations either way. Neighbouring tokens of a sequence go through their tiles two
+// by two, so that what both attend to is read once; what each of them gets is the same.
 #pragma once
 
 #include <vector>
@@ -47,38 +48,52 @@ class CpuExpandedMla {
     const CacheLayer& cache;
     const Tensor& out;
   };
-  // Keys of a tile at absolute positions that a token attends to: first .. end - 1 of it.
+  // Tokens that go through their tiles together: `count` of one sequence, 1 or 2.
+  struct Unit {
+    int64_t token;  // the first
+    int64_t count;
+    int64_t last() const { return token + count - 1; }
+  };
+  // A tile at absolute positions; its keys from `first` on are attended to.
   struct Tile {
     int64_t begin;  // position of its first key
     int64_t first;
-    int64_t end;
+    int64_t end;                          // of the unit's last token
     const uint16_t* groups[kTileGroups];  // [kTileGroups] one without such keys stands for one with some
   };
-  // What a worker needs for one tile of one token.
+  // Where a token's part or total goes.
+  struct Result {
+    float* out;  // [A, v_dim]
+    float* max;  // [A]
+    float* sum;  // [A]
+  };
+  // What a worker needs for one tile of a unit.
   struct Worker {
     std::vector<uint16_t> scratch;  // of the kernels
-    std::vector<float> query;       // [A, qk_dim] times the softmax scale
+    std::vector<float> query;       // [2, A, qk_dim] times the softmax scale
     std::vector<uint16_t> row;      // [row_dim]
     std::vector<uint16_t> groups;   // [kKeyTile, row_dim] where blocks do not hold whole groups
-    std::vector<float> part;        // [A, v_dim]
-    std::vector<float> part_max;    // [A]
-    std::vector<float> part_sum;    // [A]
-    std::vector<float> max;         // [A]
-    std::vector<float> sum;         // [A]
+    std::vector<float> part;        // [2, A, v_dim]
+    std::vector<float> part_max;    // [2, A]
+    std::vector<float> part_sum;    // [2, A]
+    std::vector<float> max;         // [2, A]
+    std::vector<float> sum;         // [2, A]
   };
 
   int64_t out_dim() const { return shape_.num_heads * shape_.v_dim; }
-  Tile tile_of(const Call& at, int64_t token, int64_t tile) const;
-  void make_groups(const Call& at, int64_t token, Tile& tile, Worker& worker) const;
-  void take_query(const Call& at, int64_t token, Worker& worker) const;
-  // Of the query that the worker has taken.
-  void attend_tile(const Call& at, int64_t token, const Tile& tile, const Tile* next, Worker& worker,
-                   float* out, float* max, float* sum) const;
-  void combine(float* out, float* max, float* sum, const float* part, const float* part_max,
-               const float* part_sum) const;
+  Result result_at(std::vector<float>& out, std::vector<float>& max, std::vector<float>& sum,
+                   int64_t i) const;
+  void find_units(const StepIndex& index);
+  Tile tile_of(const Call& at, const Unit& unit, int64_t tile) const;
+  void make_groups(const Call& at, const Unit& unit, Tile& tile, Worker& worker) const;
+  void take_queries(const Call& at, const Unit& unit, Worker& worker) const;
+  // A tile of the queries that the worker has taken, for those of the unit's tokens that have it.
+  void attend_tile(const Call& at, const Unit& unit, const Tile& tile, const Tile* next, Worker& worker,
+                   const Result* results) const;
+  void combine(const Result& total, const Result& part) const;
   void divide(float* out, const float* sum) const;
-  // All tiles of a token, one after another; next_token is what the worker is likely to take next.
-  void attend_token(const Call& at, int64_t token, int64_t next_token, Worker& worker) const;
+  // All tiles of a unit, one after another; next_unit is what the worker is likely to take next.
+  void attend_unit(const Call& at, const Unit& unit, const Unit* next_unit, Worker& worker) const;
   void attend_split(const Call& at);
 
   const Kernels& kernels_;
@@ -87,6 +102,7 @@ class CpuExpandedMla {
   const ExpandedLayout layout_;
   const bool is_grouped_;         // in the cache
   std::vector<Worker> workers_;   // [num_threads]
+  std::vector<Unit> units_;       // of the call at hand
   std::vector<float> products_;   // [max_step_tokens, A * (nope_dim + v_dim)]
   std::vector<float> parts_;      // [kMaxParts, A, v_dim] tiles of attend_split
   std::vector<float> parts_max_;  // [kMaxParts, A]

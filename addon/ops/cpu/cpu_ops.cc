@@ -10,6 +10,9 @@ namespace {
 // Rows of a task are a multiple of the rows that a kernel takes at once.
 constexpr int64_t kRowGroup = 64;
 
+// Multiply-adds beside which taking a task costs little, where all workers get one.
+constexpr int64_t kGoodTaskWork = 64 * 1024;
+
 // Rows in bf16 start at multiples of this.
 constexpr int64_t kBf16Align = 32;
 
@@ -116,7 +119,8 @@ CpuOps::RowTasks CpuOps::cut_rows(int64_t num_rows, int64_t num_inputs, int64_t 
   const int64_t num_threads = pool_.num_threads();
   if (num_threads == 1 || num_rows * row_work < kMinParallelWork) return {num_rows, num_rows > 0 ? 1 : 0};
   const int64_t even = ceil_div(num_rows, num_threads * kTasksPerWorker);
-  const int64_t rows = round_up(std::max(even, ceil_div(kMinTaskWork, row_work)), kRowGroup);
+  const int64_t worthwhile = std::min(ceil_div(kGoodTaskWork, row_work), ceil_div(num_rows, num_threads));
+  const int64_t rows = round_up(std::max({even, worthwhile, ceil_div(kMinTaskWork, row_work)}), kRowGroup);
   return {rows, ceil_div(num_rows, rows)};
 }
 

@@ -179,6 +179,9 @@ struct Kernels {
   bool needs_rows_in_line;
   // Query rows of one call of attend: at most kMaxQueryTile.
   int64_t query_tile;
+  // attend_expanded for two tokens that differ in q, end, out, max and sum, the earlier one first, with each
+  // key read once. Null: to be called one by one.
+  void (*attend_expanded_two)(const AttendExpandedArgs& earlier, const AttendExpandedArgs& later) = nullptr;
 };
 
 const Kernels& kernels_portable();

@@ -17,6 +17,7 @@ constexpr Kernels with_amx() {
   kernels.linear = linear_amx;
   kernels.attend = attend_amx;
   kernels.attend_expanded = attend_expanded_bf16;
+  kernels.attend_expanded_two = attend_expanded_two_bf16;
   kernels.group_key = group_key_bf16;
   kernels.probe = probe_amx;
   kernels.probe_flops = 2 * kTileRows * kPanelOutputs * kTileInputs;

@@ -16,6 +16,7 @@ constexpr Kernels with_bf16() {
   kernels.linear = linear_bf16;
   kernels.attend = attend_bf16;
   kernels.attend_expanded = attend_expanded_bf16;
+  kernels.attend_expanded_two = attend_expanded_two_bf16;
   kernels.group_key = group_key_bf16;
   kernels.probe = probe_bf16;
   kernels.probe_flops = 2 * 2 * kLanes;

@@ -260,7 +260,7 @@ template <class Read, bool kIsScaled, int P, int M>
 
 // Tokens that one pass over the weights serves at most. Few tokens take several panels at once: as many sums
 // as registers hold beside the tables, and enough independent ones to hide an instruction's latency.
-constexpr int kMaxTokens = 8;
+constexpr int kMaxTokens = 12;
 
 // P panels from `row` on for the tokens token .. token + num_tokens - 1, which are kMin .. kMax.
 template <class Read, bool kIsScaled, int P, int kMin, int kMax>
@@ -298,7 +298,7 @@ inline void linear_packed_of(const LinearArgs& args) {
   const int64_t per_pass = ceil_div(args.m, ceil_div(args.m, kMaxTokens));
   int64_t row = args.row0;
   if (per_pass <= 3) row = linear_rows<Read, kIsScaled, 4, 3>(args, rows, row, per_pass);
-  if (per_pass <= 4) row = linear_rows<Read, kIsScaled, 2, 4>(args, rows, row, per_pass);
+  if (per_pass <= 5) row = linear_rows<Read, kIsScaled, 2, 5>(args, rows, row, per_pass);
   linear_rows<Read, kIsScaled, 1, kMaxTokens>(args, rows, row, per_pass);
 }
 
