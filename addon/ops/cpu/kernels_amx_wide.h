@@ -90,8 +90,8 @@ inline void configure_pass(int64_t num_tokens) {
 }
 
 // The sums of one or two tiles of tokens and one or two panels over a block of `steps`, to `part`. Tiles are
-// loaded as soon as they are free, and zeroed before: where the core's other thread is at work, a load else
-// waits until all products before it are done.
+// loaded as soon as they are free, and zeroed before: on a busy machine there are times when a load else
+// waits for the products before it, perhaps as two threads share a core's tiles.
 template <bool kTwoTiles, bool kTwoPanels>
 inline void multiply_block(const uint16_t* const* x, int64_t row_bytes, int64_t steps, LinesAhead& ahead,
                            PassMemory& memory) {
