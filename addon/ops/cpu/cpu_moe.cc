@@ -11,6 +11,8 @@ namespace {
 
 // Rows that gate and up take at once.
 constexpr int64_t kStrip = 64;
+// Pairs whose products with a row take about as long as reading it.
+constexpr int64_t kReadPairs = 16;
 
 }  // namespace
 
@@ -95,6 +97,29 @@ void CpuOps::group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWei
   }
 }
 
+// Cuts the rows of gate and up of the active experts into pieces of whole strips that take about equally
+// long. The shared expert, which has most pairs, comes first: what is begun last should be over soon.
+template <class F>
+void CpuOps::cut_experts(const F& mlp_of) {
+  const auto cost_of_row = [&](int64_t e) {
+    const auto at = static_cast<size_t>(e);
+    return expert_start_[at + 1] - expert_start_[at] + kReadPairs;
+  };
+  int64_t cost = 0;
+  for (int64_t e : active_experts_) cost += mlp_of(e).gate.rows * cost_of_row(e);
+  const int64_t wanted = ceil_div(cost, kTasksPerWorker * pool_.num_threads());
+  expert_pieces_.clear();
+  for (auto it = active_experts_.rbegin(); it != active_experts_.rend(); ++it) {
+    const int64_t rows = mlp_of(*it).gate.rows;
+    const int64_t strips = ceil_div(rows, kStrip);
+    const int64_t count = std::clamp<int64_t>(rows * cost_of_row(*it) / wanted, 1, strips);
+    const int64_t piece = kStrip * ceil_div(strips, count);
+    for (int64_t row0 = 0; row0 < rows; row0 += piece) {
+      expert_pieces_.push_back({*it, row0, std::min(piece, rows - row0)});
+    }
+  }
+}
+
 void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                  const Tensor& expert_weights, const Tensor& out) {
   const int64_t num_experts = moe.route.num_experts;
@@ -106,21 +131,11 @@ void CpuOps::moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_id
   const auto first_pair = [&](int64_t e) { return expert_start_[static_cast<size_t>(e)]; };
   const auto num_pairs = [&](int64_t e) { return first_pair(e + 1) - first_pair(e); };
 
-  // Gate and up: each active expert's rows in pieces of whole strips.
-  const int64_t inner = moe.experts[0].gate.rows;
-  const auto num_routed = static_cast<int64_t>(active_experts_.size()) - (moe.has_shared() ? 1 : 0);
-  const int64_t shared_rows = moe.has_shared() ? moe.shared.gate.rows : 0;
-  const int64_t all_strips = num_routed * ceil_div(inner, kStrip) + ceil_div(shared_rows, kStrip);
-  const int64_t piece = kStrip * std::max<int64_t>(1, all_strips / (kTasksPerWorker * pool_.num_threads()));
-  const int64_t pieces = ceil_div(inner, piece);
-  const int64_t shared_pieces = ceil_div(shared_rows, piece);
-  pool_.parallel_for(num_routed * pieces + shared_pieces, [&](int64_t task, int worker) {
-    const bool is_shared = task >= num_routed * pieces;
-    const int64_t e = is_shared ? num_experts : active_experts_[static_cast<size_t>(task / pieces)];
-    const int64_t row0 = piece * (is_shared ? task - num_routed * pieces : task % pieces);
-    const int64_t rows = std::min(piece, mlp_of(e).gate.rows - row0);
-    run_gate_up(mlp_of(e), first_pair(e), num_pairs(e), row0, rows, x_bf16_ != nullptr,
-                workers_[static_cast<size_t>(worker)]);
+  cut_experts(mlp_of);
+  pool_.parallel_for(static_cast<int64_t>(expert_pieces_.size()), [&](int64_t task, int worker) {
+    const ExpertPiece& piece = expert_pieces_[static_cast<size_t>(task)];
+    run_gate_up(mlp_of(piece.expert), first_pair(piece.expert), num_pairs(piece.expert), piece.row0,
+                piece.rows, x_bf16_ != nullptr, workers_[static_cast<size_t>(worker)]);
   });
 
   // Down: a strip of outputs of every pair, then of every token.

@@ -69,9 +69,10 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
                                  mla.nope_dim * mla.lora_rank}));
     make(worker.scaled, 4 * mla.nope_dim);
     make(worker.part, kernels_.query_tile * mla.lora_rank);
-    make(worker.pairs, max_pairs * std::max(kRowGroup, down_strip_));
+    make(worker.pairs, max_pairs * std::max(2 * kRowGroup, down_strip_));
     make(worker.x, max_pairs);
     make(worker.out, max_pairs);
+    make(worker.gate, max_pairs);
     make(worker.scores, (kRouteTokens + 2) * limits.num_experts);
   }
   bf16_stride_ = bf16_row_stride(max_inputs);
@@ -103,6 +104,9 @@ size_t CpuOps::reserve(const OpsLimits& limits) {
   if (limits.num_experts > 0) {
     expert_start_.resize(static_cast<size_t>(limits.num_experts) + 2);
     active_experts_.reserve(static_cast<size_t>(limits.num_experts) + 1);
+    const int64_t most_pieces = limits.num_experts * ceil_div(limits.moe_intermediate_size, kRowGroup) +
+                                ceil_div(limits.shared_intermediate_size, kRowGroup);
+    expert_pieces_.reserve(static_cast<size_t>(most_pieces));
     pair_of_slot_.resize(static_cast<size_t>(tokens * slots));
     pair_token_.resize(static_cast<size_t>(max_pairs));
     make(expert_hidden_, tokens * (slots * limits.moe_intermediate_size + limits.shared_intermediate_size));
@@ -242,10 +246,15 @@ const uint16_t* const* CpuOps::gather_rows_bf16(int64_t first_pair, int64_t num_
 }
 
 // Rows row0 .. row0 + rows - 1 of silu(gate(x)) * up(x) for the inputs first_pair .. of x_rows_, to
-// out_rows_, and where is_rounded to the rows of hidden_bf16_ too.
+// out_rows_, and where is_rounded to the rows of hidden_bf16_ too: to those alone where the down pass reads
+// them.
 void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_pairs, int64_t row0,
                          int64_t rows, bool is_rounded, Worker& worker) {
-  for (int64_t i = 0; i < num_pairs; ++i) worker.out[i] = worker.pairs + i * kRowGroup;
+  const bool is_kept = !is_rounded || mlp.down.packed == nullptr;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    worker.gate[i] = worker.pairs + i * 2 * kRowGroup;
+    worker.out[i] = worker.gate[i] + kRowGroup;
+  }
   LinearArgs args;
   args.x = x_rows_ + first_pair;
   if (x_bf16_) args.x_bf16 = x_bf16_ + first_pair;
@@ -257,8 +266,8 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     args.row0 = row;
     args.rows = std::min(kRowGroup, row0 + rows - row);
     args.weight = &mlp.gate;
-    args.out = out_rows_ + first_pair;
-    args.out_row0 = 0;
+    args.out = is_kept ? out_rows_ + first_pair : worker.gate;
+    args.out_row0 = is_kept ? 0 : row;
     ask_for_next(args, mlp.up, row);
     kernels_.linear(args);
     args.weight = &mlp.up;
@@ -267,7 +276,7 @@ void CpuOps::run_gate_up(const MlpWeights& mlp, int64_t first_pair, int64_t num_
     ask_for_next(args, mlp.gate, row + kRowGroup);
     kernels_.linear(args);
     for (int64_t i = 0; i < num_pairs; ++i) {
-      float* to = out_rows_[first_pair + i] + row;
+      float* to = is_kept ? out_rows_[first_pair + i] + row : worker.gate[i];
       kernels_.silu_mul(to, worker.out[i], args.rows, to);
       if (!is_rounded) continue;
       kernels_.to_bf16(to, args.rows, hidden_bf16_ + (first_pair + i) * hidden_stride_ + row);

@@ -84,9 +84,10 @@ class CpuOps final : public HostOps {
     const uint16_t** x_bf16 = nullptr;  // [chunk_tokens]
     uint16_t* gathered = nullptr;       // [T, bf16_stride_] inputs of one expert, in line
     uint16_t* scratch_bf16 = nullptr;   // [kMaxQueryTile + kKeyTile, latent_dim rounded up]
-    float* pairs = nullptr;             // [max pairs, down_strip_] of every (token, expert) pair
+    float* pairs = nullptr;             // [max pairs, down_strip_] of every (token, expert) pair; gate and up
     const float** x = nullptr;          // [max rows]
     float** out = nullptr;              // [max rows]
+    float** gate = nullptr;             // [max rows]
     float* scores = nullptr;            // [kRouteTokens + 2, E] routing
   };
 
@@ -139,6 +140,14 @@ class CpuOps final : public HostOps {
   void attend_tile(const Attention& at, int64_t token, int64_t head, const KeyTile& tile, const KeyTile* next,
                    bool has_queries, Worker& worker, float* const* out, float* max, float* sum) const;
 
+  // Some rows of an active expert's gate and up.
+  struct ExpertPiece {
+    int64_t expert;
+    int64_t row0;
+    int64_t rows;
+  };
+  template <class F>
+  void cut_experts(const F& mlp_of);
   void group_pairs(const Tensor& x, const Tensor& expert_ids, const MoeWeights& moe);
   const uint16_t* const* gather_rows_bf16(int64_t first_pair, int64_t num_pairs, int64_t cols,
                                           Worker& worker) const;
@@ -173,6 +182,7 @@ class CpuOps final : public HostOps {
   // A pair is one (token, expert) of the routing; pairs are sorted by expert, the shared expert's come last.
   std::vector<int64_t> expert_start_;       // [E + 2] first pair of each expert; [E] is the shared one
   std::vector<int64_t> active_experts_;     // [<= E + 1] experts that have pairs
+  std::vector<ExpertPiece> expert_pieces_;  // tasks of gate and up
   std::vector<int64_t> pair_of_slot_;       // [T * k] where slot j of token t went
   std::vector<int64_t> pair_token_;         // [T * (k + 1)]
   float* expert_hidden_ = nullptr;          // [T, k * Im + Is] intermediate of every pair
