@@ -42,7 +42,7 @@ const poor = new CheckpointCopy(POCKET_R1);
 after(() => poor.close());
 poor.editTensor('model.safetensors', 'model.layers.6.hnorm.weight', (bytes) => bytes.fill(0, 0, POOR_BYTES));
 
-for (const [round, speculativeTokens] of ([1, 2, 4, 8, 'auto'] as const).entries()) {
+for (const [round, speculativeTokens] of ([1, 2, 3, 4, 8, 'auto'] as const).entries()) {
   test(`${NUM_REQUESTS} requests: ${speculativeTokens} drafts change no token, log-probability or finish reason`, async () => {
     // One at a time, each with a salt of its own: nothing around it.
     const salted = requests.map((request, index) => ({ ...request, cacheSalt: `alone ${index}` }));
