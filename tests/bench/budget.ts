@@ -1,5 +1,6 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
+import { modelAt } from './model-at.js';
 import { BUDGET_DATA, BUDGET_PLOT, plotOf, type BudgetData, type BudgetPoint } from './budget-plot.js';
 
 const HELP = `Measures how right a reasoning model is with how much thinking, greedily, and how often a budget is broken.
@@ -34,7 +35,12 @@ const { values } = parseArgs({
   },
 });
 if (values.help) process.stdout.write(HELP);
-else await main();
+else {
+  await main().catch((error: unknown) => {
+    process.stderr.write(`${(error as Error).message}\n`);
+    process.exitCode = 1;
+  });
+}
 
 async function main(): Promise<void> {
   const base = values.url.replace(/\/$/, '');
@@ -42,17 +48,17 @@ async function main(): Promise<void> {
     throw new Error('--url must be on this machine.');
   const text = readFileSync(values.questions ?? EVAL, 'utf8');
   const questions = text.trim().split('\n').map((line) => JSON.parse(line) as Question); // prettier-ignore
-  const { data: models } = (await (await fetch(`${base}/models`)).json()) as { data: { id: string }[] };
+  const model = await modelAt(base);
   const points: BudgetPoint[] = [];
   for (const budget of budgetsOf(values.budgets)) {
-    const point = await measure(base, models[0]!.id, questions, budget);
+    const point = await measure(base, model, questions, budget);
     points.push(point);
     const { right, total, broken, empty, reasoning } = point;
     const figures = `${right} of ${total} right, ${(reasoning / total).toFixed(1)} reasoning tokens each`;
     process.stdout.write(`budget ${budget ?? 'none'}: ${figures}, ${broken} over it, ${empty} empty\n`);
   }
   if (!values.write) return;
-  const data: BudgetData = { model: models[0]!.id, date: new Date().toISOString().slice(0, 10), points };
+  const data: BudgetData = { model, date: new Date().toISOString().slice(0, 10), points };
   writeFileSync(BUDGET_DATA, `{"model": "${data.model}", "date": "${data.date}", "points": [\n${points.map((point) => `  ${JSON.stringify(point)}`).join(',\n')}\n]}\n`); // prettier-ignore
   writeFileSync(BUDGET_PLOT, plotOf(data));
 }

@@ -1,6 +1,7 @@
 import { writeFileSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
+import { modelAt } from './model-at.js';
 import { PREWARM_DATA, tableOf, type PrewarmData, type PrewarmFigures, type PrewarmPoint } from './prewarm-table.js';
 
 const HELP = `Measures the time to the first token of second turns, behind a long thought, on two servers by turns.
@@ -29,7 +30,12 @@ const { values } = parseArgs({
   },
 });
 if (values.help) process.stdout.write(HELP);
-else await main();
+else {
+  await main().catch((error: unknown) => {
+    process.stderr.write(`${(error as Error).message}\n`);
+    process.exitCode = 1;
+  });
+}
 
 interface Turn {
   content: string;
@@ -45,8 +51,8 @@ async function main(): Promise<void> {
       throw new Error('--without and --with must be on this machine.');
   }
   const rounds = Number(values.rounds);
-  const { data: models } = (await (await fetch(`${bases[0]}/models`)).json()) as { data: { id: string }[] };
-  const model = models[0]!.id;
+  const model = await modelAt(bases[0]!);
+  await modelAt(bases[1]!);
   const { device } = (await (await fetch(`${bases[0]!.replace(/\/v1$/, '')}/health`)).json()) as { device: string };
   const points: PrewarmPoint[] = [];
   for (const answer of values.answers.split(',').map(Number)) {

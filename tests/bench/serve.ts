@@ -3,6 +3,7 @@ import { Agent } from 'node:http';
 import { Agent as HttpsAgent } from 'node:https';
 import { parseArgs } from 'node:util';
 import { runLoad, seededRandom, type Arrival } from './load.js';
+import { modelAt } from './model-at.js';
 import { reportOf, tableOf } from './report.js';
 import { timeRequest, type Target } from './request.js';
 
@@ -88,7 +89,7 @@ async function main(args: string[]): Promise<number> {
   const agent = new AgentOf({ keepAlive: true });
   const timeoutMs = 1000 * count('timeout-seconds', 1, 3600);
   const target: Target = { url, apiKey: apiKeyOf(values['api-key-env']), agent, timeoutMs };
-  const model = values.model ?? (await firstModel(target));
+  const model = values.model ?? (await modelAt(target.url.href.replace(/\/$/, ''), target.apiKey));
   const questions = values.prompts === undefined ? null : readQuestions(values.prompts);
   const numWords = count('input-words', 0, 100_000);
   const shared = {
@@ -145,18 +146,6 @@ function apiKeyOf(name: string | undefined): string | null {
   const key = process.env[name];
   if (!key) throw new Error(`--api-key-env names ${name}, which is not set.`);
   return key;
-}
-
-async function firstModel({ url, apiKey }: Target): Promise<string> {
-  const headers: Record<string, string> = apiKey === null ? {} : { authorization: `Bearer ${apiKey}` };
-  const response = await fetch(new URL('models', url), { headers }).catch((error: unknown) => {
-    throw new Error(`${url.href} does not answer: ${String((error as Error).cause ?? error)}`);
-  });
-  if (!response.ok) throw new Error(`${url.href}models answers with status ${response.status}; give --model.`);
-  const { data } = (await response.json()) as { data?: { id: string }[] };
-  const id = data?.[0]?.id;
-  if (id === undefined) throw new Error(`${url.href}models lists no model; give --model.`);
-  return id;
 }
 
 function readQuestions(file: string): Question[] {

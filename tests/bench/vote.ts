@@ -1,5 +1,6 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
+import { modelAt } from './model-at.js';
 import { tableOf, VOTE_DATA, type VoteData, type VoteTask } from './vote-table.js';
 
 const HELP = `Measures how right the votes of several chains are beside each chain alone, and what stopping early saves.
@@ -36,7 +37,12 @@ const { values } = parseArgs({
   },
 });
 if (values.help) process.stdout.write(HELP);
-else await main();
+else {
+  await main().catch((error: unknown) => {
+    process.stderr.write(`${(error as Error).message}\n`);
+    process.exitCode = 1;
+  });
+}
 
 async function main(): Promise<void> {
   const base = values.url.replace(/\/$/, '');
@@ -44,7 +50,7 @@ async function main(): Promise<void> {
     throw new Error('--url must be on this machine.');
   const text = readFileSync(values.questions ?? EVAL, 'utf8');
   const questions = text.trim().split('\n').map((line) => JSON.parse(line) as Question); // prettier-ignore
-  const { data: models } = (await (await fetch(`${base}/models`)).json()) as { data: { id: string }[] };
+  const model = await modelAt(base);
   const n = Number(values.n);
   const temperature = Number(values.temperature);
   const tasks: Record<string, VoteTask> = {};
@@ -54,7 +60,7 @@ async function main(): Promise<void> {
     for (let question = numbered.shift(); question; question = numbered.shift()) {
       const { task, messages, tools, answer, seed } = question;
       // The same seeds, so that the chains are the same ones.
-      const body = { model: models[0]!.id, messages, tools, temperature, n, seed };
+      const body = { model, messages, tools, temperature, n, seed };
       const alone = await ask(base, body);
       const voted = await ask(base, { ...body, vote: true });
       const counts = (tasks[task] ??= { questions: 0, rightChains: 0, rightVotes: 0 });
@@ -67,7 +73,7 @@ async function main(): Promise<void> {
   };
   await Promise.all(Array.from({ length: Number(values.concurrency) }, work));
   const data: VoteData = {
-    model: models[0]!.id,
+    model,
     date: new Date().toISOString().slice(0, 10),
     temperature,
     n,
