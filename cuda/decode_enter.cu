@@ -7,44 +7,13 @@
 // and the other four rotate and write the cache (rope_store.cuh). Bound by latency: all weights are asked for
 // before the kernel ahead has ended.
 #include "cuda/decode_rows.cuh"
+#include "cuda/mla_latent.cuh"
 #include "cuda/rope_store.cuh"
 
 namespace rodin::cuda {
 namespace {
 
 constexpr int kLatentWarps = kDecodeRowWarps - kRopeThreads / 32;
-
-// 16 rows of W_UK, which are of one head.
-struct LatentRows {
-  RowBlock weights;
-  float scale[2];  // [row half]
-
-  __device__ __forceinline__ void ask(const WeightView& w_uk, int row0) {
-    const int g = threadIdx.x % 32 / 4;
-    weights.load(w_uk, 0, row0, w_uk.rows, 0);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      scale[half] = scale_at(scale_row(w_uk, 0, row0 + g + 8 * half, w_uk.rows), 0, 1);
-  }
-  __device__ __forceinline__ void run(const MlaEnterParams& p, int row0) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int head = row0 / p.rope.lora_rank, column0 = row0 % p.rope.lora_rank;
-    const bf16* q =
-        static_cast<const bf16*>(p.rope.q) + g * p.rope.q_stride + head * (p.rope.nope_dim + p.rope.rope_dim);
-    uint32_t x[2][8];  // [K half, 8]
-    load_row_inputs(x, g < p.rope.num_tokens ? q : nullptr, 0, p.rope.nope_dim);
-    float acc[4] = {};
-    weights.multiply(x, acc);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int token = 2 * t + c % 2;
-      if (token >= p.rope.num_tokens) continue;
-      bf16* to = static_cast<bf16*>(p.q_latent) +
-                 (static_cast<int64_t>(token) * p.rope.num_heads + head) * p.q_latent_stride;
-      to[column0 + g + 8 * (c / 2)] = __float2bfloat16_rn(add_block<WeightF8>(0.0f, acc[c], scale[c / 2]));
-    }
-  }
-};
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kDecodeRowThreads, 1)
@@ -66,7 +35,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 1)
   barrier.wait();
   if (warp < kLatentWarps) {
     while (row0 < p.enter.w_uk.rows) {
-      latent.run(p.enter, row0);
+      latent.run(p.enter, row0, true);
       row0 += step;
       if (row0 < p.enter.w_uk.rows) latent.ask(p.enter.w_uk, row0);
     }

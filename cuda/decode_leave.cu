@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 1)
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
   const int num_units = num_units_of(leave);
   const int row = threadIdx.x % kUnitRows, token = threadIdx.x / kUnitRows;  // of this thread's output
-  RowBlock weights;
+  WeightBlock weights;
   float scale[kLatentBlocks];  // [kLatentBlocks] of the output
   const auto ask = [&](const ValueUnit& unit) {
     if (warp < kUnitWarps) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 1)
     if (warp < kUnitWarps) {
       const int block = warp % kLatentBlocks;
       uint32_t x[2][8];  // [K half, 8]
-      load_row_inputs(x, g < mla.num_tokens ? latents[g] : nullptr, block, kMlaMaxLora);
+      load_block_inputs(x, g < mla.num_tokens ? latents[g] : nullptr, block, kMlaMaxLora, true);
       float acc[4] = {};
       weights.multiply(x, acc);
       store_row_sums(acc, mla.num_tokens, sums[warp / kLatentBlocks][block]);

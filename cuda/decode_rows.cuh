@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/decode_mla.h"
-#include "cuda/linear_tile.cuh"
+#include "cuda/weight_block.cuh"
 
 namespace rodin::cuda {
 
@@ -17,40 +17,6 @@ constexpr int kRowSumPitch = 20;  // floats from one token to the next: no two l
 __host__ __device__ inline int tiles_of(const WeightView& weight) { return (weight.rows + 15) / 16; }
 __host__ __device__ inline int blocks_of(const WeightView& weight) {
   return (weight.cols + kBlockK - 1) / kBlockK;
-}
-
-// 16 rows and one block of inputs, as a lane feeds them to the tensor cores.
-struct RowBlock {
-  WeightF8::Fragment half[2][2];  // [row half, K half]
-
-  __device__ __forceinline__ void load(const WeightView& w, int64_t row_offset, int row0, int rows,
-                                       int block) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int kh = 0; kh < 2; ++kh)
-        load_fragment<WeightF8>(half[i][kh], weight_row(w, row_offset, row0 + g + 8 * i, rows),
-                                block * kBlockK + 64 * kh + 16 * t, w.cols);
-  }
-  __device__ __forceinline__ void multiply(const uint32_t (&x)[2][8], float (&acc)[4]) const {
-#pragma unroll
-    for (int kh = 0; kh < 2; ++kh)
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t a[4];
-        WeightF8::pairs(half[0][kh], step, 0, a[0], a[2]);
-        WeightF8::pairs(half[1][kh], step, 0, a[1], a[3]);
-        mma(acc, a, x[kh][2 * step], x[kh][2 * step + 1]);
-      }
-  }
-};
-
-// Inputs of token lane / 4 in a block of them.
-__device__ __forceinline__ void load_row_inputs(uint32_t (&x)[2][8], const bf16* row, int block, int cols) {
-#pragma unroll
-  for (int kh = 0; kh < 2; ++kh)
-    load_inputs(x[kh], row, block * kBlockK + 64 * kh + 16 * (threadIdx.x % 4), cols, true);
 }
 
 // A warp's sums of one block of inputs to `to` [T, kRowSumPitch].
@@ -70,7 +36,7 @@ struct RowScratch {
 
 // This block's tiles of the matrices.
 struct RowTiles {
-  RowBlock weights[kDecodeRowTiles];  // of this warp's block of inputs
+  WeightBlock weights[kDecodeRowTiles];  // of this warp's block of inputs
 
   struct Tile {
     int matrix, row0;
@@ -113,7 +79,7 @@ struct RowTiles {
     if (num_tiles > 0 && warp < num_blocks) {
       uint32_t x[2][8];  // [K half, 8]
       const bf16* row = static_cast<const bf16*>(p.io[0].x) + g * p.io[0].x_stride;
-      load_row_inputs(x, g < num_tokens ? row : nullptr, warp, p.weight[0].cols);
+      load_block_inputs(x, g < num_tokens ? row : nullptr, warp, p.weight[0].cols, true);
 #pragma unroll
       for (int i = 0; i < kDecodeRowTiles; ++i) {
         if (i >= num_tiles) break;

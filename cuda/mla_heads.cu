@@ -5,40 +5,14 @@
 // mla_enter_kernel: q_latent = q_nope W_UK, each warp 16 rows of it for up to 8 tokens; other blocks of the
 // same launch rotate and write the cache row (rope_store.cuh). mla_leave_kernel: grid (A, T): a block puts
 // the splits of one head of one token together and multiplies them with W_UV.
-#include "cuda/linear_tile.cuh"
 #include "cuda/mla_combine.cuh"
+#include "cuda/mla_latent.cuh"
 #include "cuda/rope_store.cuh"
 
 namespace rodin::cuda {
 namespace {
 
 constexpr int kEnterWarps = kRopeThreads / 32;
-
-// Weights of 16 rows and one block of inputs, as a lane feeds them to the tensor cores.
-struct WeightBlock {
-  WeightF8::Fragment half[2][2];  // [row half, K half]
-
-  __device__ void load(const WeightView& w, int64_t row_offset, int row0, int rows, int block) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int kh = 0; kh < 2; ++kh)
-        load_fragment<WeightF8>(half[i][kh], weight_row(w, row_offset, row0 + g + 8 * i, rows),
-                                block * kBlockK + 64 * kh + 16 * t, w.cols);
-  }
-  __device__ void multiply(const uint32_t (&x)[2][8], float (&acc)[4]) const {
-#pragma unroll
-    for (int kh = 0; kh < 2; ++kh)
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t a[4];
-        WeightF8::pairs(half[0][kh], step, 0, a[0], a[2]);
-        WeightF8::pairs(half[1][kh], step, 0, a[1], a[3]);
-        mma(acc, a, x[kh][2 * step], x[kh][2 * step + 1]);
-      }
-  }
-};
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kRopeThreads) mla_enter_kernel(const __grid_constant__ MlaEnterParams p) {
@@ -51,34 +25,12 @@ __global__ void __launch_bounds__(kRopeThreads) mla_enter_kernel(const __grid_co
                            [] { __syncthreads(); });
     return;
   }
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row0 = ((blockIdx.x - rope_blocks) * kEnterWarps + threadIdx.x / 32) * 16;
   if (row0 >= p.w_uk.rows) return;
-  const int head = row0 / p.rope.lora_rank, column0 = row0 % p.rope.lora_rank;
-  WeightBlock weights;
-  weights.load(p.w_uk, 0, row0, p.w_uk.rows, 0);
-  float scale[2];  // [row half]
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    scale[half] = scale_at(scale_row(p.w_uk, 0, row0 + g + 8 * half, p.w_uk.rows), 0, 1);
+  LatentRows latent;
+  latent.ask(p.w_uk, row0);
   wait_for_predecessor();
-  const bf16* q =
-      static_cast<const bf16*>(p.rope.q) + g * p.rope.q_stride + head * (p.rope.nope_dim + p.rope.rope_dim);
-  uint32_t x[2][8];  // [K half, 8]
-#pragma unroll
-  for (int kh = 0; kh < 2; ++kh)
-    load_inputs(x[kh], g < p.rope.num_tokens ? q : nullptr, 64 * kh + 16 * t, p.rope.nope_dim,
-                p.is_q_aligned);
-  float acc[4] = {};
-  weights.multiply(x, acc);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int token = 2 * t + c % 2;
-    if (token >= p.rope.num_tokens) continue;
-    bf16* to = static_cast<bf16*>(p.q_latent) +
-               (static_cast<int64_t>(token) * p.rope.num_heads + head) * p.q_latent_stride;
-    to[column0 + g + 8 * (c / 2)] = __float2bfloat16_rn(add_block<WeightF8>(0.0f, acc[c], scale[c / 2]));
-  }
+  latent.run(p, row0, p.is_q_aligned);
 }
 
 constexpr int kLeaveThreads = 256;
@@ -118,9 +70,7 @@ __global__ void __launch_bounds__(kLeaveThreads) mla_leave_kernel(const __grid_c
   for (int block = 0; block < kLeaveBlocks; ++block) {
     if (block >= num_blocks) break;
     uint32_t x[2][8];  // [K half, 8] the token is column 0
-#pragma unroll
-    for (int kh = 0; kh < 2; ++kh)
-      load_inputs(x[kh], g == 0 ? latent : nullptr, block * kBlockK + 64 * kh + 16 * t, p.w_uv.cols, true);
+    load_block_inputs(x, g == 0 ? latent : nullptr, block, p.w_uv.cols, true);
     float acc[4] = {};
     weights[block].multiply(x, acc);
 #pragma unroll
