@@ -202,38 +202,8 @@ __device__ __forceinline__ void compute_fp8_scores(const MlaWgmmaParams& p, cons
       barrier_arrive(at.weights_full());
     }
 
-    // Sums of the four warps, in order.
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-#pragma unroll
-      for (int bit = 16; bit >= 4; bit /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], bit);
-      if (g == 0)
-        store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
-    }
-    group_sync<kScoresBarrier, 128>();
-    if (is_whole(p.mla)) {  // the sums pass as one more block's shrink does
-      barrier_wait(at.weights_empty(), weights_parity);
-      weights_parity ^= 1;
-    }
-    if (warp == 0 && g == 0) {
-      const int64_t row = item.row(p.mla);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int column = 8 * (i / 2) + 2 * t + i % 2;
-        float sum = load_shared_float(at.warp_max(which) + column * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) sum += load_shared_float(at.warp_max(which) + (w * N + column) * 4);
-        if (is_whole(p.mla)) store_shared_float(at.shrink() + column * 4, sum > 0 ? 1 / sum : 1);
-        if (is_whole(p.mla) || column >= item.tile.num_rows ||
-            item.limit(column, p.mla.num_heads) < item.begin)
-          continue;
-        float* to = p.mla.partial_ml + 2 * ((row + column) * p.mla.max_splits + item.split);
-        to[0] = row_max[i];
-        to[1] = sum;
-      }
-    }
+    finish_sums<N>(p.mla, item, at, row_max, row_sum, 1, which, weights_parity);
     which ^= 1;
-    if (is_whole(p.mla)) barrier_arrive(at.weights_full());
   }
 }
 
@@ -254,19 +224,7 @@ __device__ __forceinline__ void compute_fp8_values(const MlaWgmmaParams& p, cons
       barrier_wait(at.raw_full(ring.place), ring.parity);
       barrier_wait(at.weights_full(), weights_parity);
       weights_parity ^= 1;
-      float2 shrink[N / 8];  // [N / 8]
-      bool is_shrinking = false;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        shrink[j] = load_shared_float2(at.shrink() + (8 * j + 2 * t) * 4);
-        is_shrinking |= shrink[j].x != 1 || shrink[j].y != 1;
-      }
-      if (__any_sync(kAllLanes, is_shrinking)) {
-#pragma unroll
-        for (int box = 0; box < 4; ++box)
-#pragma unroll
-          for (int i = 0; i < N / 2; ++i) out[box][i] *= i % 2 == 0 ? shrink[i / 4].x : shrink[i / 4].y;
-      }
+      shrink_sums<N>(out, at.shrink());
 #pragma unroll
       for (int i = 0; i < 4; ++i) pin(out[i]);
       uint32_t values[2][4][4];  // [2, 4, 4] by box and step of 16 keys

@@ -64,6 +64,64 @@ __device__ __forceinline__ float move_maximum(float& row_max, float seen, float 
   return exp2_fast((old - seen) * scale);
 }
 
+// The end of an item for warpgroup 0 of N columns: the sums of its four warps, in order, with the maxima
+// times `scale` to the splits' results; rows of one split leave theirs to the values' warpgroups.
+template <int N, class Layout>
+__device__ __forceinline__ void finish_sums(const MlaParams& p, const MlaItem& item, const Layout& at,
+                                            const float (&row_max)[N / 4], float (&row_sum)[N / 4],
+                                            float scale, int which, uint32_t& weights_parity) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+#pragma unroll
+    for (int bit = 16; bit >= 4; bit /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], bit);
+    if (g == 0)
+      store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
+  }
+  group_sync<kScoresBarrier, 128>();
+  if (is_whole(p)) {  // the sums pass as one more block's shrink does
+    barrier_wait(at.weights_empty(), weights_parity);
+    weights_parity ^= 1;
+  }
+  if (warp == 0 && g == 0) {
+    const int64_t row = item.row(p);
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      const int column = 8 * (i / 2) + 2 * t + i % 2;
+      float sum = load_shared_float(at.warp_max(which) + column * 4);
+#pragma unroll
+      for (int w = 1; w < 4; ++w) sum += load_shared_float(at.warp_max(which) + (w * N + column) * 4);
+      if (is_whole(p)) store_shared_float(at.shrink() + column * 4, sum > 0 ? 1 / sum : 1);
+      if (is_whole(p) || column >= item.tile.num_rows || item.limit(column, p.num_heads) < item.begin)
+        continue;
+      float* to = p.partial_ml + 2 * ((row + column) * p.max_splits + item.split);
+      to[0] = row_max[i] * scale;
+      to[1] = sum;
+    }
+  }
+  if (is_whole(p)) barrier_arrive(at.weights_full());
+}
+
+// What a values' warpgroup has added up, times the factors at `from` by which a block's maxima shrink it.
+template <int N>
+__device__ __forceinline__ void shrink_sums(float (&out)[4][N / 2], uint32_t from) {  // [4, N / 2] by box
+  const int t = threadIdx.x % 4;
+  float2 shrink[N / 8];  // [N / 8]
+  bool is_shrinking = false;
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    shrink[j] = load_shared_float2(from + (8 * j + 2 * t) * 4);
+    is_shrinking |= shrink[j].x != 1 || shrink[j].y != 1;
+  }
+  if (__any_sync(kAllLanes, is_shrinking)) {
+#pragma unroll
+    for (int box = 0; box < 4; ++box)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) out[box][i] *= i % 2 == 0 ? shrink[i / 4].x : shrink[i / 4].y;
+  }
+}
+
 // Warpgroup 0, N = 16 or 32. A lane holds keys 16 warp + g and 8 further of columns 8 j + 2 t + c.
 template <int N>
 __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
@@ -187,38 +245,8 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
       barrier_arrive(at.weights_full());
     }
 
-    // Sums of the four warps, in order.
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-#pragma unroll
-      for (int bit = 16; bit >= 4; bit /= 2) row_sum[i] += __shfl_xor_sync(kAllLanes, row_sum[i], bit);
-      if (g == 0)
-        store_shared_float(at.warp_max(which) + (warp * N + 8 * (i / 2) + 2 * t + i % 2) * 4, row_sum[i]);
-    }
-    group_sync<kScoresBarrier, 128>();
-    if (is_whole(p.mla)) {  // the sums pass as one more block's shrink does
-      barrier_wait(at.weights_empty(), weights_parity);
-      weights_parity ^= 1;
-    }
-    if (warp == 0 && g == 0) {
-      const int64_t row = item.row(p.mla);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int column = 8 * (i / 2) + 2 * t + i % 2;
-        float sum = load_shared_float(at.warp_max(which) + column * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) sum += load_shared_float(at.warp_max(which) + (w * N + column) * 4);
-        if (is_whole(p.mla)) store_shared_float(at.shrink() + column * 4, sum > 0 ? 1 / sum : 1);
-        if (is_whole(p.mla) || column >= item.tile.num_rows ||
-            item.limit(column, p.mla.num_heads) < item.begin)
-          continue;
-        float* to = p.mla.partial_ml + 2 * ((row + column) * p.mla.max_splits + item.split);
-        to[0] = row_max[i] * scale;
-        to[1] = sum;
-      }
-    }
+    finish_sums<N>(p.mla, item, at, row_max, row_sum, scale, which, weights_parity);
     which ^= 1;
-    if (is_whole(p.mla)) barrier_arrive(at.weights_full());
   }
 }
 

@@ -79,19 +79,7 @@ __device__ __forceinline__ void compute_values(const MlaWgmmaParams& p, const Ml
       if (lane == 0) barrier_arrive(at.empty(slots[kHalf == 0 ? 2 : 0]));  // no part in it
       const bool is_added = first > item.begin;
       if (is_added) {
-        float2 shrink[N / 8];  // [N / 8]
-        bool is_shrinking = false;
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-          shrink[j] = load_shared_float2(at.shrink() + (8 * j + 2 * t) * 4);
-          is_shrinking |= shrink[j].x != 1 || shrink[j].y != 1;
-        }
-        if (__any_sync(kAllLanes, is_shrinking)) {
-#pragma unroll
-          for (int box = 0; box < 4; ++box)
-#pragma unroll
-            for (int i = 0; i < N / 2; ++i) out[box][i] *= i % 2 == 0 ? shrink[i / 4].x : shrink[i / 4].y;
-        }
+        shrink_sums<N>(out, at.shrink());
       }
       pin_all(out);
       products_begin();
