@@ -140,27 +140,8 @@ __device__ __forceinline__ void compute_fp8_scores(const MlaWgmmaParams& p, cons
       for (int i = 0; i < kColumns; ++i)
         most[i] =
             fmaxf(score[4 * (i / 2) + i % 2] + most_scale[0], score[4 * (i / 2) + 2 + i % 2] + most_scale[1]);
-      int offset;
-      const int count = maximise(most, offset);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        if (i >= count) break;
-        store_shared_float(
-            at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4, most[i]);
-      }
-      group_sync<kScoresBarrier, 128>();
       float shrink[kColumns];  // [kColumns]
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        float2 block_max = load_shared_float2(at.warp_max(which) + (8 * j + 2 * t) * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) {
-          const float2 other = load_shared_float2(at.warp_max(which) + (w * N + 8 * j + 2 * t) * 4);
-          block_max.x = fmaxf(block_max.x, other.x), block_max.y = fmaxf(block_max.y, other.y);
-        }
-        shrink[2 * j] = move_maximum(row_max[2 * j], block_max.x, 1);
-        shrink[2 * j + 1] = move_maximum(row_max[2 * j + 1], block_max.y, 1);
-      }
+      move_maxima<N>(most, at.warp_max(which), 1, row_max, shrink);
       which ^= 1;
 
 #pragma unroll

@@ -57,44 +57,24 @@ template <int N>
 __device__ __forceinline__ void bring_rows(const MlaWgmmaParams& p, const MlaFp8Layout<N>& at) {
   const int rows = p.piece_rows;
   const auto row_bytes = static_cast<int>(p.mla.cache_stride);
-  MlaItems items(p.mla);
   Ring<kFp8Stages> ring;
-  bool has_waited = false;
-  MlaItem item, following;
-  MlaPieces pieces{p.mla, rows}, following_pieces{p.mla, rows};
-  bool has_item = items.take(item);
-  if (has_item) pieces.find(item, 0);
-  while (has_item) {
-    const bool has_following = items.take(following);
-    if (has_following) following_pieces.find(following, 0);
-    for (int first = item.begin; first < item.end; first += kKeys) {
-      const int count = min(kKeys, item.end - first);
-      if (!has_waited && first + count > item.tile.first_position) {
-        wait_for_predecessor();
-        has_waited = true;
+  for_key_blocks(p, [&](MlaPieces& pieces, const MlaItem& item, int first_piece, int count) {
+    const int num_pieces = (count + rows - 1) / rows;
+    barrier_wait(at.raw_empty(ring.place), ring.parity ^ 1);
+    __syncwarp();  // lanes that leave the wait one by one would elect one each
+    if (is_elected()) barrier_expect(at.raw_full(ring.place), count * row_bytes);
+    __syncwarp();
+    for (int i = 0; i < num_pieces; ++i) {
+      if (first_piece + i > 0 && (first_piece + i) % 32 == 0) pieces.find(item, first_piece + i);
+      const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
+      if (is_elected()) {
+        copy_bulk(at.raw(ring.place) + i * rows * row_bytes,
+                  static_cast<const char*>(p.mla.cache) + static_cast<int64_t>(slot) * row_bytes,
+                  min(rows, count - i * rows) * row_bytes, at.raw_full(ring.place));
       }
-      const int first_piece = (first - item.begin) / rows;
-      const int num_pieces = (count + rows - 1) / rows;
-      barrier_wait(at.raw_empty(ring.place), ring.parity ^ 1);
-      __syncwarp();  // lanes that leave the wait one by one would elect one each
-      if (is_elected()) barrier_expect(at.raw_full(ring.place), count * row_bytes);
-      __syncwarp();
-      for (int i = 0; i < num_pieces; ++i) {
-        if (first_piece + i > 0 && (first_piece + i) % 32 == 0) pieces.find(item, first_piece + i);
-        const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
-        if (is_elected()) {
-          copy_bulk(at.raw(ring.place) + i * rows * row_bytes,
-                    static_cast<const char*>(p.mla.cache) + static_cast<int64_t>(slot) * row_bytes,
-                    min(rows, count - i * rows) * row_bytes, at.raw_full(ring.place));
-        }
-      }
-      ring.next();
     }
-    item = following;
-    pieces.slots = following_pieces.slots;
-    has_item = has_following;
-  }
-  if (!has_waited) wait_for_predecessor();
+    ring.next();
+  });
 }
 
 // One warpgroup: queries as the products take them. A row's latents become f16, times a power of two that

@@ -64,6 +64,61 @@ __device__ __forceinline__ float move_maximum(float& row_max, float seen, float 
   return exp2_fast((old - seen) * scale);
 }
 
+// One warpgroup: the products of a block's keys with the queries, from the ring; keys are the rows of the
+// instruction, but for N = 64, where queries are.
+template <int N>
+__device__ __forceinline__ void multiply_keys(const MlaLayout<N>& at, Ring<MlaLayout<N>::kSlots>& ring,
+                                              int (&slots)[kThirds], float (&score)[N / 2]) {
+  using L = MlaLayout<N>;
+#pragma unroll
+  for (int third = 0; third < kThirds; ++third) {
+    slots[third] = ring.place;
+    barrier_wait(at.full(ring.place), ring.parity);
+    products_begin();
+    const uint64_t keys = matrix_descriptor(at.slot(ring.place));
+    const uint64_t queries = matrix_descriptor(at.queries(third * kThirdBoxes));
+#pragma unroll
+    for (int box = 0; box < kThirdBoxes; ++box) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint64_t key = keys + box * (kBoxBytes / 16) + 2 * step;
+        const uint64_t query = queries + box * (L::kQueryBox / 16) + 2 * step;
+        wgmma_narrow<N, 0>(score, N == 64 ? query : key, N == 64 ? key : query, third + box + step != 0);
+      }
+    }
+    ring.next();
+  }
+  products_commit();
+  products_wait<0>();
+  pin(score);
+}
+
+// A block's maxima of the four warps, `most` a lane's own, meet at `warp_max` and move those of the rows.
+template <int N>
+__device__ __forceinline__ void move_maxima(float (&most)[N / 4], uint32_t warp_max, float scale,
+                                            float (&row_max)[N / 4], float (&shrink)[N / 4]) {
+  const int warp = threadIdx.x / 32 % 4, t = threadIdx.x % 4;
+  int offset;
+  const int count = maximise(most, offset);
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    if (i >= count) break;
+    store_shared_float(warp_max + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4, most[i]);
+  }
+  group_sync<kScoresBarrier, 128>();
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    float2 block_max = load_shared_float2(warp_max + (8 * j + 2 * t) * 4);
+#pragma unroll
+    for (int w = 1; w < 4; ++w) {
+      const float2 other = load_shared_float2(warp_max + (w * N + 8 * j + 2 * t) * 4);
+      block_max.x = fmaxf(block_max.x, other.x), block_max.y = fmaxf(block_max.y, other.y);
+    }
+    shrink[2 * j] = move_maximum(row_max[2 * j], block_max.x, scale);
+    shrink[2 * j + 1] = move_maximum(row_max[2 * j + 1], block_max.y, scale);
+  }
+}
+
 // The end of an item for warpgroup 0 of N columns: the sums of its four warps, in order, with the maxima
 // times `scale` to the splits' results; rows of one split leave theirs to the values' warpgroups.
 template <int N, class Layout>
@@ -144,26 +199,7 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
     for (int first = item.begin; first < item.end; first += kKeys) {
       float score[N / 2];  // [N / 2]
       int slots[kThirds];
-#pragma unroll
-      for (int third = 0; third < kThirds; ++third) {
-        slots[third] = ring.place;
-        barrier_wait(at.full(ring.place), ring.parity);
-        products_begin();
-        const uint64_t keys = matrix_descriptor(at.slot(ring.place));
-        const uint64_t queries = matrix_descriptor(at.queries(third * kThirdBoxes));
-#pragma unroll
-        for (int box = 0; box < kThirdBoxes; ++box) {
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            wgmma_narrow<N, 0>(score, keys + box * (kBoxBytes / 16) + 2 * step,
-                               queries + box * (L::kQueryBox / 16) + 2 * step, third + box + step != 0);
-          }
-        }
-        ring.next();
-      }
-      products_commit();
-      products_wait<0>();
-      pin(score);
+      multiply_keys<N>(at, ring, slots, score);
       if (first + kKeys >= item.end) {
         __syncwarp();
         if (lane == 0) barrier_arrive(at.queries_empty());
@@ -188,29 +224,8 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
 #pragma unroll
       for (int i = 0; i < kColumns; ++i)
         most[i] = fmaxf(score[4 * (i / 2) + i % 2], score[4 * (i / 2) + 2 + i % 2]);
-      int offset;
-      const int count = maximise(most, offset);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        if (i >= count) break;
-        store_shared_float(
-            at.warp_max(which) + (warp * N + (offset + i) / 2 * 8 + 2 * t + (offset + i) % 2) * 4, most[i]);
-      }
-      group_sync<kScoresBarrier, 128>();
       float shrink[kColumns];  // [kColumns]
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        float2 block_max = load_shared_float2(at.warp_max(which) + (8 * j + 2 * t) * 4);
-#pragma unroll
-        for (int w = 1; w < 4; ++w) {
-          const float2 other = load_shared_float2(at.warp_max(which) + (w * N + 8 * j + 2 * t) * 4);
-          block_max.x = fmaxf(block_max.x, other.x), block_max.y = fmaxf(block_max.y, other.y);
-        }
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          shrink[2 * j + c] = move_maximum(row_max[2 * j + c], c == 0 ? block_max.x : block_max.y, scale);
-        }
-      }
+      move_maxima<N>(most, at.warp_max(which), scale, row_max, shrink);
       which ^= 1;
 
       uint32_t weights[N / 4];  // [N / 4] by j and half
@@ -272,26 +287,7 @@ __device__ __forceinline__ void compute_wide_scores(const MlaWgmmaParams& p, con
     for (int first = item.begin; first < item.end; first += kKeys) {
       float score[32];  // [32]
       int slots[kThirds];
-#pragma unroll
-      for (int third = 0; third < kThirds; ++third) {
-        slots[third] = ring.place;
-        barrier_wait(at.full(ring.place), ring.parity);
-        products_begin();
-        const uint64_t keys = matrix_descriptor(at.slot(ring.place));
-        const uint64_t queries = matrix_descriptor(at.queries(third * kThirdBoxes));
-#pragma unroll
-        for (int box = 0; box < kThirdBoxes; ++box) {
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            wgmma_narrow<64, 0>(score, queries + box * (L::kQueryBox / 16) + 2 * step,
-                                keys + box * (kBoxBytes / 16) + 2 * step, third + box + step != 0);
-          }
-        }
-        ring.next();
-      }
-      products_commit();
-      products_wait<0>();
-      pin(score);
+      multiply_keys<64>(at, ring, slots, score);
       if (first + kKeys >= item.end) {
         __syncwarp();
         if (lane == 0) barrier_arrive(at.queries_empty());

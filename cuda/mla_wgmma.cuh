@@ -149,13 +149,12 @@ struct MlaPieces {
   }
 };
 
-// One warp: the keys of all items into the ring. Those that earlier steps wrote come before the kernel ahead
-// has ended.
-template <int N>
-__device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
+// One warp: bring(pieces, item, first piece, keys) for every block of kKeys keys of all items. The kernel
+// ahead is waited for where a block has keys of this step, and at the end.
+template <class Bring>
+__device__ __forceinline__ void for_key_blocks(const MlaWgmmaParams& p, const Bring& bring) {
   const int rows = p.piece_rows;
   MlaItems items(p.mla);
-  Ring<MlaLayout<N>::kSlots> ring;
   bool has_waited = false;
   MlaItem item, following;
   MlaPieces pieces{p.mla, rows}, following_pieces{p.mla, rows};
@@ -170,33 +169,43 @@ __device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLay
         wait_for_predecessor();
         has_waited = true;
       }
-      const int first_piece = (first - item.begin) / rows;
-      const int num_pieces = (count + rows - 1) / rows;
-      if (first_piece > 0 && first_piece % 32 == 0) pieces.find(item, first_piece);
-#pragma unroll
-      for (int third = 0; third < kThirds; ++third) {
-        barrier_wait(at.empty(ring.place), ring.parity ^ 1);
-        __syncwarp();  // lanes that leave the wait one by one would elect one each
-        if (is_elected()) barrier_expect(at.full(ring.place), kThirdBoxes * num_pieces * rows * 128);
-        __syncwarp();
-        for (int i = 0; i < num_pieces; ++i) {
-          const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
-          if (is_elected()) {
-#pragma unroll
-            for (int box = 0; box < kThirdBoxes; ++box) {
-              copy_box(at.slot(ring.place) + box * kBoxBytes + i * rows * 128, &p.cache,
-                       columns_at(third * kThirdBoxes + box), slot, at.full(ring.place));
-            }
-          }
-        }
-        ring.next();
-      }
+      bring(pieces, item, (first - item.begin) / rows, count);
     }
     item = following;
     pieces.slots = following_pieces.slots;
     has_item = has_following;
   }
   if (!has_waited) wait_for_predecessor();
+}
+
+// One warp: the keys of all items into the ring. Those that earlier steps wrote come before the kernel ahead
+// has ended.
+template <int N>
+__device__ __forceinline__ void bring_keys(const MlaWgmmaParams& p, const MlaLayout<N>& at) {
+  const int rows = p.piece_rows;
+  Ring<MlaLayout<N>::kSlots> ring;
+  for_key_blocks(p, [&](MlaPieces& pieces, const MlaItem& item, int first_piece, int count) {
+    const int num_pieces = (count + rows - 1) / rows;
+    if (first_piece > 0 && first_piece % 32 == 0) pieces.find(item, first_piece);
+#pragma unroll
+    for (int third = 0; third < kThirds; ++third) {
+      barrier_wait(at.empty(ring.place), ring.parity ^ 1);
+      __syncwarp();  // lanes that leave the wait one by one would elect one each
+      if (is_elected()) barrier_expect(at.full(ring.place), kThirdBoxes * num_pieces * rows * 128);
+      __syncwarp();
+      for (int i = 0; i < num_pieces; ++i) {
+        const int slot = __shfl_sync(kAllLanes, pieces.slots, (first_piece + i) % 32);
+        if (is_elected()) {
+#pragma unroll
+          for (int box = 0; box < kThirdBoxes; ++box) {
+            copy_box(at.slot(ring.place) + box * kBoxBytes + i * rows * 128, &p.cache,
+                     columns_at(third * kThirdBoxes + box), slot, at.full(ring.place));
+          }
+        }
+      }
+      ring.next();
+    }
+  });
 }
 
 // One thread: the queries of all items. A box's rows behind the tile's are another sequence's, or zeros.
