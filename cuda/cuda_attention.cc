@@ -14,10 +14,6 @@ namespace {
 constexpr int64_t kPartialBudget = int64_t{256} << 20;  // bytes of the splits' results
 constexpr int64_t kLatentBudget = int64_t{128} << 20;   // bytes of one latent per token and head
 
-bool is_aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
-}
-
 }  // namespace
 
 void CudaOps::reserve_attention() {
@@ -99,7 +95,7 @@ MlaEnterParams CudaOps::enter_params(const Tensor& q, const Tensor& kv, const Ml
           .w_uk = static_cast<const PlacedMla*>(mla.packed)->w_uk,
           .q_latent = q_latent_,
           .q_latent_stride = latent_stride_,
-          .is_q_aligned = is_aligned(q) && mla.shape.qk_dim() % 8 == 0};
+          .is_q_aligned = has_aligned_rows(q) && mla.shape.qk_dim() % 8 == 0};
 }
 
 void CudaOps::mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
@@ -172,7 +168,7 @@ void CudaOps::run_chunk(const MlaParams& mla, const Tensor& q, const Tensor& q_l
                         const CacheLayer& cache) {
   if (!has_mla_wgmma_) return run_mla_attention(mla, stream_);
   const auto qk_dim = static_cast<int64_t>(mla.nope_dim + mla.rope_dim);
-  check(is_aligned(q) && q.stride == mla.num_heads * qk_dim,
+  check(has_aligned_rows(q) && q.stride == mla.num_heads * qk_dim,
         "attention takes queries that begin at a multiple of 16 bytes and lie row after row");
   const auto boxes = [](const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t box_rows) {
     return make_tensor_map({.data = data,

@@ -198,6 +198,23 @@ void CudaOps::moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const
   }
 }
 
+MoePlanParams CudaOps::plan_params(int64_t num_tokens, const MoeWeights& moe, const Tensor& expert_ids,
+                                   bool has_shared, int32_t tile_tokens) const {
+  return {.expert_ids = expert_ids.row<int32_t>(0),
+          .ids_stride = expert_ids.stride,
+          .num_tokens = static_cast<int32_t>(num_tokens),
+          .experts_per_token = static_cast<int32_t>(moe.route.experts_per_token),
+          .num_experts = static_cast<int32_t>(moe.route.num_experts),
+          .has_shared = has_shared,
+          .tile_tokens = tile_tokens,
+          .plan = moe_plan_};
+}
+
+void CudaOps::make_plan(const MoePlanParams& plan) {
+  if (plan.num_tokens != 1 || planned_ids_ != plan.expert_ids) run_moe_plan(plan, stream_);
+  planned_ids_ = nullptr;
+}
+
 MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids,
                                     const Tensor& expert_weights, const Tensor& out) {
   const PlacedMoe& placed = *static_cast<const PlacedMoe*>(moe.packed);
@@ -217,16 +234,9 @@ MoeCombineParams CudaOps::moe_chunk(const Tensor& x, const MoeWeights& moe, cons
   const auto tokens_each =
       static_cast<int32_t>(std::max<int64_t>((x.rows * k + num_experts - 1) / num_experts, 1));
 
-  const MoePlanParams plan = {.expert_ids = expert_ids.row<int32_t>(0),
-                              .ids_stride = expert_ids.stride,
-                              .num_tokens = static_cast<int32_t>(x.rows),
-                              .experts_per_token = k,
-                              .num_experts = num_experts,
-                              .has_shared = is_shared_grouped,
-                              .tile_tokens = linear_tile_tokens(tokens_each),
-                              .plan = moe_plan_};
-  if (x.rows != 1 || planned_ids_ != plan.expert_ids) run_moe_plan(plan, stream_);
-  planned_ids_ = nullptr;
+  const MoePlanParams plan =
+      plan_params(x.rows, moe, expert_ids, is_shared_grouped, linear_tile_tokens(tokens_each));
+  make_plan(plan);
 
   LinearParams params = linear_params(x, expert_mid_, view_of(moe.experts[0].gate));
   params.is_gated = true;

@@ -185,6 +185,10 @@ class CudaOps final : public Ops {
   SplitParams split_params(const Tensor& x, const WeightView& weight);
   void run_split_mlp(const Tensor& x, const MlpWeights& mlp, const Tensor& out);
   void run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
+  MoePlanParams plan_params(int64_t num_tokens, const MoeWeights& moe, const Tensor& expert_ids,
+                            bool has_shared, int32_t tile_tokens) const;
+  // Makes the plan, unless route() has made that of these ids.
+  void make_plan(const MoePlanParams& plan);
   // Whether a layer of so many tokens takes the kernels that quantise them.
   bool is_quantizing(const WeightView& weight, int64_t num_tokens) const;
   bool is_quantizing(const MlpWeights& mlp, int64_t num_tokens) const;
@@ -192,6 +196,10 @@ class CudaOps final : public Ops {
   // The view for fewer channels; throws where there is not enough room.
   QuantizedView fitted(QuantizedView view, int64_t num_rows, int64_t cols) const;
   QuantizeParams quantize_params(const Tensor& x, const QuantizedView& out) const;
+  // Each token's row once for each of its experts, in the plan's order, to `routed`, and once in its place
+  // for the shared one, to `plain`.
+  QuantizeParams slot_inputs(const Tensor& x, const QuantizedView& plain, const QuantizedView& routed,
+                             int32_t experts_per_token, bool has_shared) const;
   QuantizedView quantize(const Tensor& x);
   WgmmaParams wgmma_params(const QuantizedView& x, int64_t num_rows, const WeightView& weight) const;
   WgmmaParams gated_params(const Tensor& x, const MlpWeights& mlp);

@@ -94,8 +94,21 @@ QuantizeParams CudaOps::quantize_params(const Tensor& x, const QuantizedView& ou
           .x_stride = x.stride,
           .num_rows = static_cast<int32_t>(x.rows),
           .cols = static_cast<int32_t>(x.cols),
-          .is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0,
+          .is_aligned = has_aligned_rows(x),
           .out = fitted(out, x.rows, x.cols)};
+}
+
+QuantizeParams CudaOps::slot_inputs(const Tensor& x, const QuantizedView& plain, const QuantizedView& routed,
+                                    int32_t experts_per_token, bool has_shared) const {
+  QuantizeParams params = quantize_params(x, plain);
+  const int64_t slots = x.rows * experts_per_token;
+  params.plain_out = params.out;
+  params.num_plain_rows = has_shared ? params.num_rows : 0;
+  params.out = fitted(routed, slots, x.cols);
+  params.rows = moe_plan_.order;
+  params.rows_divisor = experts_per_token;
+  params.num_rows = static_cast<int32_t>(slots);
+  return params;
 }
 
 QuantizedView CudaOps::quantize(const Tensor& x) {
@@ -131,14 +144,7 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
   const auto k = static_cast<int32_t>(moe.route.experts_per_token);
   const int64_t slots = x.rows * k;
   const bool has_shared = moe.has_shared() && placed.has_shared_maps;
-  const MoePlanParams plan = {.expert_ids = expert_ids.row<int32_t>(0),
-                              .ids_stride = expert_ids.stride,
-                              .num_tokens = static_cast<int32_t>(x.rows),
-                              .experts_per_token = k,
-                              .num_experts = static_cast<int32_t>(moe.route.num_experts),
-                              .has_shared = has_shared,
-                              .tile_tokens = kWgmmaTokens,
-                              .plan = moe_plan_};
+  const MoePlanParams plan = plan_params(x.rows, moe, expert_ids, has_shared, kWgmmaTokens);
   run_moe_plan(plan, stream_);
   const auto group = [&](WgmmaParams& params, const TensorMap* maps, const WeightView* table) {
     params.plan = moe_plan_;
@@ -155,14 +161,7 @@ void CudaOps::run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Te
     params.cols[1] = view_of(weight).cols;
   };
 
-  // Each token's row once for each of its experts, and once in its place for the shared one.
-  QuantizeParams inputs = quantize_params(x, quantized_);
-  inputs.plain_out = inputs.out;
-  inputs.num_plain_rows = has_shared ? inputs.num_rows : 0;
-  inputs.out = fitted(expert_quantized_, slots, x.cols);
-  inputs.rows = moe_plan_.order;
-  inputs.rows_divisor = k;
-  inputs.num_rows = static_cast<int32_t>(slots);
+  const QuantizeParams inputs = slot_inputs(x, quantized_, expert_quantized_, k, has_shared);
   run_quantize(inputs, stream_);
 
   WgmmaParams mid = wgmma_params(inputs.out, slots, view_of(moe.experts[0].gate));

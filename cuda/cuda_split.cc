@@ -108,16 +108,8 @@ void CudaOps::run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor
   const int64_t slots = x.rows * k;
   const bool has_shared = moe.has_shared() && placed.has_shared_maps;
   const int32_t tile = tile_tokens(x.rows, (slots + num_experts - 1) / num_experts);
-  const MoePlanParams plan = {.expert_ids = expert_ids.row<int32_t>(0),
-                              .ids_stride = expert_ids.stride,
-                              .num_tokens = static_cast<int32_t>(x.rows),
-                              .experts_per_token = k,
-                              .num_experts = num_experts,
-                              .has_shared = has_shared,
-                              .tile_tokens = tile,
-                              .plan = moe_plan_};
-  if (x.rows != 1 || planned_ids_ != plan.expert_ids) run_moe_plan(plan, stream_);
-  planned_ids_ = nullptr;
+  const MoePlanParams plan = plan_params(x.rows, moe, expert_ids, has_shared, tile);
+  make_plan(plan);
   const auto group = [&](SplitParams& params, const QuantizedView& shared_inputs, const Weight& shared) {
     params.plan = moe_plan_;
     params.max_tiles = moe_max_tiles(plan);
@@ -131,17 +123,9 @@ void CudaOps::run_split_moe(const Tensor& x, const MoeWeights& moe, const Tensor
     params.cols[1] = view_of(shared).cols;
   };
 
-  // Each token's row once for each of its experts, in the plan's order, and once in its place for the shared
-  // one.
-  QuantizeParams inputs = quantize_params(x, split_);
+  QuantizeParams inputs = slot_inputs(x, split_, expert_split_, k, has_shared);
   inputs.is_split = true;
   inputs.is_successor_held = true;
-  inputs.plain_out = inputs.out;
-  inputs.num_plain_rows = has_shared ? inputs.num_rows : 0;
-  inputs.out = fitted(expert_split_, slots, x.cols);
-  inputs.rows = moe_plan_.order;
-  inputs.rows_divisor = k;
-  inputs.num_rows = static_cast<int32_t>(slots);
   run_quantize(inputs, stream_);
 
   SplitParams mid = split_params(inputs.out, slots, tile, view_of(moe.experts[0].gate));
