@@ -70,30 +70,8 @@ Floats time_attention(const AttentionSpeed& c) {
     caches.push_back(std::make_unique<DeviceMatrix>(*gpu, num_slots, row_cols, c.cache_dtype));
     gpu->upload(caches.back()->tensor().data, latents.data(), latents.size() * 2);
   }
-  std::vector<int32_t> positions, slots, seqs, q_start = {0}, table_start = {0}, table;
-  for (int64_t s = 0; s < c.batch; ++s) {
-    for (int64_t i = 0; i < c.q_len; ++i) {
-      positions.push_back(static_cast<int32_t>(c.context - c.q_len + i));
-      slots.push_back(-1);
-      seqs.push_back(static_cast<int32_t>(s));
-    }
-    q_start.push_back(static_cast<int32_t>(positions.size()));
-    for (int64_t b = 0; b < blocks_each; ++b) table.push_back(static_cast<int32_t>(b * c.batch + s));
-    table_start.push_back(static_cast<int32_t>(table.size()));
-  }
-  StepIndex host;
-  host.num_seqs = c.batch;
-  host.num_tokens = tokens;
-  host.block_size = block_size;
-  host.max_q_len = c.q_len;
-  host.max_context_len = c.context;
-  host.token_ids = host.seq_of_token = seqs.data();
-  host.rope_positions = host.cache_positions = positions.data();
-  host.slots = slots.data();
-  host.q_start = q_start.data();
-  host.block_table_start = table_start.data();
-  host.block_table = table.data();
-  const StepIndex index = gpu->begin_step(host, 0);
+  const EvenIndex even(c.batch, c.q_len, c.context, block_size);
+  const StepIndex index = gpu->begin_step(even.host(), 0);
   const DeviceMatrix q(*gpu, random_floats(random, tokens * q_cols, 1), tokens, q_cols, Dtype::kBF16);
   const DeviceMatrix out(*gpu, tokens, out_cols, Dtype::kBF16);
   const auto step = [&] {

@@ -11,7 +11,7 @@
 #include "cuda/mla_plan.h"
 #include "cuda/mla_wgmma.h"
 #include "cuda/tensor_map.h"
-#include "tests/native/cuda_support.h"
+#include "tests/native/cuda_speed.h"
 
 namespace rodin::test {
 namespace {
@@ -117,31 +117,12 @@ void time_kernel(const KernelCase& c) {
   const int64_t tokens = int64_t{c.batch} * c.q_len, rows = tokens * c.heads;
   const int64_t num_slots = c.batch * blocks_each * block_size, row_bytes = c.is_fp8 ? 656 : 1152;
 
-  std::vector<int32_t> positions, slots, seqs, q_start = {0}, table_start = {0}, table;
-  for (int32_t s = 0; s < c.batch; ++s) {
-    for (int32_t i = 0; i < c.q_len; ++i) {
-      positions.push_back(c.context - c.q_len + i);
-      slots.push_back(-1);
-      seqs.push_back(s);
-    }
-    q_start.push_back(static_cast<int32_t>(positions.size()));
-    for (int64_t b = 0; b < blocks_each; ++b) table.push_back(static_cast<int32_t>(b * c.batch + s));
-    table_start.push_back(static_cast<int32_t>(table.size()));
-  }
-  StepIndex host;
-  host.num_seqs = c.batch;
-  host.num_tokens = tokens;
-  host.block_size = block_size;
-  host.max_q_len = c.q_len;
-  host.max_context_len = c.context;
-  host.cache_positions = positions.data();
-  host.q_start = q_start.data();
-  host.block_table_start = table_start.data();
+  const EvenIndex even(c.batch, c.q_len, c.context, block_size);
   int num_multiprocessors;
   RODIN_CUDA(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   MlaPlan plan;
   const int64_t most_rows = (int64_t{256} << 20) / (512 * 4 + 8);
-  plan.fill(host,
+  plan.fill(even.host(),
             {.num_heads = c.heads,
              .max_tokens = tokens,
              .max_partial_rows = most_rows,
@@ -165,7 +146,8 @@ void time_kernel(const KernelCase& c) {
   std::vector<uint16_t> queries(static_cast<size_t>(rows * 576));
   for (uint16_t& q : queries) q = bf16_of_float(random.normal() * 0.2f);
   const Room q_latent(queries), q(rows * 192 * 2), partial(most_rows * 512 * 4), partial_ml(most_rows * 8);
-  const Room out(rows * 512 * 2), tiles(plan.tiles), device_positions(positions), device_table(table);
+  const Room out(rows * 512 * 2), tiles(plan.tiles), device_positions(even.positions()),
+      device_table(even.table());
   RODIN_CUDA(
       cudaMemcpy(q.as<char>(), queries.data(), static_cast<size_t>(rows) * 192 * 2, cudaMemcpyHostToDevice));
 

@@ -38,4 +38,47 @@ inline void report(const std::string& what, double seconds, double bytes, double
   CHECK(tflops >= min_tflops);
 }
 
+// A step of sequences of one length, of which each computes its last tokens without writing them; blocks of
+// neighbouring sequences lie side by side.
+class EvenIndex {
+ public:
+  EvenIndex(int64_t batch, int64_t q_len, int64_t context, int64_t block_size) {
+    for (int64_t s = 0; s < batch; ++s) {
+      for (int64_t i = 0; i < q_len; ++i) {
+        positions_.push_back(static_cast<int32_t>(context - q_len + i));
+        slots_.push_back(-1);
+        seqs_.push_back(static_cast<int32_t>(s));
+      }
+      q_start_.push_back(static_cast<int32_t>(positions_.size()));
+      for (int64_t b = 0; b * block_size < context; ++b)
+        table_.push_back(static_cast<int32_t>(b * batch + s));
+      table_start_.push_back(static_cast<int32_t>(table_.size()));
+    }
+    host_.num_seqs = batch;
+    host_.num_tokens = batch * q_len;
+    host_.block_size = block_size;
+    host_.max_q_len = q_len;
+    host_.max_context_len = context;
+    host_.token_ids = host_.seq_of_token = seqs_.data();
+    host_.rope_positions = host_.cache_positions = positions_.data();
+    host_.slots = slots_.data();
+    host_.q_start = q_start_.data();
+    host_.block_table_start = table_start_.data();
+    host_.block_table = table_.data();
+  }
+  EvenIndex(const EvenIndex&) = delete;
+  EvenIndex& operator=(const EvenIndex&) = delete;
+
+  const StepIndex& host() const { return host_; }
+  const std::vector<int32_t>& table() const { return table_; }
+  const std::vector<int32_t>& positions() const { return positions_; }
+
+ private:
+  std::vector<int32_t> positions_, slots_, seqs_;  // [T]
+  std::vector<int32_t> q_start_ = {0};             // [S + 1]
+  std::vector<int32_t> table_start_ = {0};         // [S + 1]
+  std::vector<int32_t> table_;                     // [S, blocks]
+  StepIndex host_;
+};
+
 }  // namespace rodin::test
