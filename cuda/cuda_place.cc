@@ -146,6 +146,15 @@ void CudaOps::place(MoeWeights& moe) {
           "the routed experts of a layer have weights of different dtypes (expert ", e,
           "), which the GPU backend does not take; use --device cpu");
   }
+  const auto is_alike = [](const WeightView& a, const WeightView& b) {
+    return a.rows == b.rows && a.cols == b.cols && a.row_bytes == b.row_bytes && !a.bias && !b.bias &&
+           a.block_rows == b.block_rows && a.blocks_per_scale == b.blocks_per_scale &&
+           a.scale_cols == b.scale_cols;
+  };
+  placed.is_uniform = true;
+  for (size_t e = 0; e < gate.size(); ++e)
+    placed.is_uniform = placed.is_uniform && is_alike(gate[e], gate[0]) && is_alike(up[e], gate[0]) &&
+                        is_alike(down[e], down[0]);
   if (moe.has_shared()) {
     const WeightView& shared_gate = view_of(moe.shared.gate);
     const WeightView& shared_up = view_of(moe.shared.up);

@@ -1,5 +1,4 @@
 // Which experts a token goes to, from the router's logits: the work of one warp, for the kernels that do it.
-// Logits are read past the first-level cache, because another block of the same kernel may have written them.
 #pragma once
 
 #include <climits>
@@ -9,6 +8,13 @@
 namespace rodin::cuda {
 
 constexpr float kBanned = -INFINITY;
+
+// Wherever it lies; what another block, or another block of the cluster, has written.
+__device__ __forceinline__ float load_logit(const float* from) {
+  float logit;
+  asm volatile("ld.relaxed.gpu.f32 %0, [%1];" : "=f"(logit) : "l"(from) : "memory");
+  return logit;
+}
 
 struct Best {
   float value;
@@ -116,7 +122,7 @@ __device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int6
 #pragma unroll
   for (int i = 0; i < kMostEach; ++i) {
     const int e = lane + 32 * i;
-    score[i] = e < num_experts ? __ldcg(logits + e) : kBanned;
+    score[i] = e < num_experts ? load_logit(logits + e) : kBanned;
     max = fmaxf(max, score[i]);
   }
   if (route.scoring_func == ScoringFunc::kSigmoid) {
@@ -202,13 +208,13 @@ __device__ __forceinline__ void route_grouped(const RouteKernelParams& p, int64_
 
   float max = kBanned;
   if (route.scoring_func == ScoringFunc::kSoftmax) {
-    for (int e = lane; e < num_experts; e += 32) max = fmaxf(max, __ldcg(logits + e));
+    for (int e = lane; e < num_experts; e += 32) max = fmaxf(max, load_logit(logits + e));
     max = warp_max(max);
   }
   float sum = 0;
   for (int e = lane; e < num_experts; e += 32) {
-    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-__ldcg(logits + e)))
-                                                            : expf(__ldcg(logits + e) - max);
+    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-load_logit(logits + e)))
+                                                            : expf(load_logit(logits + e) - max);
     sum += scores[e];
   }
   sum = warp_sum(sum);

@@ -5,6 +5,9 @@ namespace rodin {
 void run_moe(Ops& ops, const MoeWeights& moe, const MoeNorms& norms, const Tensor& residual,
              const Tensor& delta, const Tensor& normed, const Tensor& expert_ids,
              const Tensor& expert_weights, const Tensor& out) {
+  if (ops.moe_joined(residual, delta, norms.before, norms.eps, moe, norms.behind, expert_ids, expert_weights,
+                     out))
+    return;
   ops.add_rms_norm_route(residual, delta, norms.before, norms.eps, normed, moe, expert_ids, expert_weights);
   ops.moe_add_rms_norm(normed, moe, expert_ids, expert_weights, delta, residual, norms.behind, norms.eps,
                        out);

@@ -245,6 +245,17 @@ class Ops {
     add_rms_norm(residual, delta, weight, eps, out);
   }
 
+  // Both of them, of one norm weight and the next: residual [T, H], delta and out [T, H], expert_ids and
+  // expert_weights [T, k], of which only residual and out hold anything of use afterwards. False, and nothing
+  // is done, where this device has no fewer launches for this layer and so many tokens.
+  virtual bool moe_joined([[maybe_unused]] const Tensor& residual, [[maybe_unused]] const Tensor& delta,
+                          [[maybe_unused]] const float* weight, [[maybe_unused]] float eps,
+                          [[maybe_unused]] const MoeWeights& moe, [[maybe_unused]] const float* next_weight,
+                          [[maybe_unused]] const Tensor& expert_ids,
+                          [[maybe_unused]] const Tensor& expert_weights, [[maybe_unused]] const Tensor& out) {
+    return false;
+  }
+
   // ---- sampling -----------------------------------------------------------------------------------------
   // See ops/sample_args.h. logits [R, V] float32 on the device; the result is in host memory on return.
   virtual void sample(const SampleArgs& args) = 0;
