@@ -24,21 +24,20 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
     experts.shared_up = view_of(moe.shared.up);
     experts.shared_down = view_of(moe.shared.down);
   }
-  const DecodeExpertsParams enter = {
-      .norm = norm_params(residual, &delta, weight, eps, out),
-      .router = view_of(moe.router),
-      .route = {.correction_bias = moe.correction_bias,
-                .expert_ids = expert_ids.row<int32_t>(0),
-                .ids_stride = expert_ids.stride,
-                .expert_weights = expert_weights.row<float>(0),
-                .weights_stride = expert_weights.stride,
-                .num_tokens = 1,
-                .route = moe.route},
-      .experts = experts,
-      .routed_mid = expert_mid_.data,
-      .routed_stride = expert_mid_.stride,
-      .shared_mid = shared_mid_.data,
-      .num_clusters = num_decode_clusters_};
+  const DecodeExpertsParams enter = {.norm = norm_params(residual, &delta, weight, eps, out),
+                                     .router = view_of(moe.router),
+                                     .route = {.correction_bias = moe.correction_bias,
+                                               .expert_ids = expert_ids.row<int32_t>(0),
+                                               .ids_stride = expert_ids.stride,
+                                               .expert_weights = expert_weights.row<float>(0),
+                                               .weights_stride = expert_weights.stride,
+                                               .num_tokens = 1,
+                                               .route = moe.route},
+                                     .experts = experts,
+                                     .routed_mid = expert_mid_.data,
+                                     .routed_stride = expert_mid_.stride,
+                                     .shared_mid = shared_mid_.data,
+                                     .num_clusters = num_decode_clusters_};
   const DecodeDownParams leave = {.experts = experts,
                                   .expert_ids = expert_ids.row<int32_t>(0),
                                   .expert_weights = expert_weights.row<float>(0),

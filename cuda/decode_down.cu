@@ -16,17 +16,18 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 16;       // of a block
-constexpr int kGroupRows = 8;   // of a group
+constexpr int kRows = 16;      // of a block
+constexpr int kGroupRows = 8;  // of a group
 constexpr int kGroups = kRows / kGroupRows;
-constexpr int kPiece = 1408;    // most inputs of a piece, a multiple of kBlockK
-constexpr int kMostPieces = 64;
+constexpr int kPiece = 1408;  // most inputs of a piece, a multiple of kBlockK
+constexpr int kMostPieces = 32;
 constexpr int kSlots = 1;  // groups of a warp in shared memory
 
 struct Scratch {
   uint8_t rows[kWarps][kSlots][kGroupRows * kPiece];
   __half mid[kWarps][kPiece];
   float sums[kMostPieces][kRows];
+  float weights[kDecodeMostChosen];  // of the chosen experts
   uint64_t full[kWarps][kSlots];
 };
 
@@ -73,7 +74,11 @@ struct WarpGroups {
   int warp, lane, row0, count;
 
   __device__ __forceinline__ WarpGroups(const DecodeDownParams& params, const Pieces& all, Scratch& scratch)
-      : p(params), pieces(all), s(scratch), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+      : p(params),
+        pieces(all),
+        s(scratch),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
         row0(blockIdx.x * kRows) {
     count = (pieces.count - warp + kWarps - 1) / kWarps * kGroups;
   }
@@ -89,26 +94,31 @@ struct WarpGroups {
     view.scale = from->scale;
     return view;
   }
-  __device__ __forceinline__ void copy(int i) const {
-    const Piece at = piece(i);
+  // Its rows, or where they lie one behind the other all of them at once: each(place in the group, from,
+  // bytes).
+  template <class Each>
+  __device__ __forceinline__ void for_rows(const Piece& at, int i, const Each& each) const {
     const WeightView view = weight(at);
+    const char* from =
+        static_cast<const char*>(view.data) + (row0 + i % kGroups * kGroupRows) * view.row_bytes + at.col;
+    if (!is_elected()) return;
+    if (view.row_bytes == padded(at.cols)) return each(0, from, kGroupRows * at.cols);
+    for (int r = 0; r < kGroupRows; ++r) each(r, from + r * view.row_bytes, at.cols);
+  }
+  __device__ __forceinline__ void copy(int i, uint64_t policy) const {
+    const Piece at = piece(i);
     const int slot = i % kSlots;
     const uint32_t barrier = shared_address(&s.full[warp][slot]);
-    if (lane == 0) barrier_expect(barrier, kGroupRows * at.cols);
+    if (is_elected()) barrier_expect(barrier, kGroupRows * at.cols);
     __syncwarp();
-    if (lane < kGroupRows) {
-      const char* from = static_cast<const char*>(view.data) +
-                         (row0 + i % kGroups * kGroupRows + lane) * view.row_bytes + at.col;
-      copy_bulk(shared_address(s.rows[warp][slot] + lane * padded(at.cols)), from, at.cols, barrier);
-    }
+    for_rows(at, i, [&](int r, const char* from, int bytes) {
+      copy_once(shared_address(s.rows[warp][slot]) + r * padded(at.cols), from, bytes, barrier, policy);
+    });
+    __syncwarp();
   }
   __device__ __forceinline__ void prefetch(int i) const {
-    const Piece at = piece(i);
-    const WeightView view = weight(at);
-    if (lane < kGroupRows)
-      prefetch_bulk(static_cast<const char*>(view.data) +
-                        (row0 + i % kGroups * kGroupRows + lane) * view.row_bytes + at.col,
-                    at.cols);
+    for_rows(piece(i), i, [](int, const char* from, int bytes) { prefetch_bulk(from, bytes); });
+    __syncwarp();
   }
   // Lane b: the scale of block b of the piece.
   __device__ __forceinline__ float scale(const Piece& at) const {
@@ -159,12 +169,15 @@ __global__ void __launch_bounds__(kThreads) decode_down_kernel(const __grid_cons
     // Rows end within a block of inputs: what lies behind them meets inputs of zero and must not be a NaN.
     for (int i = lane; i < kSlots * kGroupRows * kPiece / 16; i += 32)
       *reinterpret_cast<uint4*>(&s.rows[warp][0][0] + 16 * i) = make_uint4(0, 0, 0, 0);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    shared_fence();
   }
   __syncwarp();
-  for (int i = 0; i < groups.count; ++i) i < kSlots ? groups.copy(i) : groups.prefetch(i);
+  const uint64_t policy = read_once_policy();
+  for (int i = 0; i < groups.count; ++i) i < kSlots ? groups.copy(i, policy) : groups.prefetch(i);
   float scales = groups.count > 0 ? groups.scale(groups.piece(0)) : 0.0f;
   const int row = groups.row0 + static_cast<int>(threadIdx.x);  // of the first kRows threads
+  if (static_cast<int>(threadIdx.x) < p.experts_per_token)
+    s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
   wait_for_predecessor();
   float residual = 0;
   if (threadIdx.x < kRows)
@@ -172,8 +185,9 @@ __global__ void __launch_bounds__(kThreads) decode_down_kernel(const __grid_cons
 
   for (int first = 0; first < groups.count; first += kGroups) {
     const Piece at = groups.piece(first);
-    const bf16* mid = groups.is_shared(at) ? static_cast<const bf16*>(p.shared_mid)
-                                           : static_cast<const bf16*>(p.routed_mid) + at.slot * p.routed_stride;
+    const bf16* mid = groups.is_shared(at)
+                          ? static_cast<const bf16*>(p.shared_mid)
+                          : static_cast<const bf16*>(p.routed_mid) + at.slot * p.routed_stride;
     if (first > 0) scales = groups.scale(at);
     __syncwarp();
     const float inverse = stage(mid + at.col, at.cols, s.mid[warp]);
@@ -201,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) decode_down_kernel(const __grid_cons
         sum = fmaf(__shfl_sync(kAllLanes, scales, block), swap ? acc[1] + acc[2] : acc[0] + acc[3], sum);
       }
       __syncwarp();
-      if (i + kSlots < groups.count) groups.copy(i + kSlots);
+      if (i + kSlots < groups.count) groups.copy(i + kSlots, policy);
       if (t == 0) s.sums[warp + first / kGroups * kWarps][group * kGroupRows + g] = sum * inverse;
     }
   }
@@ -214,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) decode_down_kernel(const __grid_cons
   };
   float total = 0;
   for (int j = 0; j < p.experts_per_token; ++j)
-    total = fmaf(__ldcg(p.expert_weights + j), rounded(j * pieces.routed.count, pieces.routed.count), total);
+    total = fmaf(s.weights[j], rounded(j * pieces.routed.count, pieces.routed.count), total);
   if (pieces.shared.count > 0) total += rounded(pieces.num_routed, pieces.shared.count);
   p.residual[row] = residual + __bfloat162float(__float2bfloat16_rn(total));
 }
@@ -233,7 +247,8 @@ void prepare_decode_down() {
 
 bool is_decode_down(const DecodeDownParams& p) {
   const DecodeExperts& experts = p.experts;
-  return experts.routed_down.rows % kRows == 0 && is_down_rows(experts.routed_down, experts.routed_down.rows) &&
+  return experts.routed_down.rows % kRows == 0 &&
+         is_down_rows(experts.routed_down, experts.routed_down.rows) &&
          (experts.shared_down.rows == 0 || is_down_rows(experts.shared_down, experts.routed_down.rows)) &&
          Pieces(p).count <= kMostPieces;
 }

@@ -4,13 +4,13 @@
 // decode_experts_kernel: clusters of 8 blocks, as many as the device runs side by side; 8 warps that multiply
 // and one that copies. A block makes the logits of an eighth of the experts and sends them to its cluster, so
 // that every block chooses for itself: no launch and no round over device memory between router and experts.
-// Units are pairs of a row of gate and the same row of up, dealt evenly to blocks: the shared expert's come
-// first and are asked for before the kernel ahead has ended, the routed ones' when they are chosen. They go
-// through a ring of shared memory; a warp multiplies every eighth pair.
+// A unit is 8 rows of gate and the same rows of up, one of each a warp. Units are dealt to blocks in turn:
+// the shared expert's come first and are asked for before the kernel ahead has ended, the routed ones' when
+// they are chosen. They go through a ring in shared memory.
 //
-// A pair is one 16-row tile of the tensor core: row p is the eighth p of gate's row, row p + 8 that of up's,
-// column p the eighth p of the inputs, so that the sums are on the diagonals. Weights and inputs are f16
-// (decode_moe.cuh).
+// A row of gate and its row of up are one 16-row tile of the tensor core: row p is the eighth p of gate's
+// row, row p + 8 that of up's, column p the eighth p of the inputs, so that the sums are on the diagonals.
+// Weights and inputs are f16 (decode_moe.cuh).
 #include "cuda/decode_moe.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/route.cuh"
@@ -21,7 +21,8 @@ namespace {
 constexpr int kWarps = kNormThreads / 32;  // that multiply
 constexpr int kThreads = kNormThreads + 32;
 constexpr int kClusterBlocks = 8;
-constexpr int kSlots = 24;  // pairs in the ring, a multiple of kWarps
+constexpr int kUnitRows = kWarps;
+constexpr int kSlots = 3;  // units in the ring
 constexpr int kRow = kDecodeMostInputs;
 constexpr int kPart = kRow / 8;  // inputs of a row of the tile
 constexpr int kNormWords = kRow / (4 * kNormThreads);
@@ -34,47 +35,50 @@ struct ExpertRows {
 };
 
 struct Scratch {
-  uint8_t rows[kSlots][2][kRow];  // [kSlots, gate and up, kRow]
+  uint8_t rows[kSlots][2][kUnitRows * kRow];  // [kSlots, gate and up, kUnitRows, H]
   bf16 normed[kRow];
   ExpertRows table[kDecodeMostExperts + 1];
   float logits[kDecodeMostExperts];
-  float route[kDecodeScratchBytes / 4];
+  float route[kDecodeRouteFloats];
   int32_t ids[kDecodeMostChosen];
   float weights[kDecodeMostChosen];
   float norm[kWarps];
-  uint64_t full[kSlots], empty[kSlots], routed;
+  uint64_t full[kSlots], empty[kSlots];
+  uint64_t routed;  // all logits are here
+  uint64_t chosen;  // ids are
 };
 
-struct Pair {
+struct Unit {
   int expert;  // E: the shared one
   int slot;    // of the token
-  int row;
+  int row0;
 };
 
-// A block's pairs.
-struct Pairs {
-  int first_shared, num_shared, first_routed, count;
+// A block's units.
+struct Units {
+  int shared, each;       // of the shared expert, of a routed one
+  int num_shared, count;  // of this block
 
-  __device__ __forceinline__ explicit Pairs(const DecodeExpertsParams& p) {
-    const auto begin_of = [](int total, int block) {
-      return static_cast<int>(static_cast<int64_t>(total) * block / gridDim.x);
+  __device__ __forceinline__ explicit Units(const DecodeExpertsParams& p) {
+    shared = p.experts.shared_gate.rows / kUnitRows, each = p.experts.routed_gate.rows / kUnitRows;
+    const auto count_of = [](int total) {
+      return (total - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
+             static_cast<int>(gridDim.x);
     };
-    const int block = blockIdx.x;
-    first_shared = begin_of(p.experts.shared_gate.rows, block);
-    num_shared = begin_of(p.experts.shared_gate.rows, block + 1) - first_shared;
-    const int routed = p.experts.routed_gate.rows * static_cast<int>(p.route.route.experts_per_token);
-    first_routed = begin_of(routed, block);
-    count = num_shared + begin_of(routed, block + 1) - first_routed;
+    num_shared = count_of(shared);
+    count = count_of(shared + each * static_cast<int>(p.route.route.experts_per_token));
   }
-  __device__ __forceinline__ Pair at(const DecodeExpertsParams& p, const int32_t* ids, int i) const {
-    if (i < num_shared) return {static_cast<int>(p.route.route.num_experts), 0, first_shared + i};
-    const int flat = first_routed + i - num_shared, slot = flat / p.experts.routed_gate.rows;
-    return {ids[slot], slot, flat - slot * p.experts.routed_gate.rows};
+  __device__ __forceinline__ Unit at(const DecodeExpertsParams& p, const int32_t* ids, int i) const {
+    const int index = blockIdx.x + i * gridDim.x;
+    if (i < num_shared) return {static_cast<int>(p.route.route.num_experts), 0, index * kUnitRows};
+    const int slot = (index - shared) / each;
+    return {ids[slot], slot, (index - shared - slot * each) * kUnitRows};
   }
 };
 
+// Barriers that were initialised with a fence are seen by the cluster behind it; nothing else is.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -92,54 +96,64 @@ __device__ __forceinline__ void send(uint32_t to, float value, uint32_t barrier,
 }
 
 // The warp that copies.
-__device__ __forceinline__ void copy_pairs(const DecodeExpertsParams& p, Scratch& s, const Pairs& pairs) {
+__device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch& s, const Units& units) {
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(p.route.route.num_experts);
   const DecodeExperts& experts = p.experts;
-  const int bytes = static_cast<int>(experts.routed_gate.row_bytes);
-  const auto copy = [&](int i, const char* gate, const char* up, int row) {
-    const int slot = i % kSlots;
-    const uint32_t barrier = shared_address(&s.full[slot]), to = shared_address(s.rows[slot]);
-    const int64_t at = static_cast<int64_t>(row) * bytes;
-    barrier_expect(barrier, 2 * bytes);
-    copy_bulk(to, gate + at, bytes, barrier);
-    copy_bulk(to + kRow, up + at, bytes, barrier);
+  const uint32_t bytes = kUnitRows * static_cast<uint32_t>(experts.routed_gate.row_bytes);
+  const uint64_t policy = read_once_policy();
+  const auto copy = [&](int slot, const char* gate, const char* up, int row0) {
+    if (is_elected()) {
+      const uint32_t barrier = shared_address(&s.full[slot]), to = shared_address(s.rows[slot]);
+      const int64_t at = static_cast<int64_t>(row0 / kUnitRows) * bytes;
+      barrier_expect(barrier, 2 * bytes);
+      copy_once(to, gate + at, bytes, barrier, policy);
+      copy_once(to + kUnitRows * kRow, up + at, bytes, barrier, policy);
+    }
+    __syncwarp();
   };
-  const int ahead = min(pairs.num_shared, kSlots);
   if (lane == 0) {
-    for (int i = 0; i < kSlots; ++i)
-      barrier_init(shared_address(&s.full[i]), 1), barrier_init(shared_address(&s.empty[i]), 1);
+    for (int i = 0; i < kSlots; ++i) {
+      barrier_init(shared_address(&s.full[i]), 1);
+      barrier_init(shared_address(&s.empty[i]), kWarps);
+    }
     barrier_init(shared_address(&s.routed), 1);
+    barrier_init(shared_address(&s.chosen), 1);
     barrier_init_fence();
     barrier_expect(shared_address(&s.routed), 4 * num_experts);
-    for (int i = 0; i < ahead; ++i)
-      copy(i, static_cast<const char*>(experts.shared_gate.data),
-           static_cast<const char*>(experts.shared_up.data), pairs.first_shared + i);
-  }
-  for (int e = lane; e <= num_experts; e += 32) {
-    if (e == num_experts && experts.shared_gate.rows == 0) break;
-    s.table[e] = {static_cast<const char*>(experts.gate[e].data), static_cast<const char*>(experts.up[e].data),
-                  experts.gate[e].scale, experts.up[e].scale};
   }
   __syncwarp();
   cluster_arrive();
+  const int num_tables = num_experts + (experts.shared_gate.rows > 0 ? 1 : 0);
+  for (int e = lane; e < num_tables; e += 32)
+    s.table[e] = {static_cast<const char*>(experts.gate[e].data),
+                  static_cast<const char*>(experts.up[e].data), experts.gate[e].scale, experts.up[e].scale};
   cluster_wait();
-  wait_for_predecessor();
-  __syncthreads();
-  __syncthreads();
-  barrier_wait(shared_address(&s.routed), 0);
+  const int ahead = min(units.num_shared, kSlots);
+  for (int i = 0; i < ahead; ++i)
+    copy(i, static_cast<const char*>(experts.shared_gate.data),
+         static_cast<const char*>(experts.shared_up.data), units.at(p, s.ids, i).row0);
 
   RouteKernelParams route = p.route;
   route.logits = s.logits;
   route.plan = {};
   route.expert_ids = s.ids;
   route.expert_weights = s.weights;
+  const auto wait_for_logits = [&] {
+    wait_for_predecessor();
+    __syncthreads();
+    __syncthreads();
+    barrier_wait(shared_address(&s.routed), 0);
+    __syncwarp();
+  };
   if (is_route_ungrouped(route.route)) {
-    route_ungrouped<false>(route, 0);
+    route_ungrouped(route, 0, wait_for_logits);
   } else {
+    wait_for_logits();
     route_grouped(route, 0, s.route);
   }
   __syncwarp();
+  if (lane == 0) barrier_arrive(shared_address(&s.chosen));
   if (blockIdx.x == 0 && lane < p.route.route.experts_per_token) {
     p.route.expert_ids[lane] = s.ids[lane];
     p.route.expert_weights[lane] = s.weights[lane];
@@ -148,11 +162,16 @@ __device__ __forceinline__ void copy_pairs(const DecodeExpertsParams& p, Scratch
   __syncwarp();
   // The kernel behind reads the choice as soon as it begins.
   let_successor_begin();
-  if (lane != 0) return;
-  for (int i = ahead; i < pairs.count; ++i) {
-    if (i >= kSlots) barrier_wait(shared_address(&s.empty[i % kSlots]), (i / kSlots - 1) % 2);
-    const Pair pair = pairs.at(p, s.ids, i);
-    copy(i, s.table[pair.expert].gate, s.table[pair.expert].up, pair.row);
+  int slot = ahead % kSlots;
+  for (int i = ahead; i < units.count; ++i) {
+    const Unit unit = units.at(p, s.ids, i);
+    const ExpertRows& rows = s.table[unit.expert];
+    if (i >= kSlots) {
+      barrier_wait(shared_address(&s.empty[slot]), (i / kSlots - 1) % 2);
+      __syncwarp();
+    }
+    copy(slot, rows.gate, rows.up, unit.row0);
+    if (++slot == kSlots) slot = 0;
   }
 }
 
@@ -169,8 +188,8 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
     for (int i = 0; i < kWords; ++i) {
       const int col = (i * 32 + lane) * 8;
       router[i] = expert < num_experts && col < n.cols
-                      ? load_streaming(static_cast<const char*>(p.router.data) +
-                                       expert * p.router.row_bytes + col * 2)
+                      ? load_streaming(static_cast<const char*>(p.router.data) + expert * p.router.row_bytes +
+                                       col * 2)
                       : make_uint4(0, 0, 0, 0);
     }
   };
@@ -180,14 +199,12 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
 #pragma unroll
   for (int i = 0; i < kNormWords; ++i) {
     if (norm_column(i) < n.cols) weight[i] = load_four(n.weight + norm_column(i));
-    if (norm_column(i) >= n.cols)
-      *reinterpret_cast<uint2*>(s.normed + norm_column(i)) = make_uint2(0, 0);
+    if (norm_column(i) >= n.cols) *reinterpret_cast<uint2*>(s.normed + norm_column(i)) = make_uint2(0, 0);
   }
-  for (int i = threadIdx.x; n.cols < kRow && i < kSlots * 2 * (kRow - n.cols) / 16; i += kNormThreads) {
-    const int each = (kRow - n.cols) / 16;
-    *reinterpret_cast<uint4*>(&s.rows[0][0][0] + i / each * kRow + n.cols + i % each * 16) =
-        make_uint4(0, 0, 0, 0);
-  }
+  // Parts behind a row's end meet inputs of zero and must not hold a NaN.
+  for (int i = threadIdx.x; n.cols < kRow && i < static_cast<int>(sizeof(s.rows)) / 16; i += kNormThreads)
+    reinterpret_cast<uint4*>(s.rows)[i] = make_uint4(0, 0, 0, 0);
+  if (n.cols < kRow) shared_fence();
   cluster_arrive();
   cluster_wait();
   wait_for_predecessor();
@@ -220,15 +237,22 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
   }
 }
 
-__global__ void __launch_bounds__(kThreads) decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
+// A lane's scales of a unit.
+struct Scales {
+  float gate[2], up[2];  // [2 blocks of inputs]
+};
+
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   Scratch& s = *reinterpret_cast<Scratch*>(shared);
-  const Pairs pairs(p);
+  const Units units(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (warp == kWarps) return copy_pairs(p, s, pairs);
+  if (warp == kWarps) return copy_units(p, s, units);
   norm_and_route(p, s);
 
   const int g = lane / 4, t = lane % 4, swap = g % 2;
+  const int cols = p.norm.cols;
   // Odd parts take their halves of 128 inputs in the other order: no two lanes meet in a bank.
   uint32_t x[4][8];  // [64 inputs, 8]
   uint32_t most = 0;
@@ -247,49 +271,62 @@ __global__ void __launch_bounds__(kThreads) decode_experts_kernel(const __grid_c
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[i][j] = power.halves(x[i][j]);
-  // The lane with its part's sums, and the scales that these take.
+
+  // The lane that gets its part's sums asks for the scales that they take, a unit ahead.
   const bool is_sum = t == g / 2;
   const int block0 = g * (kPart / kBlockK);
-  const int num_blocks = (p.norm.cols + kBlockK - 1) / kBlockK;
-
-  for (int i = warp; i < pairs.count; i += kWarps) {
-    const int slot = i % kSlots;
-    barrier_wait(shared_address(&s.full[slot]), i / kSlots % 2);
-    const Pair pair = pairs.at(p, s.ids, i);
-    const bool is_shared = i < pairs.num_shared;
-    const WeightView& like = is_shared ? p.experts.shared_gate : p.experts.routed_gate;
-    float scale[2][2] = {};  // [gate and up, block]
-    if (is_sum) {
-      const int64_t row = static_cast<int64_t>(pair.row / like.block_rows) * like.scale_cols;
+  const int num_blocks = (cols + kBlockK - 1) / kBlockK;
+  Scales next = {};
+  const auto ask = [&](int i) {
+    if (!is_sum) return;
+    const Unit unit = units.at(p, s.ids, i);
+    const WeightView& like = i < units.num_shared ? p.experts.shared_gate : p.experts.routed_gate;
+    const int row = unit.row0 / like.block_rows * like.scale_cols;
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        if (block0 + b >= num_blocks) break;
-        scale[0][b] = scale_at(s.table[pair.expert].gate_scale + row, block0 + b, like.blocks_per_scale);
-        scale[1][b] = scale_at(s.table[pair.expert].up_scale + row, block0 + b, like.blocks_per_scale);
-      }
+    for (int b = 0; b < 2; ++b) {
+      if (block0 + b >= num_blocks) break;
+      next.gate[b] = scale_at(s.table[unit.expert].gate_scale + row, block0 + b, like.blocks_per_scale);
+      next.up[b] = scale_at(s.table[unit.expert].up_scale + row, block0 + b, like.blocks_per_scale);
     }
-    const uint8_t* const gate_row = s.rows[slot][0] + g * kPart + t * 16;
+  };
+  if (units.num_shared > 0) ask(0);
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int i = 0; i < units.count; ++i) {
+    const bool is_shared = i < units.num_shared;
+    if (i == units.num_shared) {
+      barrier_wait(shared_address(&s.chosen), 0);
+      __syncwarp();
+      ask(i);
+    }
+    const Scales scales = next;
+    if (i + 1 < units.count && i + 1 != units.num_shared) ask(i + 1);
+    barrier_wait(shared_address(&s.full[slot]), parity);
+    __syncwarp();
+    const uint8_t* const gate_row = s.rows[slot][0] + warp * cols + g * kPart + t * 16;
     float acc[2][4] = {};  // [block, 4]
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint4 gate = *reinterpret_cast<const uint4*>(gate_row + (k ^ swap) * 64);
-      const uint4 up = *reinterpret_cast<const uint4*>(gate_row + kRow + (k ^ swap) * 64);
+      const uint4 up = *reinterpret_cast<const uint4*>(gate_row + kUnitRows * kRow + (k ^ swap) * 64);
       multiply_halves(acc[k / 2], gate, up, x[k]);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&s.empty[slot]));
+    if (++slot == kSlots) slot = 0, parity ^= 1;
     float gate = 0, up = 0;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      gate = fmaf(scale[0][b], swap ? acc[b][1] : acc[b][0], gate);
-      up = fmaf(scale[1][b], swap ? acc[b][3] : acc[b][2], up);
+      gate = fmaf(scales.gate[b], swap ? acc[b][1] : acc[b][0], gate);
+      up = fmaf(scales.up[b], swap ? acc[b][3] : acc[b][2], up);
     }
     gate = warp_sum(is_sum ? gate * power.inverse : 0.0f);
     up = warp_sum(is_sum ? up * power.inverse : 0.0f);
     if (lane == 0) {
+      const Unit unit = units.at(p, s.ids, i);
       bf16* out = is_shared ? static_cast<bf16*>(p.shared_mid)
-                            : static_cast<bf16*>(p.routed_mid) + pair.slot * p.routed_stride;
-      out[pair.row] = __float2bfloat16_rn(silu(gate) * up);
+                            : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
+      out[unit.row0 + warp] = __float2bfloat16_rn(silu(gate) * up);
     }
   }
 }
@@ -311,7 +348,8 @@ cudaLaunchConfig_t config_of(int num_clusters, cudaLaunchAttribute* attributes, 
 }
 
 bool is_mlp_rows(const WeightView& w, int32_t cols) {
-  return w.dtype == Dtype::kF8E4M3 && w.bias == nullptr && w.cols == cols && w.row_bytes == cols;
+  return w.dtype == Dtype::kF8E4M3 && w.bias == nullptr && w.cols == cols && w.row_bytes == cols &&
+         w.rows % kUnitRows == 0 && w.block_rows % kUnitRows == 0;
 }
 
 }  // namespace
@@ -335,11 +373,11 @@ bool is_decode_experts(const DecodeExpertsParams& p) {
   const bool has_shared = experts.shared_gate.rows > 0;
   return p.num_clusters > 0 && p.norm.num_rows == 1 && p.norm.delta != nullptr && p.norm.cols <= kRow &&
          p.norm.cols % 16 == 0 && is_norm_in_registers(p.norm) && p.router.dtype == Dtype::kBF16 &&
-         p.router.bias == nullptr && p.router.cols == p.norm.cols && route.num_experts <= kDecodeMostExperts &&
-         route.experts_per_token <= kDecodeMostChosen &&
-         route_scratch(route) * 4 <= kDecodeScratchBytes && is_mlp_rows(experts.routed_gate, p.norm.cols) &&
-         (!has_shared || (is_mlp_rows(experts.shared_gate, p.norm.cols) &&
-                          is_mlp_rows(experts.shared_up, p.norm.cols)));
+         p.router.bias == nullptr && p.router.cols == p.norm.cols &&
+         route.num_experts <= kDecodeMostExperts && route.experts_per_token <= kDecodeMostChosen &&
+         route_scratch(route) <= kDecodeRouteFloats && is_mlp_rows(experts.routed_gate, p.norm.cols) &&
+         (!has_shared ||
+          (is_mlp_rows(experts.shared_gate, p.norm.cols) && is_mlp_rows(experts.shared_up, p.norm.cols)));
 }
 
 void run_decode_experts(const DecodeExpertsParams& params, cudaStream_t stream) {

@@ -3,20 +3,32 @@
 #pragma once
 
 #include "cuda/decode_moe.h"
-#include "cuda/hopper.cuh"
+#include "cuda/hopper_narrow.cuh"
 #include "cuda/linear_tile.cuh"
 
 namespace rodin::cuda {
 
-// `bytes` from global to shared memory, both at multiples of 16; counted at the barrier.
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+// Weights of one token are read once: they must not drive what every layer reads, the kernels' code among it,
+// out of the second-level cache.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// copy_bulk of such memory.
+__device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                          uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
-// The power of two that brings the largest of bf16 magnitudes `most` (their bits) below 2^15, and its inverse.
+// The power of two that brings the largest of bf16 magnitudes `most` (their bits) below 2^15, and its
+// inverse.
 struct HalfPower {
   float power, inverse;
   __device__ __forceinline__ explicit HalfPower(uint32_t most) {

@@ -6,12 +6,13 @@
 
 namespace rodin::cuda {
 
-constexpr int kDecodeMostInputs = 2048;   // of gate and up: H
-constexpr int kDecodeMostExperts = 128;   // E
-constexpr int kDecodeMostChosen = 16;     // k
-constexpr int kDecodeScratchBytes = 4096;  // of route_scratch
+constexpr int kDecodeMostInputs = 2048;  // of gate and up: H
+constexpr int kDecodeMostExperts = 128;  // E
+constexpr int kDecodeMostChosen = 16;    // k
+constexpr int kDecodeRouteFloats = 384;  // of route_scratch
 
-// Device tables [E + 1], the last one is the shared expert; the views tell the routed ones' shape and its own.
+// Device tables [E + 1], the last one is the shared expert; the views tell the routed ones' shape and its
+// own.
 struct DecodeExperts {
   const WeightView* gate = nullptr;
   const WeightView* up = nullptr;

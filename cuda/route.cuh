@@ -100,9 +100,10 @@ constexpr int kMostEach = 8;  // experts of a lane
 // The usual case, all experts in one group and at most 256 of them: scores and choices stay in registers,
 // expert lane + 32 i in place i of a lane.
 //
-// kFirst: called ahead of wait_for_predecessor(), which it then does itself.
-template <bool kFirst>
-__device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int64_t token) {
+// wait_for_logits(): called when all that is known before them is on its way.
+template <class Wait>
+__device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int64_t token,
+                                                const Wait& wait_for_logits) {
   const RouteParams& route = p.route;
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(route.num_experts);
@@ -115,7 +116,7 @@ __device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int6
     const int e = lane + 32 * i;
     bias[i] = p.correction_bias != nullptr && e < num_experts ? p.correction_bias[e] : 0.0f;
   }
-  if constexpr (kFirst) wait_for_predecessor();
+  wait_for_logits();
   if (token >= p.num_tokens) return;
   const float* logits = p.logits + token * num_experts;
   float max = kBanned;

@@ -72,7 +72,8 @@ struct JoinedMoeRun {
 void check_joined_moe(const JoinedMoeCase& c) {
   JoinedMoeRig rig(c, false);
   Ops& gpu = *rig.gpu;
-  const Floats before = random_floats(rig.random, c.hidden, 1), behind = random_floats(rig.random, c.hidden, 1);
+  const Floats before = random_floats(rig.random, c.hidden, 1),
+               behind = random_floats(rig.random, c.hidden, 1);
   const DeviceMatrix norm_before(gpu, before, 1, c.hidden, Dtype::kF32);
   const DeviceMatrix norm_behind(gpu, behind, 1, c.hidden, Dtype::kF32);
   const float* const w0 = norm_before.tensor().row<float>(0);
@@ -102,7 +103,8 @@ void check_joined_moe(const JoinedMoeCase& c) {
     // What the experts added, and all of it.
     Floats got = joined.residual.get(), wanted = apart.residual.get();
     check_near(joined.out.get(), apart.out.get(), kBf16Tolerance, "norm behind" + where);
-    for (size_t i = 0; i < got.size(); ++i) got[i] -= residual[i] + delta[i], wanted[i] -= residual[i] + delta[i];
+    for (size_t i = 0; i < got.size(); ++i)
+      got[i] -= residual[i] + delta[i], wanted[i] -= residual[i] + delta[i];
     check_near(got, wanted, 1.5 * kBf16Tolerance, "experts" + where);
     // Again: the same bits.
     const std::vector<uint8_t> bits = joined.residual.raw();
