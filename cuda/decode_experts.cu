@@ -242,7 +242,7 @@ struct Scales {
   float gate[2], up[2];  // [2 blocks of inputs]
 };
 
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   Scratch& s = *reinterpret_cast<Scratch*>(shared);
