@@ -249,10 +249,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Units units(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (warp == kWarps) return copy_units(p, s, units);
-  norm_and_route(p, s);
-
   const int g = lane / 4, t = lane % 4, swap = g % 2;
   const int cols = p.norm.cols;
+  // The lane that gets its part's sums asks for the scales that they take, a unit ahead.
+  const bool is_sum = t == g / 2;
+  const int block0 = g * (kPart / kBlockK);
+  const int num_blocks = (cols + kBlockK - 1) / kBlockK;
+  Scales next = {};
+  const auto ask = [&](int row0, const WeightView& like, const float* gate, const float* up) {
+    if (!is_sum) return;
+    const int row = row0 / like.block_rows * like.scale_cols;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      if (block0 + b >= num_blocks) break;
+      next.gate[b] = scale_at(gate + row, block0 + b, like.blocks_per_scale);
+      next.up[b] = scale_at(up + row, block0 + b, like.blocks_per_scale);
+    }
+  };
+  const auto ask_unit = [&](int i) {
+    const Unit unit = units.at(p, s.ids, i);
+    if (i < units.num_shared)
+      return ask(unit.row0, p.experts.shared_gate, p.experts.shared_gate.scale, p.experts.shared_up.scale);
+    ask(unit.row0, p.experts.routed_gate, s.table[unit.expert].gate_scale, s.table[unit.expert].up_scale);
+  };
+  if (units.num_shared > 0) ask_unit(0);
+  norm_and_route(p, s);
+
   // Odd parts take their halves of 128 inputs in the other order: no two lanes meet in a bank.
   uint32_t x[4][8];  // [64 inputs, 8]
   uint32_t most = 0;
@@ -272,24 +294,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[i][j] = power.halves(x[i][j]);
 
-  // The lane that gets its part's sums asks for the scales that they take, a unit ahead.
-  const bool is_sum = t == g / 2;
-  const int block0 = g * (kPart / kBlockK);
-  const int num_blocks = (cols + kBlockK - 1) / kBlockK;
-  Scales next = {};
-  const auto ask = [&](int i) {
-    if (!is_sum) return;
-    const Unit unit = units.at(p, s.ids, i);
-    const WeightView& like = i < units.num_shared ? p.experts.shared_gate : p.experts.routed_gate;
-    const int row = unit.row0 / like.block_rows * like.scale_cols;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      if (block0 + b >= num_blocks) break;
-      next.gate[b] = scale_at(s.table[unit.expert].gate_scale + row, block0 + b, like.blocks_per_scale);
-      next.up[b] = scale_at(s.table[unit.expert].up_scale + row, block0 + b, like.blocks_per_scale);
-    }
-  };
-  if (units.num_shared > 0) ask(0);
   int slot = 0;
   uint32_t parity = 0;
   for (int i = 0; i < units.count; ++i) {
@@ -297,10 +301,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (i == units.num_shared) {
       barrier_wait(shared_address(&s.chosen), 0);
       __syncwarp();
-      ask(i);
+      ask_unit(i);
     }
     const Scales scales = next;
-    if (i + 1 < units.count && i + 1 != units.num_shared) ask(i + 1);
+    if (i + 1 < units.count && i + 1 != units.num_shared) ask_unit(i + 1);
     barrier_wait(shared_address(&s.full[slot]), parity);
     __syncwarp();
     const uint8_t* const gate_row = s.rows[slot][0] + warp * cols + g * kPart + t * 16;

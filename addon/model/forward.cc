@@ -72,6 +72,7 @@ void Forward::run_layers(const StepIndex& index, const std::vector<CacheLayer>& 
   ops_.rms_norm(at.residual, layers[0].input_norm, eps_, at.normed);
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool is_last = i + 1 == layers.size();
+    if (layers[i].is_moe) ops_.announce(layers[i].moe);
     attention(layers[i], index, cache[i], at);
     mlp(layers[i], is_last ? weights_.final_norm : layers[i + 1].input_norm, at,
         is_last ? at.hidden : at.normed);
