@@ -250,6 +250,7 @@ class CudaOps final : public Ops {
   bool is_reserved_ = false;
 
   DeviceArena weights_;
+  DeviceArena small_;  // weights of few bytes
   std::deque<WeightView> views_;  // Weight::packed points at these
   std::deque<PlacedMoe> moes_;
   std::deque<PlacedMla> mlas_;

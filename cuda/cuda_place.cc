@@ -10,6 +10,7 @@
 namespace rodin::cuda {
 namespace {
 
+constexpr int64_t kSmallBytes = 512 << 10;
 constexpr int32_t kNoLimit = 1 << 30;  // rows or blocks that share one scale: all of them
 
 int64_t padded_row_bytes(int64_t cols, Dtype dtype) { return (cols + 15) / 16 * 16 * dtype_bytes(dtype); }
@@ -32,7 +33,10 @@ Uploader& CudaOps::uploader() {
 
 void* CudaOps::upload_rows(const void* host, int64_t row_bytes, int64_t padded_bytes, int64_t rows) {
   RODIN_CUDA(cudaSetDevice(device_id_));
-  void* data = weights_.alloc(static_cast<size_t>(padded_bytes * rows));
+  // What is small lies together: a token's kernels read a little of it each, and each page that they have not
+  // read for a while costs a walk through the page tables.
+  DeviceArena& arena = padded_bytes * rows < kSmallBytes ? small_ : weights_;
+  void* data = arena.alloc(static_cast<size_t>(padded_bytes * rows));
   uploader().copy(data, padded_bytes, host, row_bytes, rows);
   return data;
 }

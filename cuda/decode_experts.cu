@@ -54,25 +54,30 @@ struct Unit {
   int row0;
 };
 
-// A block's units.
+// A block's units: neighbouring ones of the shared expert, then neighbouring ones of the routed experts, so
+// that a block reads few pages.
 struct Units {
-  int shared, each;       // of the shared expert, of a routed one
-  int num_shared, count;  // of this block
+  int each;  // of a routed expert
+  int first_shared, num_shared, first_routed, count;
 
   __device__ __forceinline__ explicit Units(const DecodeExpertsParams& p) {
-    shared = p.experts.shared_gate.rows / kUnitRows, each = p.experts.routed_gate.rows / kUnitRows;
-    const auto count_of = [](int total) {
-      return (total - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-             static_cast<int>(gridDim.x);
+    const int shared = p.experts.shared_gate.rows / kUnitRows;
+    each = p.experts.routed_gate.rows / kUnitRows;
+    const int all = shared + each * static_cast<int>(p.route.route.experts_per_token);
+    const auto begin_of = [](int total, int block) {
+      return static_cast<int>(static_cast<uint32_t>(total * block) / gridDim.x);
     };
-    num_shared = count_of(shared);
-    count = count_of(shared + each * static_cast<int>(p.route.route.experts_per_token));
+    const int block = blockIdx.x;
+    first_shared = begin_of(shared, block);
+    num_shared = begin_of(shared, block + 1) - first_shared;
+    first_routed = begin_of(all, block) - first_shared;
+    count = begin_of(all, block + 1) - begin_of(all, block);
   }
   __device__ __forceinline__ Unit at(const DecodeExpertsParams& p, const int32_t* ids, int i) const {
-    const int index = blockIdx.x + i * gridDim.x;
-    if (i < num_shared) return {static_cast<int>(p.route.route.num_experts), 0, index * kUnitRows};
-    const int slot = (index - shared) / each;
-    return {ids[slot], slot, (index - shared - slot * each) * kUnitRows};
+    if (i < num_shared)
+      return {static_cast<int>(p.route.route.num_experts), 0, (first_shared + i) * kUnitRows};
+    const int index = first_routed + i - num_shared, slot = index / each;
+    return {ids[slot], slot, (index - slot * each) * kUnitRows};
   }
 };
 
