@@ -8,12 +8,15 @@
 // the shared expert's come first and are asked for before the kernel ahead has ended, the routed ones' when
 // they are chosen. They go through a ring in shared memory.
 //
-// A row of gate and its row of up are one 16-row tile of the tensor core: row p is the eighth p of gate's
-// row, row p + 8 that of up's, column p the eighth p of the inputs, so that the sums are on the diagonals.
-// Weights and inputs are f16 (decode_moe.cuh).
+// Weights go straight into FP8 wgmma, inputs in two exact parts (split_values.cuh). A row of 2048 weights
+// lies in shared memory as 16 rows of a matrix, 128 inputs each; the columns are the 16 blocks of inputs,
+// their high parts and their low ones, and what counts is where row and column are the same block. Neither is
+// swizzled, though the tensor core takes them so: it reads the 16-byte words of a row in an order that
+// depends on the row's number modulo 8, which is the same for such a row and column.
 #include "cuda/decode_moe.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/route.cuh"
+#include "cuda/split_values.cuh"
 
 namespace rodin::cuda {
 namespace {
@@ -22,9 +25,9 @@ constexpr int kWarps = kNormThreads / 32;  // that multiply
 constexpr int kThreads = kNormThreads + 32;
 constexpr int kClusterBlocks = 8;
 constexpr int kUnitRows = kWarps;
-constexpr int kSlots = 3;  // units in the ring
-constexpr int kRow = kDecodeMostInputs;
-constexpr int kPart = kRow / 8;  // inputs of a row of the tile
+constexpr int kSlots = 2;  // units in the ring
+constexpr int kRow = kDecodeInputs;
+constexpr int kBlocks = kRow / kBlockK;
 constexpr int kNormWords = kRow / (4 * kNormThreads);
 
 struct ExpertRows {
@@ -35,8 +38,10 @@ struct ExpertRows {
 };
 
 struct Scratch {
-  uint8_t rows[kSlots][2][kUnitRows * kRow];  // [kSlots, gate and up, kUnitRows, H]
+  uint8_t rows[kSlots][2][kUnitRows * kRow];  // [kSlots, gate and up, kUnitRows, kRow]; at 1024 bytes
+  uint8_t inputs[2][kRow];                    // [high and low parts, kRow]
   bf16 normed[kRow];
+  float powers[kBlocks];
   ExpertRows table[kDecodeMostExperts + 1];
   float logits[kDecodeMostExperts];
   float route[kDecodeRouteFloats];
@@ -49,8 +54,7 @@ struct Scratch {
 };
 
 struct Unit {
-  int expert;  // E: the shared one
-  int slot;    // of the token
+  int slot;  // of the token; -1: the shared expert
   int row0;
 };
 
@@ -73,11 +77,19 @@ struct Units {
     first_routed = begin_of(all, block) - first_shared;
     count = begin_of(all, block + 1) - begin_of(all, block);
   }
-  __device__ __forceinline__ Unit at(const DecodeExpertsParams& p, const int32_t* ids, int i) const {
-    if (i < num_shared)
-      return {static_cast<int>(p.route.route.num_experts), 0, (first_shared + i) * kUnitRows};
-    const int index = first_routed + i - num_shared, slot = index / each;
-    return {ids[slot], slot, (index - slot * each) * kUnitRows};
+  // The first one, and the one behind unit i.
+  __device__ __forceinline__ Unit first() const {
+    return num_shared > 0 ? Unit{-1, first_shared * kUnitRows} : first_of_routed();
+  }
+  __device__ __forceinline__ Unit behind(const Unit& unit, int i) const {
+    if (i + 1 == num_shared) return first_of_routed();
+    if (unit.row0 + kUnitRows == each * kUnitRows && unit.slot >= 0) return {unit.slot + 1, 0};
+    return {unit.slot, unit.row0 + kUnitRows};
+  }
+
+ private:
+  __device__ __forceinline__ Unit first_of_routed() const {
+    return {first_routed / each, first_routed % each * kUnitRows};
   }
 };
 
@@ -105,7 +117,7 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(p.route.route.num_experts);
   const DecodeExperts& experts = p.experts;
-  const uint32_t bytes = kUnitRows * static_cast<uint32_t>(experts.routed_gate.row_bytes);
+  constexpr uint32_t bytes = kUnitRows * kRow;
   const uint64_t policy = read_once_policy();
   const auto copy = [&](int slot, const char* gate, const char* up, int row0) {
     if (is_elected()) {
@@ -113,7 +125,7 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
       const int64_t at = static_cast<int64_t>(row0 / kUnitRows) * bytes;
       barrier_expect(barrier, 2 * bytes);
       copy_once(to, gate + at, bytes, barrier, policy);
-      copy_once(to + kUnitRows * kRow, up + at, bytes, barrier, policy);
+      copy_once(to + bytes, up + at, bytes, barrier, policy);
     }
     __syncwarp();
   };
@@ -135,9 +147,12 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
                   static_cast<const char*>(experts.up[e].data), experts.gate[e].scale, experts.up[e].scale};
   cluster_wait();
   const int ahead = min(units.num_shared, kSlots);
-  for (int i = 0; i < ahead; ++i)
+  Unit unit = units.first();
+  for (int i = 0; i < ahead; ++i) {
     copy(i, static_cast<const char*>(experts.shared_gate.data),
-         static_cast<const char*>(experts.shared_up.data), units.at(p, s.ids, i).row0);
+         static_cast<const char*>(experts.shared_up.data), unit.row0);
+    unit = units.behind(unit, i);
+  }
 
   RouteKernelParams route = p.route;
   route.logits = s.logits;
@@ -169,13 +184,13 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   let_successor_begin();
   int slot = ahead % kSlots;
   for (int i = ahead; i < units.count; ++i) {
-    const Unit unit = units.at(p, s.ids, i);
-    const ExpertRows& rows = s.table[unit.expert];
+    const ExpertRows& rows = s.table[unit.slot < 0 ? num_experts : s.ids[unit.slot]];
     if (i >= kSlots) {
       barrier_wait(shared_address(&s.empty[slot]), (i / kSlots - 1) % 2);
       __syncwarp();
     }
     copy(slot, rows.gate, rows.up, unit.row0);
+    unit = units.behind(unit, i);
     if (++slot == kSlots) slot = 0;
   }
 }
@@ -204,12 +219,7 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
 #pragma unroll
   for (int i = 0; i < kNormWords; ++i) {
     if (norm_column(i) < n.cols) weight[i] = load_four(n.weight + norm_column(i));
-    if (norm_column(i) >= n.cols) *reinterpret_cast<uint2*>(s.normed + norm_column(i)) = make_uint2(0, 0);
   }
-  // Parts behind a row's end meet inputs of zero and must not hold a NaN.
-  for (int i = threadIdx.x; n.cols < kRow && i < static_cast<int>(sizeof(s.rows)) / 16; i += kNormThreads)
-    reinterpret_cast<uint4*>(s.rows)[i] = make_uint4(0, 0, 0, 0);
-  if (n.cols < kRow) shared_fence();
   cluster_arrive();
   cluster_wait();
   wait_for_predecessor();
@@ -242,101 +252,106 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
   }
 }
 
-// A lane's scales of a unit.
+// Eight normed inputs of each thread in their two parts.
+__device__ __forceinline__ void split_inputs(Scratch& s) {
+  const uint4 words = reinterpret_cast<const uint4*>(s.normed)[threadIdx.x];
+  const float values[8] = {low_float(words.x), high_float(words.x), low_float(words.y), high_float(words.y),
+                           low_float(words.z), high_float(words.z), low_float(words.w), high_float(words.w)};
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) most = max_or_nan(most, fabsf(values[i]));
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2)
+    most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
+  const SplitPower power(most);
+  uint2 high, low;
+  split_eight(values, power.power, high, low);
+  reinterpret_cast<uint2*>(s.inputs[0])[threadIdx.x] = high;
+  reinterpret_cast<uint2*>(s.inputs[1])[threadIdx.x] = low;
+  if (threadIdx.x % 16 == 0) s.powers[threadIdx.x / 16] = power.scale;
+  shared_fence();
+  group_sync<1, kNormThreads>();
+}
+
+// A lane's scales of a unit: of blocks g and g + 8.
 struct Scales {
-  float gate[2], up[2];  // [2 blocks of inputs]
+  float gate[2], up[2];
 };
 
 __global__ void __launch_bounds__(kThreads, 2)
     decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   Scratch& s = *reinterpret_cast<Scratch*>(shared);
   const Units units(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (warp == kWarps) return copy_units(p, s, units);
-  const int g = lane / 4, t = lane % 4, swap = g % 2;
-  const int cols = p.norm.cols;
-  // The lane that gets its part's sums asks for the scales that they take, a unit ahead.
+  const int g = lane / 4, t = lane % 4;
+  // The lane that gets its blocks' sums asks for the scales that they take, a unit ahead.
   const bool is_sum = t == g / 2;
-  const int block0 = g * (kPart / kBlockK);
-  const int num_blocks = (cols + kBlockK - 1) / kBlockK;
   Scales next = {};
   const auto ask = [&](int row0, const WeightView& like, const float* gate, const float* up) {
     if (!is_sum) return;
     const int row = row0 / like.block_rows * like.scale_cols;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      if (block0 + b >= num_blocks) break;
-      next.gate[b] = scale_at(gate + row, block0 + b, like.blocks_per_scale);
-      next.up[b] = scale_at(up + row, block0 + b, like.blocks_per_scale);
+      next.gate[b] = scale_at(gate + row, g + 8 * b, like.blocks_per_scale);
+      next.up[b] = scale_at(up + row, g + 8 * b, like.blocks_per_scale);
     }
   };
-  const auto ask_unit = [&](int i) {
-    const Unit unit = units.at(p, s.ids, i);
-    if (i < units.num_shared)
+  const auto ask_unit = [&](const Unit& unit) {
+    if (unit.slot < 0)
       return ask(unit.row0, p.experts.shared_gate, p.experts.shared_gate.scale, p.experts.shared_up.scale);
-    ask(unit.row0, p.experts.routed_gate, s.table[unit.expert].gate_scale, s.table[unit.expert].up_scale);
+    const ExpertRows& rows = s.table[s.ids[unit.slot]];
+    ask(unit.row0, p.experts.routed_gate, rows.gate_scale, rows.up_scale);
   };
-  if (units.num_shared > 0) ask_unit(0);
+  Unit unit = units.first();
+  if (units.num_shared > 0) ask_unit(unit);
   norm_and_route(p, s);
-
-  // Odd parts take their halves of 128 inputs in the other order: no two lanes meet in a bank.
-  uint32_t x[4][8];  // [64 inputs, 8]
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint4* from = reinterpret_cast<const uint4*>(s.normed + g * kPart + (i ^ swap) * 64 + t * 16);
-    const uint4 a = from[0], b = from[1];
-    most = max(most, max(most_magnitude(a), most_magnitude(b)));
-    x[i][0] = a.x, x[i][1] = a.y, x[i][2] = a.z, x[i][3] = a.w;
-    x[i][4] = b.x, x[i][5] = b.y, x[i][6] = b.z, x[i][7] = b.w;
-  }
-  most = max(most, __shfl_xor_sync(kAllLanes, most, 1));
-  most = max(most, __shfl_xor_sync(kAllLanes, most, 2));
-  const HalfPower power(most);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 8; ++j) x[i][j] = power.halves(x[i][j]);
+  split_inputs(s);
+  const float powers[2] = {s.powers[g], s.powers[g + 8]};
+  const uint64_t inputs = matrix_descriptor(shared_address(s.inputs));
+  constexpr int kHalfUnit = kUnitRows / 2 * kRow;  // bytes of a warpgroup's rows
 
   int slot = 0;
   uint32_t parity = 0;
   for (int i = 0; i < units.count; ++i) {
-    const bool is_shared = i < units.num_shared;
     if (i == units.num_shared) {
       barrier_wait(shared_address(&s.chosen), 0);
       __syncwarp();
-      ask_unit(i);
+      ask_unit(unit);
     }
     const Scales scales = next;
-    if (i + 1 < units.count && i + 1 != units.num_shared) ask_unit(i + 1);
+    const Unit following = units.behind(unit, i);
+    if (i + 1 < units.count && i + 1 != units.num_shared) ask_unit(following);
     barrier_wait(shared_address(&s.full[slot]), parity);
     __syncwarp();
-    const uint8_t* const gate_row = s.rows[slot][0] + warp * cols + g * kPart + t * 16;
-    float acc[2][4] = {};  // [block, 4]
+    float gate[16], up[16];  // row lane / 4 of 8 j + .., see hopper.cuh
+    const uint64_t gate_rows = matrix_descriptor(shared_address(s.rows[slot][0]) + warp / 4 * kHalfUnit);
+    const uint64_t up_rows = matrix_descriptor(shared_address(s.rows[slot][1]) + warp / 4 * kHalfUnit);
+    pin(gate), pin(up);
+    products_begin();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint4 gate = *reinterpret_cast<const uint4*>(gate_row + (k ^ swap) * 64);
-      const uint4 up = *reinterpret_cast<const uint4*>(gate_row + kUnitRows * kRow + (k ^ swap) * 64);
-      multiply_halves(acc[k / 2], gate, up, x[k]);
-    }
-    __syncwarp();
+    for (int k = 0; k < 4; ++k) wgmma_m64k32_e4m3(gate, gate_rows + 2 * k, inputs + 2 * k, k > 0);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_m64k32_e4m3(up, up_rows + 2 * k, inputs + 2 * k, k > 0);
+    products_commit();
+    products_wait<0>();
+    pin(gate), pin(up);
     if (lane == 0) barrier_arrive(shared_address(&s.empty[slot]));
     if (++slot == kSlots) slot = 0, parity ^= 1;
-    float gate = 0, up = 0;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      gate = fmaf(scales.gate[b], swap ? acc[b][1] : acc[b][0], gate);
-      up = fmaf(scales.up[b], swap ? acc[b][3] : acc[b][2], up);
-    }
-    gate = warp_sum(is_sum ? gate * power.inverse : 0.0f);
-    up = warp_sum(is_sum ? up * power.inverse : 0.0f);
+    // Blocks g and g + 8, each the sum of its high part and of a sixteenth of its low one.
+    const auto sum_of = [&](const float (&d)[16], const float (&scale)[2]) {
+      const float first = g % 2 ? fmaf(d[9], 0.0625f, d[1]) : fmaf(d[8], 0.0625f, d[0]);
+      const float second = g % 2 ? fmaf(d[15], 0.0625f, d[7]) : fmaf(d[14], 0.0625f, d[6]);
+      return warp_sum(is_sum ? first * (scale[0] * powers[0]) + second * (scale[1] * powers[1]) : 0.0f);
+    };
+    const float gated = silu(sum_of(gate, scales.gate)) * sum_of(up, scales.up);
     if (lane == 0) {
-      const Unit unit = units.at(p, s.ids, i);
-      bf16* out = is_shared ? static_cast<bf16*>(p.shared_mid)
-                            : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
-      out[unit.row0 + warp] = __float2bfloat16_rn(silu(gate) * up);
+      bf16* out = unit.slot < 0 ? static_cast<bf16*>(p.shared_mid)
+                                : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
+      out[unit.row0 + warp] = __float2bfloat16_rn(gated);
     }
+    unit = following;
   }
 }
 
@@ -380,11 +395,11 @@ bool is_decode_experts(const DecodeExpertsParams& p) {
   const RouteParams& route = p.route.route;
   const DecodeExperts& experts = p.experts;
   const bool has_shared = experts.shared_gate.rows > 0;
-  return p.num_clusters > 0 && p.norm.num_rows == 1 && p.norm.delta != nullptr && p.norm.cols <= kRow &&
-         p.norm.cols % 16 == 0 && is_norm_in_registers(p.norm) && p.router.dtype == Dtype::kBF16 &&
-         p.router.bias == nullptr && p.router.cols == p.norm.cols &&
-         route.num_experts <= kDecodeMostExperts && route.experts_per_token <= kDecodeMostChosen &&
-         route_scratch(route) <= kDecodeRouteFloats && is_mlp_rows(experts.routed_gate, p.norm.cols) &&
+  return p.num_clusters > 0 && p.norm.num_rows == 1 && p.norm.delta != nullptr && p.norm.cols == kRow &&
+         is_norm_in_registers(p.norm) && p.router.dtype == Dtype::kBF16 && p.router.bias == nullptr &&
+         p.router.cols == p.norm.cols && route.num_experts <= kDecodeMostExperts &&
+         route.experts_per_token <= kDecodeMostChosen && route_scratch(route) <= kDecodeRouteFloats &&
+         is_mlp_rows(experts.routed_gate, p.norm.cols) &&
          (!has_shared ||
           (is_mlp_rows(experts.shared_gate, p.norm.cols) && is_mlp_rows(experts.shared_up, p.norm.cols)));
 }

@@ -6,7 +6,7 @@
 
 namespace rodin::cuda {
 
-constexpr int kDecodeMostInputs = 2048;  // of gate and up: H
+constexpr int kDecodeInputs = 2048;      // of gate and up: H
 constexpr int kDecodeMostExperts = 128;  // E
 constexpr int kDecodeMostChosen = 16;    // k
 constexpr int kDecodeRouteFloats = 384;  // of route_scratch

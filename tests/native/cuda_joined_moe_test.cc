@@ -124,9 +124,9 @@ const bool joined_moe_tests = [] {
   const std::vector<JoinedMoeCase> cases = {
       {"Moonlight", 2048, 1408, 2816, 64, 6},
       {"no shared expert", 2048, 1408, 0, 8, 2},
-      {"inputs in two pieces, 96 experts, groups", 1024, 1536, 1536, 96, 8, 8, 4},
-      {"softmax, odd sizes", 208, 80, 160, 10, 3, 1, 1, S::kSoftmax, M::kGreedy},
-      {"group_limited_greedy, one chosen, wide shared expert", 512, 64, 4096, 12, 1, 4, 2, S::kSoftmax,
+      {"inputs in two pieces, 72 experts, groups", 2048, 1536, 1536, 72, 8, 8, 4},
+      {"softmax, odd sizes", 2048, 80, 160, 10, 3, 1, 1, S::kSoftmax, M::kGreedy},
+      {"group_limited_greedy, one chosen, wide shared expert", 2048, 64, 4096, 12, 1, 4, 2, S::kSoftmax,
        M::kGroupLimitedGreedy},
   };
   for (const JoinedMoeCase& c : cases) add_cuda_test("joined moe, " + c.name, [c] { check_joined_moe(c); });
@@ -141,12 +141,12 @@ const bool joined_moe_refusal = add_cuda_test("joined moe leaves the rest to the
     const float* const w = norm.tensor().row<float>(0);
     return rig.gpu->moe_joined(run.residual, run.delta, w, 1e-6f, rig.moe, w, run.ids, run.weights, run.out);
   };
-  const JoinedMoeCase small = {"", 256, 128, 128, 8, 2};
+  const JoinedMoeCase small = {"", 2048, 128, 128, 8, 2};
   CHECK(takes(small, 1, false, Dtype::kF8E4M3));
   CHECK(!takes(small, 1, true, Dtype::kF8E4M3));
   CHECK(!takes(small, 2, false, Dtype::kF8E4M3));
   CHECK(!takes(small, 1, false, Dtype::kBF16));
-  CHECK(!takes({"", 2064, 128, 128, 8, 2}, 1, false, Dtype::kF8E4M3));
+  CHECK(!takes({"", 1024, 128, 128, 8, 2}, 1, false, Dtype::kF8E4M3));
 });
 
 }  // namespace
