@@ -14,9 +14,12 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
                          const Tensor& expert_weights, const Tensor& out) {
   const PlacedMoe& placed = *static_cast<const PlacedMoe*>(moe.packed);
   // With --deterministic a token's bits are those of any batch.
-  if (is_deterministic_ || out.rows != 1 || !placed.is_uniform) return false;
+  if (is_deterministic_ || out.rows != 1 || !placed.is_uniform ||
+      (moe.has_shared() && !placed.is_shared_grouped))
+    return false;
   const bool has_shared = moe.has_shared();
-  DecodeExperts experts = {.gate = placed.gate, .up = placed.up, .down = placed.down};
+  DecodeExperts experts = {
+      .gate = placed.gate, .up = placed.up, .down = placed.down, .down_maps = placed.decode_down_maps};
   experts.routed_gate = view_of(moe.experts[0].gate);
   experts.routed_down = view_of(moe.experts[0].down);
   if (has_shared) {

@@ -34,8 +34,9 @@ struct PlacedMoe {
   const TensorMap* gate_maps = nullptr;        // [E + 1] as the tables above, if has_shared_maps
   const TensorMap* up_maps = nullptr;          // [E + 1]
   const TensorMap* down_maps = nullptr;        // [E + 1] for both
-  const TensorMap* split_gate_maps = nullptr;  // [E + 1]
-  const TensorMap* split_up_maps = nullptr;    // [E + 1]
+  const TensorMap* decode_down_maps = nullptr;  // [E + 1] of 16 rows
+  const TensorMap* split_gate_maps = nullptr;   // [E + 1]
+  const TensorMap* split_up_maps = nullptr;     // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
   bool is_uniform = false;         // all routed experts' matrices are laid out as the first one's

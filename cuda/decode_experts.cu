@@ -24,8 +24,9 @@ namespace {
 constexpr int kWarps = kNormThreads / 32;  // that multiply
 constexpr int kThreads = kNormThreads + 32;
 constexpr int kClusterBlocks = 8;
-constexpr int kUnitRows = kWarps;
-constexpr int kSlots = 2;  // units in the ring
+constexpr int kGroups = kWarps / 4;  // warpgroups
+constexpr int kUnitRows = 4;         // a warp of one warpgroup each
+constexpr int kSlots = 3;            // units in the ring
 constexpr int kRow = kDecodeInputs;
 constexpr int kBlocks = kRow / kBlockK;
 constexpr int kNormWords = kRow / (4 * kNormThreads);
@@ -132,7 +133,7 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   if (lane == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(shared_address(&s.full[i]), 1);
-      barrier_init(shared_address(&s.empty[i]), kWarps);
+      barrier_init(shared_address(&s.empty[i]), kUnitRows);
     }
     barrier_init(shared_address(&s.routed), 1);
     barrier_init(shared_address(&s.chosen), 1);
@@ -304,30 +305,32 @@ __global__ void __launch_bounds__(kThreads, 2)
     const ExpertRows& rows = s.table[s.ids[unit.slot]];
     ask(unit.row0, p.experts.routed_gate, rows.gate_scale, rows.up_scale);
   };
+  const int group = __shfl_sync(kAllLanes, warp / kUnitRows, 0);
   Unit unit = units.first();
-  if (units.num_shared > 0) ask_unit(unit);
+  if (group > 0) unit = units.behind(unit, 0);
+  if (unit.slot < 0) ask_unit(unit);
   norm_and_route(p, s);
   split_inputs(s);
   const float powers[2] = {s.powers[g], s.powers[g + 8]};
   const uint64_t inputs = matrix_descriptor(shared_address(s.inputs));
-  constexpr int kHalfUnit = kUnitRows / 2 * kRow;  // bytes of a warpgroup's rows
-
-  int slot = 0;
-  uint32_t parity = 0;
-  for (int i = 0; i < units.count; ++i) {
-    if (i == units.num_shared) {
+  bool is_chosen = false;
+  for (int i = group; i < units.count; i += kGroups) {
+    const int slot = i % kSlots;
+    const uint32_t parity = i / kSlots % 2;
+    if (unit.slot >= 0 && !is_chosen) {
       barrier_wait(shared_address(&s.chosen), 0);
       __syncwarp();
+      is_chosen = true;
       ask_unit(unit);
     }
     const Scales scales = next;
-    const Unit following = units.behind(unit, i);
-    if (i + 1 < units.count && i + 1 != units.num_shared) ask_unit(following);
+    const Unit following = units.behind(units.behind(unit, i), i + 1);
+    if (i + kGroups < units.count && (following.slot < 0 || is_chosen)) ask_unit(following);
     barrier_wait(shared_address(&s.full[slot]), parity);
     __syncwarp();
     float gate[16], up[16];  // row lane / 4 of 8 j + .., see hopper.cuh
-    const uint64_t gate_rows = matrix_descriptor(shared_address(s.rows[slot][0]) + warp / 4 * kHalfUnit);
-    const uint64_t up_rows = matrix_descriptor(shared_address(s.rows[slot][1]) + warp / 4 * kHalfUnit);
+    const uint64_t gate_rows = matrix_descriptor(shared_address(s.rows[slot][0]));
+    const uint64_t up_rows = matrix_descriptor(shared_address(s.rows[slot][1]));
     pin(gate), pin(up);
     products_begin();
 #pragma unroll
@@ -338,7 +341,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     products_wait<0>();
     pin(gate), pin(up);
     if (lane == 0) barrier_arrive(shared_address(&s.empty[slot]));
-    if (++slot == kSlots) slot = 0, parity ^= 1;
     // Blocks g and g + 8, each the sum of its high part and of a sixteenth of its low one.
     const auto sum_of = [&](const float (&d)[16], const float (&scale)[2]) {
       const float first = g % 2 ? fmaf(d[9], 0.0625f, d[1]) : fmaf(d[8], 0.0625f, d[0]);
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (lane == 0) {
       bf16* out = unit.slot < 0 ? static_cast<bf16*>(p.shared_mid)
                                 : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
-      out[unit.row0 + warp] = __float2bfloat16_rn(gated);
+      out[unit.row0 + warp % kUnitRows] = __float2bfloat16_rn(gated);
     }
     unit = following;
   }

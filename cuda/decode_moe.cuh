@@ -27,36 +27,35 @@ __device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// The power of two that brings the largest of bf16 magnitudes `most` (their bits) below 2^15, and its
-// inverse.
-struct HalfPower {
-  float power, inverse;
-  __device__ __forceinline__ explicit HalfPower(uint32_t most) {
-    const uint32_t exponent = max(most >> 7, 15u);
-    power = __uint_as_float((268 - exponent) << 23);
-    inverse = __uint_as_float((exponent - 14) << 23);
-  }
-  __device__ __forceinline__ uint32_t halves(uint32_t pair) const {
-    const __half2 value = __floats2half2_rn(low_float(pair) * power, high_float(pair) * power);
-    return *reinterpret_cast<const uint32_t*>(&value);
-  }
-};
-
-__device__ __forceinline__ uint32_t most_magnitude(const uint4& v) {
-  const auto most = [](uint32_t pair) { return max(pair & 0x7fffu, pair >> 16 & 0x7fffu); };
-  return max(max(most(v.x), most(v.y)), max(most(v.z), most(v.w)));
+// copy_box of it.
+__device__ __forceinline__ void copy_box_once(uint32_t to, const TensorMap* map, int col, int row,
+                                              uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
-// acc += the products of 16 bytes of a row for the tile's upper half, 16 for its lower half, and 16 inputs.
-__device__ __forceinline__ void multiply_halves(float (&acc)[4], const uint4& upper, const uint4& lower,
-                                                const uint32_t (&x)[8]) {
-  const uint32_t a[4] = {upper.x, upper.y, upper.z, upper.w}, b[4] = {lower.x, lower.y, lower.z, lower.w};
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const uint32_t tile[4] = {half_of_e4m3(a[step] & 0xffffu), half_of_e4m3(b[step] & 0xffffu),
-                              half_of_e4m3(a[step] >> 16), half_of_e4m3(b[step] >> 16)};
-    mma_half(acc, tile, x[2 * step], x[2 * step + 1]);
-  }
+// A load of it.
+__device__ __forceinline__ uint4 load_once(const void* from, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from), "l"(policy));
+  return v;
+}
+
+// d += a b: a [64, 32] of e4m3, of each lane bytes 4 t .. of rows g and g + 8, then bytes 16 + 4 t .. of
+// them; b [8, 32] in shared memory. is_added false: d = a b.
+__device__ __forceinline__ void wgmma_m64n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], uint64_t b,
+                                                    int is_added) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, "
+      "1;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(is_added));
 }
 
 }  // namespace rodin::cuda

@@ -3,13 +3,14 @@
 #pragma once
 
 #include "cuda/kernels.h"
+#include "cuda/quantized.h"
 
 namespace rodin::cuda {
 
 constexpr int kDecodeInputs = 2048;      // of gate and up: H
-constexpr int kDecodeMostExperts = 128;  // E
+constexpr int kDecodeMostExperts = 64;   // E
 constexpr int kDecodeMostChosen = 16;    // k
-constexpr int kDecodeRouteFloats = 384;  // of route_scratch
+constexpr int kDecodeRouteFloats = 192;  // of route_scratch
 
 // Device tables [E + 1], the last one is the shared expert; the views tell the routed ones' shape and its
 // own.
@@ -17,6 +18,7 @@ struct DecodeExperts {
   const WeightView* gate = nullptr;
   const WeightView* up = nullptr;
   const WeightView* down = nullptr;
+  const TensorMap* down_maps = nullptr;            // [E + 1] boxes of 16 rows and kBlockK inputs
   WeightView routed_gate, shared_gate, shared_up;  // shared_*: no rows where there is none
   WeightView routed_down, shared_down;
 };
