@@ -360,6 +360,8 @@ void prepare_decode_down() {
   RODIN_CUDA(
       cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kBox));
+  RODIN_CUDA(cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
 }
 
 bool is_decode_down(const DecodeDownParams& p) {

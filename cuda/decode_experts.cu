@@ -326,6 +326,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Scales scales = next;
     const Unit following = units.behind(units.behind(unit, i), i + 1);
     if (i + kGroups < units.count && (following.slot < 0 || is_chosen)) ask_unit(following);
+    // Of an odd number of places: the other warpgroup's unit ahead of this one in its place must have come, or
+    // the parity would let this one pass.
+    if (i >= kSlots) barrier_wait(shared_address(&s.full[slot]), parity ^ 1);
     barrier_wait(shared_address(&s.full[slot]), parity);
     __syncwarp();
     float gate[16], up[16];  // row lane / 4 of 8 j + .., see hopper.cuh
@@ -383,6 +386,9 @@ bool is_mlp_rows(const WeightView& w, int32_t cols) {
 int32_t prepare_decode_experts() {
   RODIN_CUDA(cudaFuncSetAttribute(decode_experts_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(sizeof(Scratch))));
+  // So that the kernels ahead and behind have room beside it.
+  RODIN_CUDA(cudaFuncSetAttribute(decode_experts_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config = config_of(1, attributes, nullptr);
   int count = 0;
