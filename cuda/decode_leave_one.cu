@@ -14,16 +14,23 @@ namespace {
 constexpr int kLatentBlocks = kMlaMaxLora / kBlockK;
 constexpr int kUnitRows = 32;
 constexpr int kCombineWarps = 2 * kLatentBlocks;
-enum Barrier { kAll, kOddSplits, kLatents = kOddSplits + kLatentBlocks, kUnitSums = kLatents + kLatentBlocks };
+enum Barrier {
+  kAll,
+  kOddSplits,
+  kLatents = kOddSplits + kLatentBlocks,
+  kUnitSums = kLatents + kLatentBlocks
+};
 static_assert(kDecodeRowWarps == 2 * kCombineWarps && kCombineQuads == 32 * kLatentBlocks);
 
-__host__ __device__ int num_units_of(const MlaLeaveParams& p) { return p.mla.num_heads * (p.v_dim / kUnitRows); }
+__host__ __device__ int num_units_of(const MlaLeaveParams& p) {
+  return p.mla.num_heads * (p.v_dim / kUnitRows);
+}
 
 struct Scratch {
   float4 odd[kCombineQuads];
   HalfBlock latents[kLatentBlocks];
   float powers[kLatentBlocks];
-  float4 unit_sums[kUnitRows];  // [kUnitRows, kLatentBlocks]
+  float4 unit_sums[kUnitRows], unit_scales[kUnitRows];  // [kUnitRows, kLatentBlocks]
   HalfBlock inputs[kDecodeRowWarps];
   TileSums tile;
 };
@@ -49,41 +56,45 @@ __device__ __forceinline__ void combine_head(const MlaParams& p, int head, int p
 __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     decode_leave_one_kernel(const __grid_constant__ DecodeLeaveParams p) {
   let_successor_begin();
-  __shared__ Scratch scratch;
+  __shared__ __align__(16) Scratch scratch;
   const MlaLeaveParams& leave = p.leave;
   const WeightView& o = p.rows.weight[0];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const int row0 = 16 * blockIdx.x, num_blocks = blocks_of(o);
-  const bool has_unit = static_cast<int>(blockIdx.x) < num_units_of(leave);
-  const bool is_combining = has_unit && warp < kCombineWarps;  // no registers left for weights until then
-  WeightBlock weights[1];
-  if (is_combining) {
-    WeightBlock::prefetch(o, row0, warp);
-  } else {
-    weights[0].load(o, 0, row0, o.rows, warp);
-  }
-  if (threadIdx.x < num_blocks)
-    scratch.tile.scales[threadIdx.x] = scale_at(scale_row(o, 0, row0, o.rows), threadIdx.x, o.blocks_per_scale);
+  if (static_cast<int>(threadIdx.x) < num_blocks)
+    scratch.tile.scales[threadIdx.x] =
+        scale_at(scale_row(o, 0, row0, o.rows), threadIdx.x, o.blocks_per_scale);
+  HalfWeights weights[1];
+  const auto load_weights = [&] {
+    WeightBlock loaded;
+    loaded.load(o, 0, row0, o.rows, warp);
+    weights[0].widen(loaded);
+  };
 
   uint32_t launch;
-  if (has_unit) {
+  if (static_cast<int>(blockIdx.x) < num_units_of(leave)) {
     const int each = leave.v_dim / kUnitRows;
     const int head = blockIdx.x / each, unit_row0 = blockIdx.x % each * kUnitRows;
-    if (is_combining) {
+    WeightBlock::prefetch(o, row0, warp);  // there are registers for them behind the unit
+    if (warp < kCombineWarps) {
       const int position = leave.mla.cache_positions[leave.mla.first_token];
       wait_for_predecessor();
       combine_head(leave.mla, head, position, scratch);
-      weights[0].load(o, 0, row0, o.rows, warp);
       launch = launch_number(p.arrivals);
     } else {
       const int block = warp % kLatentBlocks, tile = (warp - kCombineWarps) / kLatentBlocks;
       const int64_t offset = static_cast<int64_t>(head) * leave.weight_batch + leave.weight_offset;
-      WeightBlock unit[1];
-      unit[0].load(leave.w_uv, offset, unit_row0 + 16 * tile, leave.v_dim, block);
-      float scale[kLatentBlocks];  // [kLatentBlocks] of this lane's row
-      const float* scales = scale_row(leave.w_uv, offset, unit_row0 + lane, leave.v_dim);
-#pragma unroll
-      for (int i = 0; i < kLatentBlocks; ++i) scale[i] = scale_at(scales, i, leave.w_uv.blocks_per_scale);
+      HalfWeights unit[1];
+      {
+        WeightBlock loaded;
+        loaded.load(leave.w_uv, offset, unit_row0 + 16 * tile, leave.v_dim, block);
+        unit[0].widen(loaded);
+      }
+      if (tile == 0) {  // block `block`'s scale of row `lane`
+        const float* const scales = scale_row(leave.w_uv, offset, unit_row0 + lane, leave.v_dim);
+        reinterpret_cast<float*>(&scratch.unit_scales[lane])[block] =
+            scale_at(scales, block, leave.w_uv.blocks_per_scale);
+      }
       wait_for_predecessor();
       launch = launch_number(p.arrivals);
       named_wait(kLatents + block, 96);
@@ -95,11 +106,11 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
       }
       if (warp == kCombineWarps) {
         named_wait(kUnitSums, 32 * (kDecodeRowWarps - kCombineWarps));
-        const float4 of = scratch.unit_sums[lane];
-        float total = add_block<WeightF8>(0.0f, of.x, scale[0]);
-        total = add_block<WeightF8>(total, of.y, scale[1]);
-        total = add_block<WeightF8>(total, of.z, scale[2]);
-        total = add_block<WeightF8>(total, of.w, scale[3]);
+        const float4 sum = scratch.unit_sums[lane], scale = scratch.unit_scales[lane];
+        float total = add_block<WeightF8>(0.0f, sum.x, scale.x);
+        total = add_block<WeightF8>(total, sum.y, scale.y);
+        total = add_block<WeightF8>(total, sum.z, scale.z);
+        total = add_block<WeightF8>(total, sum.w, scale.w);
         const float next = __shfl_down_sync(kAllLanes, total, 1);
         if (lane % 2 == 0) {
           const uint32_t pair = pack_bf16(total, next);
@@ -111,7 +122,9 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
         named_arrive(kUnitSums, 32 * (kDecodeRowWarps - kCombineWarps));
       }
     }
+    load_weights();
   } else {
+    load_weights();
     wait_for_predecessor();
     launch = launch_number(p.arrivals);
   }
@@ -124,20 +137,22 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
   multiply_half(weights, scratch.inputs[warp], power, sums);
   scratch.tile.store(sums[0], warp);
   __syncthreads();
-  if (threadIdx.x < 16 && row0 + lane < o.rows) {
-    static_cast<bf16*>(p.rows.io[0].out)[row0 + lane] =
-        __float2bfloat16_rn(scratch.tile.total(threadIdx.x, num_blocks));
+  if (threadIdx.x < 16) {
+    const bf16 total = __float2bfloat16_rn(scratch.tile.total(threadIdx.x, num_blocks));
+    if (row0 + lane < o.rows) static_cast<bf16*>(p.rows.io[0].out)[row0 + lane] = total;
   }
   if (threadIdx.x == 32) count_block(p.arrivals);
 }
 
-int num_blocks_of(const DecodeLeaveParams& p) { return max(tiles_of(p.rows.weight[0]), num_units_of(p.leave)); }
+int num_blocks_of(const DecodeLeaveParams& p) {
+  return max(tiles_of(p.rows.weight[0]), num_units_of(p.leave));
+}
 
 }  // namespace
 
 bool is_decode_leave_one(const DecodeLeaveParams& p) {
-  return p.leave.mla.num_tokens == 1 && p.leave.v_dim % kUnitRows == 0 &&
-         p.rows.weight[1].rows == 0 && num_blocks_of(p) <= p.num_multiprocessors &&
+  return p.leave.mla.num_tokens == 1 && p.leave.v_dim % kUnitRows == 0 && p.rows.weight[1].rows == 0 &&
+         num_blocks_of(p) <= p.num_multiprocessors &&
          p.rows.weight[0].cols == p.leave.mla.num_heads * p.leave.v_dim &&
          reinterpret_cast<uintptr_t>(p.leave.out) % 4 == 0;
 }

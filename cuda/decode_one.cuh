@@ -33,6 +33,23 @@ __device__ __forceinline__ void give_word(uint64_t* to, uint32_t pair, uint32_t 
   const uint64_t word = static_cast<uint64_t>(launch) << 32 | pair;
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
+// Waits for words that `at(i)` points at.
+template <int kCount, class At>
+__device__ __forceinline__ void await_each(uint32_t (&pairs)[kCount], uint32_t launch, At at) {
+  bool is_there;
+  do {
+    uint64_t words[kCount];  // [kCount] on their way together
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(words[i]) : "l"(at(i)) : "memory");
+    is_there = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      is_there = is_there && static_cast<uint32_t>(words[i] >> 32) == launch;
+      pairs[i] = static_cast<uint32_t>(words[i]);
+    }
+  } while (!is_there);
+}
 // Waits for two words, at a multiple of 16 bytes.
 __device__ __forceinline__ uint2 await_words(const uint64_t* from, uint32_t launch) {
   uint64_t a, b;
@@ -69,9 +86,36 @@ struct RowPair {
   float low, high;
 };
 
+// What a step's product takes of a tile's weights, as f16.
+__device__ __forceinline__ void half_operand(const WeightBlock& weights, int kh, int step, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int row_half = 0; row_half < 2; ++row_half)
+    // Both halves of a word in one block, so that no shift is made of the upper one.
+    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\ncvt.rn.f16x2.e4m3x2 %0, first;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, second;\n}"
+        : "=r"(a[row_half]), "=r"(a[row_half + 2])
+        : "r"(weights.half[row_half][kh].words[step]));
+}
+
+// Weights of a tile and block, widened ahead.
+struct HalfWeights {
+  uint32_t pairs[2][4][4];  // [K half, step, 4]
+
+  __device__ __forceinline__ void widen(const WeightBlock& from) {
+#pragma unroll
+    for (int kh = 0; kh < 2; ++kh)
+#pragma unroll
+      for (int step = 0; step < 4; ++step) half_operand(from, kh, step, pairs[kh][step]);
+  }
+};
+__device__ __forceinline__ void half_operand(const HalfWeights& weights, int kh, int step, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = weights.pairs[kh][step][i];
+}
+
 // Products of kTiles tiles with a block that this warp (or one that it has waited for) has stored.
-template <int kTiles>
-__device__ __forceinline__ void multiply_half(const WeightBlock (&weights)[kTiles], const HalfBlock& x,
+template <class Weights, int kTiles>
+__device__ __forceinline__ void multiply_half(const Weights (&weights)[kTiles], const HalfBlock& x,
                                               float power, RowPair (&out)[kTiles]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   float acc[kTiles][4] = {};
@@ -84,16 +128,13 @@ __device__ __forceinline__ void multiply_half(const WeightBlock (&weights)[kTile
       for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          const int step = 2 * i + odd;
           uint32_t a[4];
-          WeightF8::half_pairs(weights[tile].half[0][kh], step, a[0], a[2]);
-          WeightF8::half_pairs(weights[tile].half[1][kh], step, a[1], a[3]);
+          half_operand(weights[tile], kh, 2 * i + odd, a);
           mma_half(acc[tile], a, odd ? v.z : v.x, odd ? v.w : v.y);
         }
     }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-    out[tile] = {acc[tile][0] * power, acc[tile][2] * power};
+  for (int tile = 0; tile < kTiles; ++tile) out[tile] = {acc[tile][0] * power, acc[tile][2] * power};
 }
 
 // A tile's sums by block of inputs, and its scales.

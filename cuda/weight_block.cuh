@@ -23,7 +23,8 @@ struct WeightBlock {
   static __device__ __forceinline__ void prefetch(const WeightView& w, int row0, int block) {
     const int row = row0 + threadIdx.x % 16, k = block * kBlockK + threadIdx.x % 32 / 16 * 64;
     if (row < w.rows && k < w.cols)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(w.data) + row * w.row_bytes + k));
+      asm volatile(
+          "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(w.data) + row * w.row_bytes + k));
   }
   __device__ __forceinline__ void multiply(const uint32_t (&x)[2][8], float (&acc)[4]) const {
 #pragma unroll

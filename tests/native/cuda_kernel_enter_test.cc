@@ -125,18 +125,17 @@ void check_enter(const EnterCase& c) {
                               .rope_dim = kRopeDim,
                               .lora_rank = kLoraRank,
                               .is_cache_fp8 = c.is_fp8};
-      return DecodeEnterParams{
-          .rows = {.weight = {q_weight.view(), kv_weight.view()},
-                   .io = {{to.normed.as<void>(), c.hidden, to.q.as<void>(), q_rows},
-                          {to.normed.as<void>(), c.hidden, to.kv.as<void>(), kv_rows}}},
-          .enter = {.rope = rope,
-                    .w_uk = w_uk.view(),
-                    .q_latent = to.q_latent.as<void>(),
-                    .q_latent_stride = kLoraRank,
-                    .is_q_aligned = true},
-          .arrivals = arrivals.as<uint64_t>(),
-          .exchange = exchange.as<uint64_t>(),
-          .num_multiprocessors = device.multiProcessorCount};
+      return DecodeEnterParams{.rows = {.weight = {q_weight.view(), kv_weight.view()},
+                                        .io = {{to.normed.as<void>(), c.hidden, to.q.as<void>(), q_rows},
+                                               {to.normed.as<void>(), c.hidden, to.kv.as<void>(), kv_rows}}},
+                               .enter = {.rope = rope,
+                                         .w_uk = w_uk.view(),
+                                         .q_latent = to.q_latent.as<void>(),
+                                         .q_latent_stride = kLoraRank,
+                                         .is_q_aligned = true},
+                               .arrivals = arrivals.as<uint64_t>(),
+                               .exchange = exchange.as<uint64_t>(),
+                               .num_multiprocessors = device.multiProcessorCount};
     };
     const std::unique_ptr<Outputs> apart = make(), joined = make();
     DecodeEnterParams params = params_of(*apart);
