@@ -44,6 +44,7 @@ bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, cons
       .rows = {.weight = {view_of(mla.q_b), view_of(mla.kv_a)}, .io = {io_of(x, q), io_of(x, kv)}},
       .enter = enter_params(q, kv, mla, eps, rope_table, index, cache),
       .arrivals = arrivals_,
+      .exchange = arrivals_ + 2,
       .num_multiprocessors = num_multiprocessors_};
   const MlaParams params = mla_params(q, mla.shape, index, cache, step, chunks[0]);
   const DecodeLeaveParams leave = {
@@ -51,6 +52,7 @@ bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, cons
       .rows = {.weight = {view_of(mla.o), {}}, .io = {io_of(attention, out), {}}},
       .ahead = behind != nullptr ? read_ahead_of(*behind) : ReadAhead{},
       .arrivals = arrivals_ + 1,
+      .exchange = arrivals_ + 2 + kExchangeWords,
       .num_multiprocessors = num_multiprocessors_};
   if (!is_decode_enter(enter) || !is_decode_leave(leave)) return false;
   run_decode_enter(enter, stream_);

@@ -19,6 +19,13 @@ struct WeightBlock {
         load_fragment<WeightF8>(half[i][kh], weight_row(w, row_offset, row0 + g + 8 * i, rows),
                                 block * kBlockK + 64 * kh + 16 * t, w.cols);
   }
+  // Asks for what load() will want into the second-level cache.
+  static __device__ __forceinline__ void prefetch(const WeightView& w, int row0, int block) {
+    const int row = row0 + threadIdx.x % 16, k = block * kBlockK + threadIdx.x % 32 / 16 * 64;
+    if (row < w.rows && k < w.cols)
+      asm volatile(
+          "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(w.data) + row * w.row_bytes + k));
+  }
   __device__ __forceinline__ void multiply(const uint32_t (&x)[2][8], float (&acc)[4]) const {
 #pragma unroll
     for (int kh = 0; kh < 2; ++kh)
