@@ -29,9 +29,9 @@ ReadAhead read_ahead_of(const MoeWeights& moe) {
 
 }  // namespace
 
-bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
-                         const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
-                         const Tensor& attention, const Tensor& out) {
+bool CudaOps::mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps,
+                         const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                         const Tensor& q, const Tensor& kv, const Tensor& attention, const Tensor& out) {
   const MoeWeights* const behind = std::exchange(announced_, nullptr);
   const Step& step = step_of(index);
   const std::vector<MlaChunk>& chunks = step.plan.chunks;
@@ -42,6 +42,8 @@ bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, cons
 
   const DecodeEnterParams enter = {
       .rows = {.weight = {view_of(mla.q_b), view_of(mla.kv_a)}, .io = {io_of(x, q), io_of(x, kv)}},
+      .norm =
+          norm != nullptr ? norm_params(norm->residual, nullptr, norm->weight, norm->eps, x) : NormParams{},
       .enter = enter_params(q, kv, mla, eps, rope_table, index, cache),
       .arrivals = arrivals_,
       .exchange = arrivals_ + 2,

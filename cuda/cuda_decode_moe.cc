@@ -54,7 +54,7 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
   if (!is_decode_experts(enter) || !is_decode_down(leave)) return false;
   run_decode_experts(enter, stream_);
   run_decode_down(leave, stream_);
-  rms_norm(residual, next_weight, eps, out);
+  if (next_weight != nullptr) rms_norm(residual, next_weight, eps, out);
   return true;
 }
 

@@ -89,7 +89,7 @@ class CudaOps final : public Ops {
   void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                             const Tensor& out) override;
-  bool mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
+  bool mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps, const Tensor& rope_table,
                   const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
                   const Tensor& attention, const Tensor& out) override;
   bool has_gqa() const override { return true; }
