@@ -45,6 +45,8 @@ struct Scratch {
   float powers[kBlocks];
   ExpertRows table[kDecodeMostExperts + 1];
   float logits[kDecodeMostExperts];
+  float scores[kDecodeMostExperts];
+  uint32_t keys[kDecodeMostExperts];  // of the choices
   float route[kDecodeRouteFloats];
   int32_t ids[kDecodeMostChosen];
   float weights[kDecodeMostChosen];
@@ -113,6 +115,81 @@ __device__ __forceinline__ void send(uint32_t to, float value, uint32_t barrier,
       : "memory");
 }
 
+// The choice of ungrouped experts as route_registers makes it (route.cuh), by all warps: each takes eight
+// experts and counts how many are better.
+struct FewExperts {
+  static constexpr int kEach = kDecodeMostExperts / kWarps;  // of a warp, 32 / kEach lanes each
+  static_assert(kDecodeMostExperts == 64 && kEach == 8);
+  float bias = 0;  // of expert kEach * warp + lane, in lanes below kEach
+
+  __device__ __forceinline__ void ask(const RouteKernelParams& p) {
+    const int expert = kEach * (threadIdx.x / 32) + threadIdx.x % 32;
+    if (threadIdx.x % 32 < kEach && expert < p.route.num_experts && p.correction_bias != nullptr)
+      bias = __ldg(p.correction_bias + expert);
+  }
+  // Ids and scores of the chosen ones, best first.
+  __device__ __forceinline__ void choose(const RouteKernelParams& p, Scratch& s) const {
+    const int lane = threadIdx.x % 32, first = kEach * (threadIdx.x / 32);
+    const int num_experts = static_cast<int>(p.route.num_experts);
+    barrier_wait(shared_address(&s.routed), 0);
+    __syncwarp();
+    float max = 0, sum = 0;
+    if (p.route.scoring_func == ScoringFunc::kSoftmax) {
+      const float a = lane < num_experts ? s.logits[lane] : kBanned;
+      const float b = lane + 32 < num_experts ? s.logits[lane + 32] : kBanned;
+      max = warp_max(fmaxf(a, b));
+      sum = warp_sum(expf(a - max) + expf(b - max));
+    }
+    if (lane < kEach) {
+      const int expert = first + lane;
+      const float logit = expert < num_experts ? s.logits[expert] : kBanned;
+      const float score = p.route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-logit))
+                                                                        : expf(logit - max) / sum;
+      const float choice = p.correction_bias != nullptr ? score + bias : score;
+      s.scores[expert] = score;
+      s.keys[expert] = expert < num_experts && choice != kBanned ? key_of(choice + 0.0f) : 0;
+    }
+    group_sync<1, kNormThreads>();
+    constexpr int kLanes = 32 / kEach, kOthers = kDecodeMostExperts / kLanes;
+    const int expert = first + lane / kLanes, other = lane % kLanes * kOthers;
+    const uint32_t key = s.keys[expert];
+    int rank = 0;
+#pragma unroll
+    for (int i = 0; i < kOthers; i += 4) {
+      const uint4 keys = *reinterpret_cast<const uint4*>(&s.keys[other + i]);
+      const auto count = [&](uint32_t its, int n) {
+        rank += its > key || (its == key && other + n < expert);
+      };
+      count(keys.x, i), count(keys.y, i + 1), count(keys.z, i + 2), count(keys.w, i + 3);
+    }
+    rank += __shfl_xor_sync(kAllLanes, rank, 1);
+    rank += __shfl_xor_sync(kAllLanes, rank, 2);
+    if (lane % kLanes == 0 && rank < p.route.experts_per_token)
+      s.ids[rank] = expert, s.weights[rank] = s.scores[expert];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&s.chosen));
+  }
+};
+
+// The choice to device memory, by one warp; weights of ungrouped experts are scores so far.
+__device__ __forceinline__ void give_choice(const DecodeExpertsParams& p, const Scratch& s) {
+  const RouteParams& route = p.route.route;
+  const int lane = threadIdx.x % 32, k = static_cast<int>(route.experts_per_token);
+  if (lane < k) {
+    float weight = s.weights[lane];
+    if (is_route_ungrouped(route)) {
+      float sum = 0;
+      for (int j = 0; j < k; ++j) sum += s.weights[j];
+      if (route.norm_topk_prob && k > 1) weight = weight / (sum + 1e-20f);
+      weight *= route.routed_scaling_factor;
+    }
+    p.route.expert_ids[lane] = s.ids[lane];
+    p.route.expert_weights[lane] = weight;
+    __threadfence();
+  }
+  __syncwarp();
+}
+
 // The warp that copies.
 __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch& s, const Units& units) {
   const int lane = threadIdx.x % 32;
@@ -133,10 +210,10 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   if (lane == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(shared_address(&s.full[i]), 1);
-      barrier_init(shared_address(&s.empty[i]), kUnitRows);
+      barrier_init(shared_address(&s.empty[i]), kWarps);
     }
     barrier_init(shared_address(&s.routed), 1);
-    barrier_init(shared_address(&s.chosen), 1);
+    barrier_init(shared_address(&s.chosen), is_route_ungrouped(p.route.route) ? kWarps : 1);
     barrier_init_fence();
     barrier_expect(shared_address(&s.routed), 4 * num_experts);
   }
@@ -155,32 +232,24 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
     unit = units.behind(unit, i);
   }
 
-  RouteKernelParams route = p.route;
-  route.logits = s.logits;
-  route.plan = {};
-  route.expert_ids = s.ids;
-  route.expert_weights = s.weights;
-  const auto wait_for_logits = [&] {
-    wait_for_predecessor();
-    __syncthreads();
-    __syncthreads();
+  wait_for_predecessor();
+  __syncthreads();
+  __syncthreads();
+  if (!is_route_ungrouped(p.route.route)) {
+    RouteKernelParams route = p.route;
+    route.logits = s.logits;
+    route.plan = {};
+    route.expert_ids = s.ids;
+    route.expert_weights = s.weights;
     barrier_wait(shared_address(&s.routed), 0);
     __syncwarp();
-  };
-  if (is_route_ungrouped(route.route)) {
-    route_ungrouped(route, 0, wait_for_logits);
-  } else {
-    wait_for_logits();
     route_grouped(route, 0, s.route);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&s.chosen));
   }
+  barrier_wait(shared_address(&s.chosen), 0);
   __syncwarp();
-  if (lane == 0) barrier_arrive(shared_address(&s.chosen));
-  if (blockIdx.x == 0 && lane < p.route.route.experts_per_token) {
-    p.route.expert_ids[lane] = s.ids[lane];
-    p.route.expert_weights[lane] = s.weights[lane];
-    __threadfence();
-  }
-  __syncwarp();
+  if (blockIdx.x == 0) give_choice(p, s);
   // The kernel behind reads the choice as soon as it begins.
   let_successor_begin();
   int slot = ahead % kSlots;
@@ -307,16 +376,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const int group = __shfl_sync(kAllLanes, warp / kUnitRows, 0);
   Unit unit = units.first();
-  if (group > 0) unit = units.behind(unit, 0);
-  if (unit.slot < 0) ask_unit(unit);
+  if (unit.slot < 0) ask_unit(group > 0 ? units.behind(unit, 0) : unit);
+  FewExperts few;
+  const bool is_ungrouped = is_route_ungrouped(p.route.route);
+  if (is_ungrouped) few.ask(p.route);
   norm_and_route(p, s);
+  if (is_ungrouped) few.choose(p.route, s);
   split_inputs(s);
   const float powers[2] = {s.powers[g], s.powers[g + 8]};
   const uint64_t inputs = matrix_descriptor(shared_address(s.inputs));
   bool is_chosen = false;
-  for (int i = group; i < units.count; i += kGroups) {
-    const int slot = i % kSlots;
-    const uint32_t parity = i / kSlots % 2;
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int i = 0; i < units.count; ++i) {
+    const Unit following = units.behind(unit, i);
+    // Every warp waits for every unit: one that ran ahead would take a later filling of a place for its own.
+    const uint32_t full = shared_address(&s.full[slot]), empty = shared_address(&s.empty[slot]);
+    if (i % kGroups != group) {
+      barrier_wait(full, parity);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty);
+      if (++slot == kSlots) slot = 0, parity ^= 1;
+      unit = following;
+      continue;
+    }
     if (unit.slot >= 0 && !is_chosen) {
       barrier_wait(shared_address(&s.chosen), 0);
       __syncwarp();
@@ -324,12 +407,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       ask_unit(unit);
     }
     const Scales scales = next;
-    const Unit following = units.behind(units.behind(unit, i), i + 1);
-    if (i + kGroups < units.count && (following.slot < 0 || is_chosen)) ask_unit(following);
-    // Of an odd number of places: the other warpgroup's unit ahead of this one in its place must have come, or
-    // the parity would let this one pass.
-    if (i >= kSlots) barrier_wait(shared_address(&s.full[slot]), parity ^ 1);
-    barrier_wait(shared_address(&s.full[slot]), parity);
+    const Unit own = units.behind(following, i + 1);  // the next of this warpgroup
+    if (i + kGroups < units.count && (own.slot < 0 || is_chosen)) ask_unit(own);
+    barrier_wait(full, parity);
     __syncwarp();
     float gate[16], up[16];  // row lane / 4 of 8 j + .., see hopper.cuh
     const uint64_t gate_rows = matrix_descriptor(shared_address(s.rows[slot][0]));
@@ -343,7 +423,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     products_commit();
     products_wait<0>();
     pin(gate), pin(up);
-    if (lane == 0) barrier_arrive(shared_address(&s.empty[slot]));
+    if (lane == 0) barrier_arrive(empty);
+    if (++slot == kSlots) slot = 0, parity ^= 1;
     // Blocks g and g + 8, each the sum of its high part and of a sixteenth of its low one.
     const auto sum_of = [&](const float (&d)[16], const float (&scale)[2]) {
       const float first = g % 2 ? fmaf(d[9], 0.0625f, d[1]) : fmaf(d[8], 0.0625f, d[0]);
