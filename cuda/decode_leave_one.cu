@@ -71,7 +71,6 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     weights[0].widen(loaded);
   };
 
-  if (threadIdx.x == kDecodeRowThreads - 1) read_ahead(p.ahead);
   uint32_t launch;
   if (static_cast<int>(blockIdx.x) < num_units_of(leave)) {
     const int each = leave.v_dim / kUnitRows;
