@@ -23,6 +23,7 @@ struct Scratch {
   float squares[kNormThreads / 32];
   HalfBlock inputs[kDecodeRowWarps];
   TileSums tiles[kTiles];
+  int parts[kTiles][16];  // rotary_part of the tiles' rows
 };
 
 // This thread's four normed inputs from 4 * threadIdx.x on, as pairs of bf16: norm.cuh's bits. All threads.
@@ -57,36 +58,29 @@ __device__ __forceinline__ uint2 norm_inputs(const NormParams& p, float* scratch
                     pack_bf16(v.z * inverse * weight.z, v.w * inverse * weight.w));
 }
 
-// A row of q or kv_a, in the lanes of a tile's 16 rows.
-struct OutputRow {
-  int matrix, row;
-  int part;                // of q: where in a head's rotary part it is, below 0 in the other part
-  float cos = 0, sin = 0;  // of a rotary one
+// Where a row of q lies in its head's rotary part; below 0: in the other part.
+__device__ __forceinline__ int rotary_part(const RopeStoreParams& p, int row) {
+  return row % (p.nope_dim + p.rope_dim) - p.nope_dim;
+}
 
-  // Behind wait_for_predecessor().
-  __device__ __forceinline__ OutputRow(const DecodeEnterParams& p, const RowTiles::Tile& tile)
-      : matrix(tile.matrix), row(tile.row0 + static_cast<int>(threadIdx.x % 32)) {
-    const RopeStoreParams& rope = p.enter.rope;
-    part = row % (rope.nope_dim + rope.rope_dim) - rope.nope_dim;
-    if (matrix == 1 || part < 0) return;
+// A row of q (rotary_part `part`) or kv_a, by the lanes of a tile's 16 rows.
+__device__ __forceinline__ void give_row(const DecodeEnterParams& p, int matrix, int row, int part,
+                                         float value, uint32_t launch) {
+  const float other = __shfl_xor_sync(0xffffu, value, 1);
+  if (row % 2 != 0) return;
+  const uint32_t pair = pack_bf16(value, other);
+  if (matrix == 1) return give_word(p.exchange + (p.rows.weight[0].rows + row) / 2, pair, launch);
+  const RopeStoreParams& rope = p.enter.rope;
+  uint32_t* const q = reinterpret_cast<uint32_t*>(static_cast<bf16*>(rope.q) + row);
+  if (part < 0) {
+    give_word(p.exchange + row / 2, pair, launch);
+    *q = pair;
+  } else {
     const float* const angles = rope.rope_table + part / 2;
-    cos = angles[0], sin = angles[rope.rope_dim / 2];
+    const float2 turned = rotated(low_float(pair), high_float(pair), angles[0], angles[rope.rope_dim / 2]);
+    *q = pack_bf16(turned.x, turned.y);
   }
-  __device__ __forceinline__ void give(const DecodeEnterParams& p, float value, uint32_t launch) const {
-    const float other = __shfl_xor_sync(0xffffu, value, 1);
-    if (row % 2 != 0) return;
-    const uint32_t pair = pack_bf16(value, other);
-    if (matrix == 1) return give_word(p.exchange + (p.rows.weight[0].rows + row) / 2, pair, launch);
-    uint32_t* const q = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.enter.rope.q) + row);
-    if (part < 0) {
-      give_word(p.exchange + row / 2, pair, launch);
-      *q = pair;
-    } else {
-      const float2 turned = rotated(low_float(pair), high_float(pair), cos, sin);
-      *q = pack_bf16(turned.x, turned.y);
-    }
-  }
-};
+}
 
 // 16 rows of W_UK, which are of one head.
 struct HeadRows {
@@ -188,6 +182,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     if (static_cast<int>(threadIdx.x) < num_blocks)
       scratch.tiles[i].scales[threadIdx.x] =
           scale_at(scale_row(weight, 0, at.row0, weight.rows), threadIdx.x, weight.blocks_per_scale);
+    if (threadIdx.x < 16) scratch.parts[i][threadIdx.x] = rotary_part(p.enter.rope, at.row0 + lane);
   }
   // Blocks one after the other get a warp's rows, so that few rows are spread over all of them. They are
   // loaded when there are registers for them.
@@ -215,21 +210,19 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) scratch.tiles[i].store(sums[i], warp);
   }
-  HeadRows rows;
-  if (row0 < w_uk.rows) rows.load(w_uk, row0);
+  __syncthreads();
+
   const int summed = kDecodeRowWarps - 1 - warp;  // the last warps add up a tile each
-  if (summed < num_tiles) {
-    const OutputRow row(p, RowTiles::tile(p.rows, summed));
-    __syncthreads();
-    if (lane < 16) row.give(p, scratch.tiles[summed].total(lane, num_blocks), launch);
-  } else {
-    __syncthreads();
+  if (summed < num_tiles && lane < 16) {
+    const RowTiles::Tile at = RowTiles::tile(p.rows, summed);
+    give_row(p, at.matrix, at.row0 + lane, scratch.parts[summed][lane],
+             scratch.tiles[summed].total(lane, num_blocks), launch);
   }
   if (warp < kLatentWarps) {
-    while (row0 < w_uk.rows) {
+    for (; row0 < w_uk.rows; row0 += step) {
+      HeadRows rows;
+      rows.load(w_uk, row0);
       rows.run(p, row0, launch, scratch.inputs[warp]);
-      row0 += step;
-      if (row0 < w_uk.rows) rows.load(w_uk, row0);
     }
   } else if (blockIdx.x == gridDim.x - 1) {
     store_key<kFp8>(p, launch, scratch.squares);

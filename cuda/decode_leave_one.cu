@@ -33,12 +33,13 @@ struct Scratch {
   float4 unit_sums[kUnitRows], unit_scales[kUnitRows];  // [kUnitRows, kLatentBlocks]
   HalfBlock inputs[kDecodeRowWarps];
   TileSums tile;
+  uint4 weights[4][kDecodeRowThreads];  // of o, until there are registers for them
 };
 
 // Warps 0 .. kCombineWarps - 1: a head's latents to `scratch`.
-__device__ __forceinline__ void combine_head(const MlaParams& p, int head, int position, Scratch& scratch) {
+__device__ __forceinline__ void combine_head(const SplitRow<kMlaMaxLora>& splits, Scratch& scratch) {
   const int block = threadIdx.x / 32 % kLatentBlocks, is_odd = threadIdx.x / 32 / kLatentBlocks;
-  SplitSums own = add_splits<2, kMlaMaxLora>(p, head, position, is_odd);
+  SplitSums own = add_splits<2>(splits, is_odd);
   if (is_odd) {
     scratch.odd[threadIdx.x % kCombineQuads] = own.total[0];
     named_arrive(kOddSplits + block, 64);
@@ -64,31 +65,29 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
   if (static_cast<int>(threadIdx.x) < num_blocks)
     scratch.tile.scales[threadIdx.x] =
         scale_at(scale_row(o, 0, row0, o.rows), threadIdx.x, o.blocks_per_scale);
-  HalfWeights weights[1];
-  const auto load_weights = [&] {
-    WeightBlock loaded;
-    loaded.load(o, 0, row0, o.rows, warp);
-    weights[0].widen(loaded);
-  };
 
+  const auto copy_weights = [&] { WeightBlock::copy(o, row0, warp, scratch.weights[0]); };
   uint32_t launch;
   if (static_cast<int>(blockIdx.x) < num_units_of(leave)) {
     const int each = leave.v_dim / kUnitRows;
     const int head = blockIdx.x / each, unit_row0 = blockIdx.x % each * kUnitRows;
-    WeightBlock::prefetch(o, row0, warp);  // there are registers for them behind the unit
     if (warp < kCombineWarps) {
-      const int position = leave.mla.cache_positions[leave.mla.first_token];
+      copy_weights();
+      SplitRow<kMlaMaxLora> splits(leave.mla, head, leave.mla.cache_positions[leave.mla.first_token]);
+      // Worked out here, not behind the wait.
+      asm volatile("" : "+l"(splits.ml), "+l"(splits.partial), "+r"(splits.num_splits));
       wait_for_predecessor();
-      combine_head(leave.mla, head, position, scratch);
+      combine_head(splits, scratch);
       launch = launch_number(p.arrivals);
     } else {
       const int block = warp % kLatentBlocks, tile = (warp - kCombineWarps) / kLatentBlocks;
       const int64_t offset = static_cast<int64_t>(head) * leave.weight_batch + leave.weight_offset;
       HalfWeights unit[1];
       {
-        WeightBlock loaded;
-        loaded.load(leave.w_uv, offset, unit_row0 + 16 * tile, leave.v_dim, block);
-        unit[0].widen(loaded);
+        WeightBlock unit_loaded;
+        unit_loaded.load(leave.w_uv, offset, unit_row0 + 16 * tile, leave.v_dim, block);
+        copy_weights();
+        unit[0].widen(unit_loaded);
       }
       if (tile == 0) {  // block `block`'s scale of row `lane`
         const float* const scales = scale_row(leave.w_uv, offset, unit_row0 + lane, leave.v_dim);
@@ -122,13 +121,19 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
         named_arrive(kUnitSums, 32 * (kDecodeRowWarps - kCombineWarps));
       }
     }
-    load_weights();
   } else {
-    load_weights();
+    copy_weights();
     wait_for_predecessor();
     launch = launch_number(p.arrivals);
   }
 
+  copy_async_wait_all();
+  HalfWeights weights[1];
+  {
+    WeightBlock loaded;
+    loaded.read(scratch.weights[0]);
+    weights[0].widen(loaded);
+  }
   const int column = warp * kBlockK + 4 * lane;
   const uint2 pairs = column < o.cols ? await_words(p.exchange + column / 2, launch) : make_uint2(0, 0);
   const float power = store_half(pairs, scratch.inputs[warp]);

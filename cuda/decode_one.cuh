@@ -61,6 +61,9 @@ __device__ __forceinline__ uint2 await_words(const uint64_t* from, uint32_t laun
 
 // ---- products -------------------------------------------------------------------------------------------
 
+// Waits for all that this thread has copied.
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // A block of inputs as f16 in shared memory, written and read by one warp.
 struct HalfBlock {
   uint4 words[kBlockK / 8];

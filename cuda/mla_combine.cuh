@@ -28,34 +28,45 @@ __device__ __forceinline__ float4 divided(const SplitSums& of) {
                      (of.total[0].z + of.total[1].z) / divisor, (of.total[0].w + of.total[1].w) / divisor);
 }
 
-// Columns 4 * (threadIdx.x % 128) .. of `row` (token * A + head of the chunk): even splits in order, odd ones
-// too. With two groups of threads, `group` 0 adds the even ones and 1 the odd ones, each to its total[0].
-// kLora: lora_rank, where it is known.
-template <int kGroups, int kLora = 0>
-__device__ __forceinline__ SplitSums add_splits(const MlaParams& p, int64_t row, int position, int group) {
+// Where a row's splits lie (row: token * A + head of the chunk). kLora: lora_rank, where it is known.
+template <int kLora = 0>
+struct SplitRow {
+  const float2* ml;      // maximum and sum of each
+  const float* partial;  // [num_splits, lora_rank]
+  int num_splits, lora_rank;
+
+  __device__ __forceinline__ SplitRow(const MlaParams& p, int64_t row, int position)
+      : ml(reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits),
+        num_splits((position >> mla_split_shift(position, p.spread)) + 1),
+        lora_rank(kLora > 0 ? kLora : p.lora_rank) {
+    partial = p.partial + row * p.max_splits * (kLora > 0 ? kLora : p.lora_rank);
+  }
+};
+
+// Columns 4 * (threadIdx.x % 128) .. of a row: even splits in order, odd ones too. With two groups of
+// threads, `group` 0 adds the even ones and 1 the odd ones, each to its total[0].
+template <int kGroups, int kLora>
+__device__ __forceinline__ SplitSums add_splits(const SplitRow<kLora>& row, int group) {
   static_assert(kGroups == 1 || kGroups == 2);
   const int quad = threadIdx.x % kCombineQuads, lane = threadIdx.x % 32;
-  const int num_splits = (position >> mla_split_shift(position, p.spread)) + 1;
-  const float2* ml = reinterpret_cast<const float2*>(p.partial_ml) + row * p.max_splits;  // maximum and sum
-  const int lora_rank = kLora > 0 ? kLora : p.lora_rank;
-  const float* partial = p.partial + row * p.max_splits * lora_rank;
+  const int lora_rank = kLora > 0 ? kLora : row.lora_rank;
   constexpr int kAtOnce = 8;  // loads of a thread
   float max = -INFINITY;
   SplitSums own = {};
   float4(&total)[2] = own.total;
-  for (int first = 0; first < num_splits; first += 32) {
-    const int count = min(32, num_splits - first);
+  for (int first = 0; first < row.num_splits; first += 32) {
+    const int count = min(32, row.num_splits - first);
     float4 parts[kAtOnce];  // [kAtOnce]
     const auto split_of = [&](int base, int i) { return base + (kGroups == 2 ? 2 * i + group : i); };
     const auto load_parts = [&](int base) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int split = split_of(base, i);
-        const float* at = partial + static_cast<int64_t>(first + split) * lora_rank;
+        const float* at = row.partial + static_cast<int64_t>(first + split) * lora_rank;
         parts[i] = split < count ? load_quad(at, quad, lora_rank) : make_float4(0, 0, 0, 0);
       }
     };
-    const float2 local = lane < count ? ml[first + lane] : make_float2(-INFINITY, 0);
+    const float2 local = lane < count ? row.ml[first + lane] : make_float2(-INFINITY, 0);
     load_parts(0);
     float new_max = local.x;
 #pragma unroll
@@ -92,7 +103,7 @@ __device__ __forceinline__ float4 combine_splits(const MlaParams& p, int64_t row
                                                  float4* scratch) {  // [kCombineQuads]
   constexpr int kGroups = kThreads / kCombineQuads;
   const int quad = threadIdx.x % kCombineQuads, group = threadIdx.x / kCombineQuads % kGroups;
-  SplitSums own = add_splits<kGroups, kLora>(p, row, position, group);
+  SplitSums own = add_splits<kGroups>(SplitRow<kLora>(p, row, position), group);
   if constexpr (kGroups == 2) {
     if (group == 1) scratch[quad] = own.total[0];
     __syncthreads();
