@@ -272,6 +272,7 @@ class CudaOps final : public Ops {
   const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
   float* router_logits_ = nullptr;        // [max_step_tokens, E]
   uint32_t* gate_done_ = nullptr;         // [kGateFewTokens] 0 between launches
+  uint32_t* units_taken_ = nullptr;       // [1] of decode_experts; 0 between layers
   int32_t num_decode_clusters_ = 0;       // of decode_experts, side by side
   Tensor expert_mid_;                     // [moe_tokens * k, Im]
   Tensor shared_mid_;                     // [moe_tokens, Is]

@@ -4,9 +4,10 @@
 // decode_experts_kernel: clusters of 8 blocks, as many as the device runs side by side; 8 warps that multiply
 // and one that copies. A block makes the logits of an eighth of the experts and sends them to its cluster, so
 // that every block chooses for itself: no launch and no round over device memory between router and experts.
-// A unit is 8 rows of gate and the same rows of up, one of each a warp. Units are dealt to blocks in turn:
-// the shared expert's come first and are asked for before the kernel ahead has ended, the routed ones' when
-// they are chosen. They go through a ring in shared memory.
+// A unit is 4 rows of gate and the same rows of up, one of each a warp; two warpgroups take units in turn,
+// which go through a ring in shared memory. A block's are neighbouring ones of the shared expert, asked for
+// before the kernel ahead has ended, then neighbouring ones of the routed experts, and last those that nobody
+// has taken yet (a count in device memory): multiprocessors do not get equal shares of the bandwidth.
 //
 // Weights go straight into FP8 wgmma, inputs in two exact parts (split_values.cuh). A row of 2048 weights
 // lies in shared memory as 16 rows of a matrix, 128 inputs each; the columns are the 16 blocks of inputs,
@@ -38,6 +39,12 @@ struct ExpertRows {
   const float* up_scale;
 };
 
+struct Unit {
+  int slot;  // of the token; kShared: the shared expert; kEnd: there are no more
+  int row0;
+};
+constexpr int kShared = -1, kEnd = -2;
+
 struct Scratch {
   uint8_t rows[kSlots][2][kUnitRows * kRow];  // [kSlots, gate and up, kUnitRows, kRow]; at 1024 bytes
   uint8_t inputs[2][kRow];                    // [high and low parts, kRow]
@@ -51,49 +58,11 @@ struct Scratch {
   int32_t ids[kDecodeMostChosen];
   float weights[kDecodeMostChosen];
   float norm[kWarps];
+  Unit units[kSlots];                            // what lies in the ring
+  alignas(16) float scales[kSlots][2][kBlocks];  // [kSlots, gate and up, kBlocks]
   uint64_t full[kSlots], empty[kSlots];
   uint64_t routed;  // all logits are here
   uint64_t chosen;  // ids are
-};
-
-struct Unit {
-  int slot;  // of the token; -1: the shared expert
-  int row0;
-};
-
-// A block's units: neighbouring ones of the shared expert, then neighbouring ones of the routed experts, so
-// that a block reads few pages.
-struct Units {
-  int each;  // of a routed expert
-  int first_shared, num_shared, first_routed, count;
-
-  __device__ __forceinline__ explicit Units(const DecodeExpertsParams& p) {
-    const int shared = p.experts.shared_gate.rows / kUnitRows;
-    each = p.experts.routed_gate.rows / kUnitRows;
-    const int all = shared + each * static_cast<int>(p.route.route.experts_per_token);
-    const auto begin_of = [](int total, int block) {
-      return static_cast<int>(static_cast<uint32_t>(total * block) / gridDim.x);
-    };
-    const int block = blockIdx.x;
-    first_shared = begin_of(shared, block);
-    num_shared = begin_of(shared, block + 1) - first_shared;
-    first_routed = begin_of(all, block) - first_shared;
-    count = begin_of(all, block + 1) - begin_of(all, block);
-  }
-  // The first one, and the one behind unit i.
-  __device__ __forceinline__ Unit first() const {
-    return num_shared > 0 ? Unit{-1, first_shared * kUnitRows} : first_of_routed();
-  }
-  __device__ __forceinline__ Unit behind(const Unit& unit, int i) const {
-    if (i + 1 == num_shared) return first_of_routed();
-    if (unit.row0 + kUnitRows == each * kUnitRows && unit.slot >= 0) return {unit.slot + 1, 0};
-    return {unit.slot, unit.row0 + kUnitRows};
-  }
-
- private:
-  __device__ __forceinline__ Unit first_of_routed() const {
-    return {first_routed / each, first_routed % each * kUnitRows};
-  }
 };
 
 // Barriers that were initialised with a fence are seen by the cluster behind it; nothing else is.
@@ -190,23 +159,53 @@ __device__ __forceinline__ void give_choice(const DecodeExpertsParams& p, const 
   __syncwarp();
 }
 
-// The warp that copies.
-__device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch& s, const Units& units) {
-  const int lane = threadIdx.x % 32;
-  const int num_experts = static_cast<int>(p.route.route.num_experts);
-  const DecodeExperts& experts = p.experts;
-  constexpr uint32_t bytes = kUnitRows * kRow;
+// The copying warp's end of the ring.
+struct RingFeed {
+  Scratch& s;
   const uint64_t policy = read_once_policy();
-  const auto copy = [&](int slot, const char* gate, const char* up, int row0) {
+  int slot = 0, count = 0;
+
+  __device__ __forceinline__ void wait_for_place() {
+    if (count >= kSlots) barrier_wait(shared_address(&s.empty[slot]), (count / kSlots - 1) % 2);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void advance() {
+    __syncwarp();
+    ++count;
+    if (++slot == kSlots) slot = 0;
+  }
+  // scale_row: of the expert's scales.
+  __device__ __forceinline__ void put(const Unit& unit, const ExpertRows& rows, int scale_row) {
+    constexpr uint32_t bytes = kUnitRows * kRow, scale_bytes = kBlocks * 4;
+    wait_for_place();
     if (is_elected()) {
       const uint32_t barrier = shared_address(&s.full[slot]), to = shared_address(s.rows[slot]);
-      const int64_t at = static_cast<int64_t>(row0 / kUnitRows) * bytes;
-      barrier_expect(barrier, 2 * bytes);
-      copy_once(to, gate + at, bytes, barrier, policy);
-      copy_once(to + bytes, up + at, bytes, barrier, policy);
+      const int64_t at = static_cast<int64_t>(unit.row0) * kRow;
+      s.units[slot] = unit;
+      barrier_expect(barrier, 2 * (bytes + scale_bytes));
+      copy_once(to, rows.gate + at, bytes, barrier, policy);
+      copy_once(to + bytes, rows.up + at, bytes, barrier, policy);
+      copy_bulk(shared_address(s.scales[slot][0]), rows.gate_scale + scale_row * kBlocks, scale_bytes,
+                barrier);
+      copy_bulk(shared_address(s.scales[slot][1]), rows.up_scale + scale_row * kBlocks, scale_bytes, barrier);
     }
-    __syncwarp();
-  };
+    advance();
+  }
+  __device__ __forceinline__ void put_end() {
+    wait_for_place();
+    if (is_elected()) {
+      s.units[slot] = {kEnd, 0};
+      barrier_arrive(shared_address(&s.full[slot]));
+    }
+    advance();
+  }
+};
+
+// The warp that copies.
+__device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch& s) {
+  const int lane = threadIdx.x % 32, block = blockIdx.x, grid = gridDim.x;
+  const int num_experts = static_cast<int>(p.route.route.num_experts);
+  const DecodeExperts& experts = p.experts;
   if (lane == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(shared_address(&s.full[i]), 1);
@@ -219,18 +218,24 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   }
   __syncwarp();
   cluster_arrive();
-  const int num_tables = num_experts + (experts.shared_gate.rows > 0 ? 1 : 0);
-  for (int e = lane; e < num_tables; e += 32)
+  for (int e = lane; e < num_experts; e += 32)
     s.table[e] = {static_cast<const char*>(experts.gate[e].data),
                   static_cast<const char*>(experts.up[e].data), experts.gate[e].scale, experts.up[e].scale};
   cluster_wait();
-  const int ahead = min(units.num_shared, kSlots);
-  Unit unit = units.first();
-  for (int i = 0; i < ahead; ++i) {
-    copy(i, static_cast<const char*>(experts.shared_gate.data),
-         static_cast<const char*>(experts.shared_up.data), unit.row0);
-    unit = units.behind(unit, i);
-  }
+
+  RingFeed ring{s};
+  const ExpertRows shared = {static_cast<const char*>(experts.shared_gate.data),
+                             static_cast<const char*>(experts.shared_up.data), experts.shared_gate.scale,
+                             experts.shared_up.scale};
+  const int num_shared = experts.shared_gate.rows / kUnitRows;
+  int next_shared = num_shared * block / grid;
+  const int last_shared = num_shared * (block + 1) / grid;
+  const auto put_shared = [&](int most) {
+    for (; next_shared < last_shared && ring.count < most; ++next_shared)
+      ring.put({kShared, next_shared * kUnitRows}, shared,
+               next_shared * kUnitRows / experts.shared_gate.block_rows);
+  };
+  put_shared(kSlots);
 
   wait_for_predecessor();
   __syncthreads();
@@ -249,20 +254,31 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   }
   barrier_wait(shared_address(&s.chosen), 0);
   __syncwarp();
-  if (blockIdx.x == 0) give_choice(p, s);
+  if (block == 0) give_choice(p, s);
   // The kernel behind reads the choice as soon as it begins.
   let_successor_begin();
-  int slot = ahead % kSlots;
-  for (int i = ahead; i < units.count; ++i) {
-    const ExpertRows& rows = s.table[unit.slot < 0 ? num_experts : s.ids[unit.slot]];
-    if (i >= kSlots) {
-      barrier_wait(shared_address(&s.empty[slot]), (i / kSlots - 1) % 2);
-      __syncwarp();
-    }
-    copy(slot, rows.gate, rows.up, unit.row0);
-    unit = units.behind(unit, i);
-    if (++slot == kSlots) slot = 0;
+  put_shared(INT_MAX);
+
+  const int each = experts.routed_gate.rows / kUnitRows;
+  const int num_routed = each * static_cast<int>(p.route.route.experts_per_token);
+  const int own = num_routed * 5 / 8 / grid, num_taken = num_routed - own * grid;
+  const auto put_routed = [&](int index) {
+    const int slot = index / each, row0 = (index - slot * each) * kUnitRows;
+    ring.put({slot, row0}, s.table[s.ids[slot]], row0 / experts.routed_gate.block_rows);
+  };
+  const auto take = [&] {
+    int ticket = 0;
+    if (lane == 0) ticket = static_cast<int>(atomicAdd(p.taken, 1u));
+    return ticket;
+  };
+  for (int i = 0; i < own; ++i) put_routed(block * own + i);
+  int ticket = __shfl_sync(kAllLanes, take(), 0);
+  while (ticket < num_taken) {
+    const int following = take();  // on its way while this one waits for a place
+    put_routed(own * grid + ticket);
+    ticket = __shfl_sync(kAllLanes, following, 0);
   }
+  ring.put_end();
 }
 
 // residual + delta and its norm, this warp's share of the logits to all blocks of the cluster.
@@ -343,77 +359,40 @@ __device__ __forceinline__ void split_inputs(Scratch& s) {
   group_sync<1, kNormThreads>();
 }
 
-// A lane's scales of a unit: of blocks g and g + 8.
-struct Scales {
-  float gate[2], up[2];
-};
-
 // 72 registers: a quarter of a multiprocessor that has three of these warps has room for four of the kernel
 // ahead, or two of the one behind.
 __global__ void __launch_bounds__(kThreads, 3)
     decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   Scratch& s = *reinterpret_cast<Scratch*>(shared);
-  const Units units(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (warp == kWarps) return copy_units(p, s, units);
-  const int g = lane / 4, t = lane % 4;
-  // The lane that gets its blocks' sums asks for the scales that they take, a unit ahead.
-  const bool is_sum = t == g / 2;
-  Scales next = {};
-  const auto ask = [&](int row0, const WeightView& like, const float* gate, const float* up) {
-    if (!is_sum) return;
-    const int row = row0 / like.block_rows * like.scale_cols;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      next.gate[b] = scale_at(gate + row, g + 8 * b, like.blocks_per_scale);
-      next.up[b] = scale_at(up + row, g + 8 * b, like.blocks_per_scale);
-    }
-  };
-  const auto ask_unit = [&](const Unit& unit) {
-    if (unit.slot < 0)
-      return ask(unit.row0, p.experts.shared_gate, p.experts.shared_gate.scale, p.experts.shared_up.scale);
-    const ExpertRows& rows = s.table[s.ids[unit.slot]];
-    ask(unit.row0, p.experts.routed_gate, rows.gate_scale, rows.up_scale);
-  };
-  const int group = __shfl_sync(kAllLanes, warp / kUnitRows, 0);
-  Unit unit = units.first();
-  const Unit own = group > 0 ? units.behind(unit, 0) : unit;  // this warpgroup's first
-  if (own.slot < 0) ask_unit(own);
+  if (warp == kWarps) return copy_units(p, s);
   FewExperts few;
   const bool is_ungrouped = is_route_ungrouped(p.route.route);
   if (is_ungrouped) few.ask(p.route);
   norm_and_route(p, s);
   if (is_ungrouped) few.choose(p.route, s);
   split_inputs(s);
+
+  const int g = lane / 4, t = lane % 4, group = __shfl_sync(kAllLanes, warp / kUnitRows, 0);
+  const bool is_sum = t == g / 2;  // the lane that gets the sums of blocks g and g + 8
   const float powers[2] = {s.powers[g], s.powers[g + 8]};
   const uint64_t inputs = matrix_descriptor(shared_address(s.inputs));
-  bool is_chosen = false;
   int slot = 0;
   uint32_t parity = 0;
-  for (int i = 0; i < units.count; ++i) {
-    const Unit following = units.behind(unit, i);
+  for (int i = 0;; ++i) {
     // Every warp waits for every unit: one that ran ahead would take a later filling of a place for its own.
-    const uint32_t full = shared_address(&s.full[slot]), empty = shared_address(&s.empty[slot]);
+    barrier_wait(shared_address(&s.full[slot]), parity);
+    __syncwarp();
+    const Unit unit = s.units[slot];
+    if (unit.slot == kEnd) break;
+    const uint32_t empty = shared_address(&s.empty[slot]);
     if (i % kGroups != group) {
-      barrier_wait(full, parity);
       __syncwarp();
       if (lane == 0) barrier_arrive(empty);
       if (++slot == kSlots) slot = 0, parity ^= 1;
-      unit = following;
       continue;
     }
-    if (unit.slot >= 0 && !is_chosen) {
-      barrier_wait(shared_address(&s.chosen), 0);
-      __syncwarp();
-      is_chosen = true;
-      ask_unit(unit);
-    }
-    const Scales scales = next;
-    const Unit own = units.behind(following, i + 1);  // the next of this warpgroup
-    if (i + kGroups < units.count && (own.slot < 0 || is_chosen)) ask_unit(own);
-    barrier_wait(full, parity);
-    __syncwarp();
     float gate[16], up[16];  // row lane / 4 of 8 j + .., see hopper.cuh
     const uint64_t gate_rows = matrix_descriptor(shared_address(s.rows[slot][0]));
     const uint64_t up_rows = matrix_descriptor(shared_address(s.rows[slot][1]));
@@ -424,23 +403,28 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_m64k32_e4m3(up, up_rows + 2 * k, inputs + 2 * k, k > 0);
     products_commit();
+    float scales[2][2];  // [gate and up, blocks g and g + 8]
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int b = 0; b < 2; ++b) scales[which][b] = s.scales[slot][which][g + 8 * b] * powers[b];
     products_wait<0>();
     pin(gate), pin(up);
+    __syncwarp();
     if (lane == 0) barrier_arrive(empty);
     if (++slot == kSlots) slot = 0, parity ^= 1;
-    // Blocks g and g + 8, each the sum of its high part and of a sixteenth of its low one.
+    // Of each block the sum of its high part and of a sixteenth of its low one.
     const auto sum_of = [&](const float (&d)[16], const float (&scale)[2]) {
       const float first = g % 2 ? fmaf(d[9], 0.0625f, d[1]) : fmaf(d[8], 0.0625f, d[0]);
       const float second = g % 2 ? fmaf(d[15], 0.0625f, d[7]) : fmaf(d[14], 0.0625f, d[6]);
-      return warp_sum(is_sum ? first * (scale[0] * powers[0]) + second * (scale[1] * powers[1]) : 0.0f);
+      return warp_sum(is_sum ? first * scale[0] + second * scale[1] : 0.0f);
     };
-    const float gated = silu(sum_of(gate, scales.gate)) * sum_of(up, scales.up);
+    const float gated = silu(sum_of(gate, scales[0])) * sum_of(up, scales[1]);
     if (lane == 0) {
-      bf16* out = unit.slot < 0 ? static_cast<bf16*>(p.shared_mid)
-                                : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
+      bf16* out = unit.slot == kShared ? static_cast<bf16*>(p.shared_mid)
+                                       : static_cast<bf16*>(p.routed_mid) + unit.slot * p.routed_stride;
       out[unit.row0 + warp % kUnitRows] = __float2bfloat16_rn(gated);
     }
-    unit = following;
   }
 }
 
@@ -462,7 +446,7 @@ cudaLaunchConfig_t config_of(int num_clusters, cudaLaunchAttribute* attributes, 
 
 bool is_mlp_rows(const WeightView& w, int32_t cols) {
   return w.dtype == Dtype::kF8E4M3 && w.bias == nullptr && w.cols == cols && w.row_bytes == cols &&
-         w.rows % kUnitRows == 0 && w.block_rows % kUnitRows == 0;
+         w.rows % kUnitRows == 0 && w.block_rows % kUnitRows == 0 && w.blocks_per_scale == 1;
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ struct DecodeExpertsParams {
   void* routed_mid = nullptr;  // bf16 [k, Im]
   int64_t routed_stride = 0;
   void* shared_mid = nullptr;  // bf16 [Is]
+  uint32_t* taken = nullptr;   // 0 before; decode_down makes it that again
   int32_t num_clusters = 0;    // prepare_decode_experts()
 };
 bool is_decode_experts(const DecodeExpertsParams& params);
@@ -48,6 +49,7 @@ struct DecodeDownParams {
   const void* shared_mid = nullptr;  // bf16 [Is]
   float* residual = nullptr;         // [H]
   const void* delta = nullptr;       // bf16 [H]
+  uint32_t* taken = nullptr;         // made 0
   int32_t num_experts = 0;
   int32_t experts_per_token = 0;
 };
