@@ -72,6 +72,10 @@ struct Scratch {
   float sums[kMostPieces][4][kRows];                      // [kMostPieces, warp, kRows]
   float outs[kMostPieces][kRows];
   float weights[kDecodeMostChosen];  // of the chosen experts
+  // Of the token's experts, the shared one behind the others.
+  int32_t experts[kDecodeMostChosen + 1];
+  const char* data[kDecodeMostChosen + 1];
+  const float* scale[kDecodeMostChosen + 1];
   uint64_t full[kGroups][kSlots];
   alignas(1024) uint8_t rows[];  // [kGroups, kSlots, most_blocks, kBox], then what a product reads too many
 };
@@ -104,9 +108,6 @@ struct Group {
     count = (pieces.count - group + kGroups - 1) / kGroups;
   }
   __device__ __forceinline__ int index(int i) const { return group + i * kGroups; }
-  __device__ __forceinline__ int expert(const Piece& at) const {
-    return at.slot == p.experts_per_token ? p.num_experts : __ldcg(p.expert_ids + at.slot);
-  }
   __device__ __forceinline__ const WeightView& like(const Piece& at) const {
     return at.slot == p.experts_per_token ? p.experts.shared_down : p.experts.routed_down;
   }
@@ -118,7 +119,7 @@ struct Group {
   __device__ __forceinline__ void copy(int base, uint64_t policy) const {
     if (warp >= kSlots || base + warp >= count) return;
     const Piece at = pieces.at(p, index(base + warp));
-    const TensorMap* const map = p.experts.down_maps + expert(at);
+    const TensorMap* const map = p.experts.down_maps + s.experts[at.slot];
     const int num_blocks = at.num_blocks();
     const uint32_t barrier = shared_address(&s.full[group][warp]);
     const uint32_t to = shared_address(s.rows) + (group * kSlots + warp) * pieces.most_blocks() * kBox;
@@ -135,7 +136,7 @@ struct Group {
     if (base + kSlots >= count) return;
     const Piece at = pieces.at(p, index(base + kSlots));
     const WeightView& view = like(at);
-    const char* const data = static_cast<const char*>(p.experts.down[expert(at)].data) + at.col;
+    const char* const data = s.data[at.slot] + at.col;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad)
@@ -156,7 +157,7 @@ struct Group {
     const Piece at = pieces.at(p, index(base + i));
     if (block >= at.num_blocks()) return;
     const WeightView& view = like(at);
-    const float* const row = p.experts.down[expert(at)].scale + row0 / view.block_rows * view.scale_cols;
+    const float* const row = s.scale[at.slot] + row0 / view.block_rows * view.scale_cols;
     s.scales[group][i][block] = scale_at(row, at.col / kBlockK + block, view.blocks_per_scale);
   }
 
@@ -306,14 +307,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kSlots; ++i) barrier_init(shared_address(&s.full[group.group][i]), 1);
     barrier_init_fence();
   }
-  group.sync();
+  if (static_cast<int>(threadIdx.x) <= p.experts_per_token) {
+    const bool is_shared = static_cast<int>(threadIdx.x) == p.experts_per_token;
+    const int expert = is_shared ? p.num_experts : __ldcg(p.expert_ids + threadIdx.x);
+    s.experts[threadIdx.x] = expert;
+    s.data[threadIdx.x] =
+        static_cast<const char*>((is_shared ? p.experts.shared_down : p.experts.down[expert]).data);
+    s.scale[threadIdx.x] = (is_shared ? p.experts.shared_down : p.experts.down[expert]).scale;
+    if (!is_shared) s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
+  }
+  __syncthreads();
   const uint64_t policy = read_once_policy();
   BlockWords in_registers[kQuads];
   group.copy(0, policy);
   group.load(0, policy, in_registers);
   group.load_scales(0);
-  if (static_cast<int>(threadIdx.x) < p.experts_per_token)
-    s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
   const int row = group.row0 + static_cast<int>(threadIdx.x);  // of the first kRows threads
   float residual = 0;
   for (int base = 0, round = 0; base < group.count; base += kAtOnce, ++round) {
