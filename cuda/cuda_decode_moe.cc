@@ -21,8 +21,7 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
       (moe.has_shared() && !placed.is_shared_grouped))
     return false;
   const bool has_shared = moe.has_shared();
-  DecodeExperts experts = {
-      .gate = placed.gate, .up = placed.up, .down = placed.down, .down_maps = placed.decode_down_maps};
+  DecodeExperts experts = {.gate = placed.gate, .up = placed.up, .down = placed.down};
   experts.routed_gate = view_of(moe.experts[0].gate);
   experts.routed_down = view_of(moe.experts[0].down);
   if (has_shared) {

@@ -8,9 +8,10 @@
 // registers, as much as there is room for beside that kernel.
 //
 // Weights go straight into FP8 wgmma, inputs in two exact parts (split_values.cuh): the 64 rows of a product
-// are 16 rows of weights for each of four blocks of inputs, its 8 columns these blocks' high parts and their
-// low ones, and what counts is where row and column are the same block: warp w's has block w. The order of a
-// block's inputs is free where weights are in registers: a lane's two words of 16 bytes are what it feeds.
+// are 16 rows of weights for each of four blocks of inputs, a block a warp, its 8 columns these blocks' high
+// parts and their low ones, and what counts is where row and column are the same block. Weights are fed from
+// registers, so that rows may lie in shared memory as they come, and the order of a block's inputs is free: a
+// lane's two words of 16 bytes are what it feeds.
 #include "cuda/decode_moe.cuh"
 #include "cuda/split_values.cuh"
 
@@ -22,9 +23,9 @@ constexpr int kThreads = 128 * kGroups;
 constexpr int kRows = 16;         // of a block
 constexpr int kPieceBlocks = 12;  // blocks of inputs of a piece, at most
 constexpr int kQuads = kPieceBlocks / 4;
-constexpr int kSlots = 3;              // pieces of a warpgroup in shared memory
-constexpr int kAtOnce = kSlots + 1;    // and one in registers
-constexpr int kBox = kRows * kBlockK;  // bytes
+constexpr int kSlots = 3;               // pieces of a warpgroup in shared memory
+constexpr int kAtOnce = kSlots + 1;     // and one in registers
+constexpr int kTile = kRows * kBlockK;  // bytes
 constexpr int kMostPieces = 16;
 
 // How inputs are cut: into `count` pieces of `blocks` blocks, of which the last may be shorter.
@@ -77,12 +78,12 @@ struct Scratch {
   const char* data[kDecodeMostChosen + 1];
   const float* scale[kDecodeMostChosen + 1];
   uint64_t full[kGroups][kSlots];
-  alignas(1024) uint8_t rows[];  // [kGroups, kSlots, most_blocks, kBox], then what a product reads too many
+  alignas(1024) uint8_t rows[];  // [kGroups, kSlots, kRows, most_blocks * kBlockK]
 };
 
 int shared_bytes(const Pieces& pieces) {
   const int blocks = pieces.most_blocks();
-  return static_cast<int>(sizeof(Scratch)) + ((kGroups * kSlots - 1) * blocks + kPieceBlocks) * kBox;
+  return static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * blocks * kTile;
 }
 
 // Weights of two rows and one block of inputs: bytes 16 t and 64 + 16 t of each on.
@@ -115,19 +116,25 @@ struct Group {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
 
+  __device__ __forceinline__ uint8_t* rows(int i) const {
+    return s.rows + (group * kSlots + i) * pieces.most_blocks() * kTile;
+  }
   // Pieces base .. base + kSlots - 1 to shared memory, one a warp.
   __device__ __forceinline__ void copy(int base, uint64_t policy) const {
     if (warp >= kSlots || base + warp >= count) return;
     const Piece at = pieces.at(p, index(base + warp));
-    const TensorMap* const map = p.experts.down_maps + s.experts[at.slot];
-    const int num_blocks = at.num_blocks();
-    const uint32_t barrier = shared_address(&s.full[group][warp]);
-    const uint32_t to = shared_address(s.rows) + (group * kSlots + warp) * pieces.most_blocks() * kBox;
+    const int64_t row_bytes = like(at).row_bytes;
+    const char* const from = s.data[at.slot] + row0 * row_bytes + at.col;
+    const uint32_t barrier = shared_address(&s.full[group][warp]), to = shared_address(rows(warp));
     if (is_elected()) {
-      map_fence(map);
-      barrier_expect(barrier, num_blocks * kBox);
-      for (int block = 0; block < num_blocks; ++block)
-        copy_box_once(to + block * kBox, map, at.col + block * kBlockK, row0, barrier, policy);
+      barrier_expect(barrier, kRows * at.cols);
+      const int pitch = at.num_blocks() * kBlockK;
+      if (row_bytes == pitch) {
+        copy_once(to, from, kRows * pitch, barrier, policy);
+      } else {
+        for (int r = 0; r < kRows; ++r)
+          copy_once(to + r * pitch, from + r * row_bytes, at.cols, barrier, policy);
+      }
     }
     __syncwarp();
   }
@@ -149,6 +156,32 @@ struct Group {
               byte < at.cols ? load_once(data + (row0 + g + 8 * half) * view.row_bytes + byte, policy)
                              : make_uint4(0, 0, 0, 0);
         }
+  }
+  // The same of piece base + i, i < kSlots.
+  __device__ __forceinline__ void fetch(int base, int i, BlockWords (&to)[kQuads]) const {
+    const int g = lane / 4, t = lane % 4, swap = g % 2;  // odd rows' halves the other way: no bank twice
+    const int num_blocks = pieces.at(p, index(base + i)).num_blocks();
+    const uint8_t* const at = rows(i) + g * num_blocks * kBlockK + 16 * t;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int block = 4 * quad + warp;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 words[2] = {};  // [2] the half that is read first
+        if (block < num_blocks) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            words[n] = *reinterpret_cast<const uint4*>(at + (8 * half * num_blocks + block) * kBlockK +
+                                                       64 * (n ^ swap));
+        }
+#pragma unroll
+        for (int kh = 0; kh < 2; ++kh) {
+          const uint4 &a = words[kh], &b = words[kh ^ 1];
+          to[quad].words[half][kh] =
+              make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
+        }
+      }
+    }
   }
   // Of this warp's blocks.
   __device__ __forceinline__ void load_scales(int base) const {
@@ -196,16 +229,11 @@ struct Group {
       uint8_t* const atom = s.inputs[group][i][block / 4];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const int column = block % 4 + 4 * part;
+        // Step 2 (word / 8) + word % 2 of the products takes these from lanes with t = word % 8 / 2.
+        const int column = block % 4 + 4 * part, place = 2 * (2 * (word / 8) + word % 2), t = word % 8 / 2;
         uint8_t* const row = atom + column * kBlockK;
-        if (i < kSlots) {
-          *reinterpret_cast<uint2*>(row + ((word / 2) ^ column) * 16 + word % 2 * 8) = parts[part];
-        } else {
-          // Step 2 (word / 8) + word % 2 of the products takes these from lanes with t = word % 8 / 2.
-          const int place = 2 * (2 * (word / 8) + word % 2), t = word % 8 / 2;
-          *reinterpret_cast<uint32_t*>(row + (place ^ column) * 16 + 4 * t) = parts[part].x;
-          *reinterpret_cast<uint32_t*>(row + ((place + 1) ^ column) * 16 + 4 * t) = parts[part].y;
-        }
+        *reinterpret_cast<uint32_t*>(row + (place ^ column) * 16 + 4 * t) = parts[part].x;
+        *reinterpret_cast<uint32_t*>(row + ((place + 1) ^ column) * 16 + 4 * t) = parts[part].y;
       }
       if (word == 0) s.powers[group][i][block] = power.scale;
     }
@@ -213,7 +241,7 @@ struct Group {
     sync();
   }
 
-  // A piece's sums from its products: those of garbage, where it has fewer blocks, are left out.
+  // A piece's sums from its products: those of blocks that it has not are left out.
   __device__ __forceinline__ void add_up(int base, int i, const float (&acc)[kQuads][4]) const {
     if (base + i >= count) return;
     const int g = lane / 4, t = lane % 4;
@@ -236,62 +264,40 @@ struct Group {
     }
   }
 
-  // Pieces that are not there are multiplied too, whatever lies in their place, so that no product is under a
-  // condition.
-  __device__ __forceinline__ void multiply(int base, int round,
-                                           const BlockWords (&in_registers)[kQuads]) const {
-    const auto inputs = [&](int i, int quad) {
-      return matrix_descriptor(shared_address(s.inputs[group][i][quad]));
-    };
-    float first[kQuads][4];
+  // A piece's products and their sums. One that is not there is multiplied too, whatever lies in its place,
+  // so that no product is under a condition.
+  __device__ __forceinline__ void multiply(int base, int i, const BlockWords (&weights)[kQuads]) const {
+    float acc[kQuads][4];
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) pin(first[quad]);
+    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
     products_begin();
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad)
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const auto pair = [&](int half, int which) {
-          const uint4& v = in_registers[quad].words[half][k / 2];
+          const uint4& v = weights[quad].words[half][k / 2];
           return k % 2 ? (which ? v.w : v.z) : (which ? v.y : v.x);
         };
-        const uint32_t weights[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
-        wgmma_m64n8k32_e4m3(first[quad], weights, inputs(kSlots, quad) + 2 * k, k > 0);
+        const uint32_t a[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
+        wgmma_m64n8k32_e4m3(acc[quad], a, inputs + 2 * k, k > 0);
       }
+    }
     products_commit();
+    products_wait<0>();
 #pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
+    add_up(base, i, acc);
+  }
+  __device__ __forceinline__ void multiply_all(int base, int round, BlockWords (&weights)[kQuads]) const {
+    multiply(base, kSlots, weights);
+#pragma unroll 1
     for (int i = 0; i < kSlots; ++i) {
       if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
-    }
-    products_wait<0>();
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) pin(first[quad]);
-    add_up(base, kSlots, first);
-    __syncwarp();
-    float acc[kSlots][kQuads][4];
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i)
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) pin(acc[i][quad]);
-    products_begin();
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const uint32_t rows = shared_address(s.rows) + (group * kSlots + i) * pieces.most_blocks() * kBox;
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        const uint64_t weights = matrix_descriptor(rows + 4 * quad * kBox);
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          wgmma_m64k32_e4m3(acc[i][quad], weights + 2 * k, inputs(i, quad) + 2 * k, k > 0);
-      }
-    }
-    products_commit();
-    products_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) pin(acc[i][quad]);
-      add_up(base, i, acc[i]);
+      __syncwarp();
+      fetch(base, i, weights);
+      multiply(base, i, weights);
     }
   }
 };
@@ -317,6 +323,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!is_shared) s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
   }
   __syncthreads();
+  if (p.experts.routed_down.cols % kBlockK != 0 || p.experts.shared_down.cols % kBlockK != 0) {
+    // Rows end within a block: what lies behind meets inputs of zero and must not be a NaN.
+    for (int i = threadIdx.x; i < kGroups * kSlots * pieces.most_blocks() * kTile / 16; i += kThreads)
+      reinterpret_cast<uint4*>(s.rows)[i] = make_uint4(0, 0, 0, 0);
+    shared_fence();
+    __syncthreads();
+  }
   const uint64_t policy = read_once_policy();
   BlockWords in_registers[kQuads];
   group.copy(0, policy);
@@ -337,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       group.load_scales(base);
     }
     group.stage(base);
-    group.multiply(base, round, in_registers);
+    group.multiply_all(base, round, in_registers);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < pieces.count * kRows; i += kThreads) {
@@ -368,14 +381,14 @@ bool is_down_rows(const WeightView& w, int32_t rows) {
 void prepare_decode_down() {
   RODIN_CUDA(
       cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kBox));
+                           static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kTile));
   RODIN_CUDA(cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                   cudaSharedmemCarveoutMaxShared));
 }
 
 bool is_decode_down(const DecodeDownParams& p) {
   const DecodeExperts& experts = p.experts;
-  return experts.down_maps != nullptr && experts.routed_down.rows % kRows == 0 &&
+  return experts.routed_down.rows % kRows == 0 &&
          is_down_rows(experts.routed_down, experts.routed_down.rows) &&
          (experts.shared_down.rows == 0 || is_down_rows(experts.shared_down, experts.routed_down.rows)) &&
          Pieces(p).count <= kMostPieces;

@@ -27,16 +27,6 @@ __device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// copy_box of it.
-__device__ __forceinline__ void copy_box_once(uint32_t to, const TensorMap* map, int col, int row,
-                                              uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
 // A load of it.
 __device__ __forceinline__ uint4 load_once(const void* from, uint64_t policy) {
   uint4 v;

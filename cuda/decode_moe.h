@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/kernels.h"
-#include "cuda/quantized.h"
 
 namespace rodin::cuda {
 
@@ -18,7 +17,6 @@ struct DecodeExperts {
   const WeightView* gate = nullptr;
   const WeightView* up = nullptr;
   const WeightView* down = nullptr;
-  const TensorMap* down_maps = nullptr;            // [E + 1] boxes of 16 rows and kBlockK inputs
   WeightView routed_gate, shared_gate, shared_up;  // shared_*: no rows where there is none
   WeightView routed_down, shared_down;
 };
