@@ -27,6 +27,7 @@ constexpr int kSlots = 3;               // pieces of a warpgroup in shared memor
 constexpr int kAtOnce = kSlots + 1;     // and one in registers
 constexpr int kTile = kRows * kBlockK;  // bytes
 constexpr int kMostPieces = 16;
+static_assert(kThreads == 16 * kRows && kDecodeMostChosen < 16);
 
 // How inputs are cut: into `count` pieces of `blocks` blocks, of which the last may be shorter.
 struct Cut {
@@ -71,12 +72,12 @@ struct Scratch {
   float powers[kGroups][kAtOnce][kPieceBlocks];           // of the inputs
   float scales[kGroups][kAtOnce][kPieceBlocks];           // of the weights
   float sums[kMostPieces][4][kRows];                      // [kMostPieces, warp, kRows]
-  float outs[kMostPieces][kRows];
-  float weights[kDecodeMostChosen];  // of the chosen experts
-  // Of the token's experts, the shared one behind the others.
-  int32_t experts[kDecodeMostChosen + 1];
-  const char* data[kDecodeMostChosen + 1];
-  const float* scale[kDecodeMostChosen + 1];
+  float weights[kDecodeMostChosen];                       // of the chosen experts
+  int32_t experts[kDecodeMostChosen + 1];                 // of the token, the shared one behind the others
+  struct {
+    const char* data;
+    const float* scale;
+  } table[kDecodeMostExperts + 1];
   uint64_t full[kGroups][kSlots];
   alignas(1024) uint8_t rows[];  // [kGroups, kSlots, kRows, most_blocks * kBlockK]
 };
@@ -89,6 +90,21 @@ int shared_bytes(const Pieces& pieces) {
 // Weights of two rows and one block of inputs: bytes 16 t and 64 + 16 t of each on.
 struct BlockWords {
   uint4 words[2][2];  // [row half, K half]
+
+  // In the order in which products take them, before the fence ahead of those.
+  __device__ __forceinline__ void arrange(uint32_t (&to)[4][4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4& v = words[half][k / 2];
+        to[k][half] = k % 2 ? v.z : v.x, to[k][half + 2] = k % 2 ? v.w : v.y;
+      }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(to[k][i])::"memory");
+  }
 };
 
 // A warpgroup's work.
@@ -124,7 +140,7 @@ struct Group {
     if (warp >= kSlots || base + warp >= count) return;
     const Piece at = pieces.at(p, index(base + warp));
     const int64_t row_bytes = like(at).row_bytes;
-    const char* const from = s.data[at.slot] + row0 * row_bytes + at.col;
+    const char* const from = s.table[s.experts[at.slot]].data + row0 * row_bytes + at.col;
     const uint32_t barrier = shared_address(&s.full[group][warp]), to = shared_address(rows(warp));
     if (is_elected()) {
       barrier_expect(barrier, kRows * at.cols);
@@ -143,7 +159,7 @@ struct Group {
     if (base + kSlots >= count) return;
     const Piece at = pieces.at(p, index(base + kSlots));
     const WeightView& view = like(at);
-    const char* const data = s.data[at.slot] + at.col;
+    const char* const data = s.table[s.experts[at.slot]].data + at.col;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad)
@@ -157,31 +173,28 @@ struct Group {
                              : make_uint4(0, 0, 0, 0);
         }
   }
-  // The same of piece base + i, i < kSlots.
-  __device__ __forceinline__ void fetch(int base, int i, BlockWords (&to)[kQuads]) const {
+  // The same of a quad of piece base + i, i < kSlots, out of shared memory.
+  __device__ __forceinline__ void fetch(int base, int i, int quad, uint32_t (&to)[4][4]) const {
+    BlockWords all;
     const int g = lane / 4, t = lane % 4, swap = g % 2;  // odd rows' halves the other way: no bank twice
-    const int num_blocks = pieces.at(p, index(base + i)).num_blocks();
-    const uint8_t* const at = rows(i) + g * num_blocks * kBlockK + 16 * t;
+    const int num_blocks = pieces.at(p, index(base + i)).num_blocks(), block = 4 * quad + warp;
+    const uint8_t* const at = rows(i) + (g * num_blocks + block) * kBlockK + 16 * t;
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const int block = 4 * quad + warp;
+    for (int half = 0; half < 2; ++half) {
+      uint4 words[2] = {};  // [2] the half that is read first
+      if (block < num_blocks) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 words[2] = {};  // [2] the half that is read first
-        if (block < num_blocks) {
+        for (int n = 0; n < 2; ++n)
+          words[n] = *reinterpret_cast<const uint4*>(at + 8 * half * num_blocks * kBlockK + 64 * (n ^ swap));
+      }
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
-            words[n] = *reinterpret_cast<const uint4*>(at + (8 * half * num_blocks + block) * kBlockK +
-                                                       64 * (n ^ swap));
-        }
-#pragma unroll
-        for (int kh = 0; kh < 2; ++kh) {
-          const uint4 &a = words[kh], &b = words[kh ^ 1];
-          to[quad].words[half][kh] =
-              make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
-        }
+      for (int kh = 0; kh < 2; ++kh) {
+        const uint4 &a = words[kh], &b = words[kh ^ 1];
+        all.words[half][kh] =
+            make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
       }
     }
+    all.arrange(to);
   }
   // Of this warp's blocks.
   __device__ __forceinline__ void load_scales(int base) const {
@@ -190,7 +203,7 @@ struct Group {
     const Piece at = pieces.at(p, index(base + i));
     if (block >= at.num_blocks()) return;
     const WeightView& view = like(at);
-    const float* const row = s.scale[at.slot] + row0 / view.block_rows * view.scale_cols;
+    const float* const row = s.table[s.experts[at.slot]].scale + row0 / view.block_rows * view.scale_cols;
     s.scales[group][i][block] = scale_at(row, at.col / kBlockK + block, view.blocks_per_scale);
   }
 
@@ -211,19 +224,26 @@ struct Group {
                                    : static_cast<const bf16*>(p.routed_mid) + at.slot * p.routed_stride;
       if (col < at.cols) words[j] = __ldcg(reinterpret_cast<const uint4*>(from + at.col + col));
     }
+    const auto value = [&](int j, int n) {
+      const uint32_t pair = n < 2 ? words[j].x : n < 4 ? words[j].y : n < 6 ? words[j].z : words[j].w;
+      return n % 2 ? high_float(pair) : low_float(pair);
+    };
+    float most[kEach] = {};  // [kEach] side by side: a shuffle takes long
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+#pragma unroll
+      for (int n = 0; n < 8; ++n) most[j] = max_or_nan(most[j], fabsf(value(j, n)));
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2)
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+        most[j] = max_or_nan(most[j], __shfl_xor_sync(kAllLanes, most[j], offset));
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int task = 8 * j + thread / 16, i = task / kPieceBlocks, block = task % kPieceBlocks;
-      const uint4 v = words[j];
-      const float values[8] = {low_float(v.x), high_float(v.x), low_float(v.y), high_float(v.y),
-                               low_float(v.z), high_float(v.z), low_float(v.w), high_float(v.w)};
-      float most = 0;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) most = max_or_nan(most, fabsf(values[n]));
-#pragma unroll
-      for (int offset = 8; offset > 0; offset /= 2)
-        most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
-      const SplitPower power(most);
+      const float values[8] = {value(j, 0), value(j, 1), value(j, 2), value(j, 3),
+                               value(j, 4), value(j, 5), value(j, 6), value(j, 7)};
+      const SplitPower power(most[j]);
       uint2 parts[2];  // [high, low]
       split_eight(values, power.power, parts[0], parts[1]);
       uint8_t* const atom = s.inputs[group][i][block / 4];
@@ -264,40 +284,53 @@ struct Group {
     }
   }
 
-  // A piece's products and their sums. One that is not there is multiplied too, whatever lies in its place,
-  // so that no product is under a condition.
-  __device__ __forceinline__ void multiply(int base, int i, const BlockWords (&weights)[kQuads]) const {
-    float acc[kQuads][4];
+  // Asks for the products of a quad of piece base + i.
+  __device__ __forceinline__ void multiply(int i, int quad, const uint32_t (&weights)[4][4],
+                                           float (&acc)[4]) const {
+    const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
+    for (int k = 0; k < 4; ++k) wgmma_m64n8k32_e4m3(acc, weights[k], inputs + 2 * k, k > 0);
+    products_commit();
+  }
+  // Pieces that are not there are multiplied too, whatever lies in their place, so that no product is under a
+  // condition.
+  __device__ __forceinline__ void multiply_all(int base, int round,
+                                               const BlockWords (&in_registers)[kQuads]) const {
+    const auto wait_for = [&](int i) {
+      if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
+      __syncwarp();
+    };
+    float acc[kQuads][4];
+    uint32_t weights[2][4][4], first[kQuads][4][4];
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) in_registers[quad].arrange(first[quad]), pin(acc[quad]);
     products_begin();
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const auto pair = [&](int half, int which) {
-          const uint4& v = weights[quad].words[half][k / 2];
-          return k % 2 ? (which ? v.w : v.z) : (which ? v.y : v.x);
-        };
-        const uint32_t a[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
-        wgmma_m64n8k32_e4m3(acc[quad], a, inputs + 2 * k, k > 0);
-      }
-    }
-    products_commit();
+    for (int quad = 0; quad < kQuads; ++quad) multiply(kSlots, quad, first[quad], acc[quad]);
+    wait_for(0);
+    fetch(base, 0, 0, weights[0]);
     products_wait<0>();
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
-    add_up(base, i, acc);
-  }
-  __device__ __forceinline__ void multiply_all(int base, int round, BlockWords (&weights)[kQuads]) const {
-    multiply(base, kSlots, weights);
-#pragma unroll 1
+    add_up(base, kSlots, acc);
+#pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
-      __syncwarp();
-      fetch(base, i, weights);
-      multiply(base, i, weights);
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        const int n = i * kQuads + quad;
+        pin(acc[quad]);
+        products_begin();
+        multiply(i, quad, weights[n % 2], acc[quad]);
+        products_wait<1>();  // the one before: its weights' place is free
+        if (n + 1 < kSlots * kQuads) {
+          if (quad + 1 == kQuads) wait_for(i + 1);
+          fetch(base, (n + 1) / kQuads, (n + 1) % kQuads, weights[(n + 1) % 2]);
+        }
+      }
+      products_wait<0>();
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
+      add_up(base, i, acc);
     }
   }
 };
@@ -313,15 +346,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kSlots; ++i) barrier_init(shared_address(&s.full[group.group][i]), 1);
     barrier_init_fence();
   }
-  if (static_cast<int>(threadIdx.x) <= p.experts_per_token) {
-    const bool is_shared = static_cast<int>(threadIdx.x) == p.experts_per_token;
-    const int expert = is_shared ? p.num_experts : __ldcg(p.expert_ids + threadIdx.x);
-    s.experts[threadIdx.x] = expert;
-    s.data[threadIdx.x] =
-        static_cast<const char*>((is_shared ? p.experts.shared_down : p.experts.down[expert]).data);
-    s.scale[threadIdx.x] = (is_shared ? p.experts.shared_down : p.experts.down[expert]).scale;
-    if (!is_shared) s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
+  const int thread = threadIdx.x, num_tables = p.num_experts + (pieces.shared.count > 0 ? 1 : 0);
+  for (int e = thread; e < num_tables; e += kThreads)
+    s.table[e] = {static_cast<const char*>(p.experts.down[e].data), p.experts.down[e].scale};
+  if (thread < p.experts_per_token) {
+    s.experts[thread] = __ldcg(p.expert_ids + thread);
+    s.weights[thread] = __ldcg(p.expert_weights + thread);
   }
+  if (thread == p.experts_per_token) s.experts[thread] = p.num_experts;
   __syncthreads();
   if (p.experts.routed_down.cols % kBlockK != 0 || p.experts.shared_down.cols % kBlockK != 0) {
     // Rows end within a block: what lies behind meets inputs of zero and must not be a NaN.
@@ -335,14 +367,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   group.copy(0, policy);
   group.load(0, policy, in_registers);
   group.load_scales(0);
-  const int row = group.row0 + static_cast<int>(threadIdx.x);  // of the first kRows threads
+  const int row = threadIdx.x / 16, slot = threadIdx.x % 16;  // of this thread in the end
   float residual = 0;
   for (int base = 0, round = 0; base < group.count; base += kAtOnce, ++round) {
     if (base == 0) {
       wait_for_predecessor();
       if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = 0;
-      if (threadIdx.x < kRows)
-        residual = p.residual[row] + __bfloat162float(static_cast<const bf16*>(p.delta)[row]);
+      if (slot == 0)
+        residual = p.residual[group.row0 + row] +
+                   __bfloat162float(static_cast<const bf16*>(p.delta)[group.row0 + row]);
     } else {
       group.sync();  // everybody has read what is written now
       group.copy(base, policy);
@@ -353,22 +386,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     group.multiply_all(base, round, in_registers);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < pieces.count * kRows; i += kThreads) {
-    const float* const sums = &s.sums[i / kRows][0][i % kRows];
-    s.outs[i / kRows][i % kRows] = (sums[0] + sums[kRows]) + (sums[2 * kRows] + sums[3 * kRows]);
-  }
-  __syncthreads();
-  if (threadIdx.x >= kRows) return;
-  const auto rounded = [&](int begin, int count) {
+  // Half a warp a row, a lane an expert: its pieces, rounded, times its weight.
+  float share = 0;
+  if (slot <= p.experts_per_token) {
+    const bool is_shared = slot == p.experts_per_token;
+    const Cut& cut = is_shared ? pieces.shared : pieces.routed;
+    const int first = is_shared ? pieces.num_routed : slot * cut.count;
     float sum = 0;
-    for (int i = 0; i < count; ++i) sum += s.outs[begin + i][threadIdx.x];
-    return __bfloat162float(__float2bfloat16_rn(sum));
-  };
-  float total = 0;
-  for (int j = 0; j < p.experts_per_token; ++j)
-    total = fmaf(s.weights[j], rounded(j * pieces.routed.count, pieces.routed.count), total);
-  if (pieces.shared.count > 0) total += rounded(pieces.num_routed, pieces.shared.count);
-  p.residual[row] = residual + __bfloat162float(__float2bfloat16_rn(total));
+    for (int i = first; i < first + cut.count; ++i)
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) sum += s.sums[i][warp][row];
+    share = __bfloat162float(__float2bfloat16_rn(sum)) * (is_shared ? 1.0f : s.weights[slot]);
+  }
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) share += __shfl_xor_sync(kAllLanes, share, offset);
+  if (slot == 0) p.residual[group.row0 + row] = residual + __bfloat162float(__float2bfloat16_rn(share));
 }
 
 bool is_down_rows(const WeightView& w, int32_t rows) {

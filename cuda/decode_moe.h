@@ -8,7 +8,7 @@ namespace rodin::cuda {
 
 constexpr int kDecodeInputs = 2048;      // of gate and up: H
 constexpr int kDecodeMostExperts = 64;   // E
-constexpr int kDecodeMostChosen = 16;    // k
+constexpr int kDecodeMostChosen = 15;    // k
 constexpr int kDecodeRouteFloats = 192;  // of route_scratch
 
 // Device tables [E + 1], the last one is the shared expert; the views tell the routed ones' shape and its
