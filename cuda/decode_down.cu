@@ -78,6 +78,7 @@ struct Scratch {
     const char* data;
     const float* scale;
   } table[kDecodeMostExperts + 1];
+  Piece pieces[kMostPieces];
   uint64_t full[kGroups][kSlots];
   alignas(1024) uint8_t rows[];  // [kGroups, kSlots, kRows, most_blocks * kBlockK]
 };
@@ -90,21 +91,6 @@ int shared_bytes(const Pieces& pieces) {
 // Weights of two rows and one block of inputs: bytes 16 t and 64 + 16 t of each on.
 struct BlockWords {
   uint4 words[2][2];  // [row half, K half]
-
-  // In the order in which products take them, before the fence ahead of those.
-  __device__ __forceinline__ void arrange(uint32_t (&to)[4][4]) const {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4& v = words[half][k / 2];
-        to[k][half] = k % 2 ? v.z : v.x, to[k][half + 2] = k % 2 ? v.w : v.y;
-      }
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(to[k][i])::"memory");
-  }
 };
 
 // A warpgroup's work.
@@ -125,6 +111,7 @@ struct Group {
     count = (pieces.count - group + kGroups - 1) / kGroups;
   }
   __device__ __forceinline__ int index(int i) const { return group + i * kGroups; }
+  __device__ __forceinline__ const Piece& piece(int i) const { return s.pieces[index(i)]; }
   __device__ __forceinline__ const WeightView& like(const Piece& at) const {
     return at.slot == p.experts_per_token ? p.experts.shared_down : p.experts.routed_down;
   }
@@ -138,7 +125,7 @@ struct Group {
   // Pieces base .. base + kSlots - 1 to shared memory, one a warp.
   __device__ __forceinline__ void copy(int base, uint64_t policy) const {
     if (warp >= kSlots || base + warp >= count) return;
-    const Piece at = pieces.at(p, index(base + warp));
+    const Piece at = piece(base + warp);
     const int64_t row_bytes = like(at).row_bytes;
     const char* const from = s.table[s.experts[at.slot]].data + row0 * row_bytes + at.col;
     const uint32_t barrier = shared_address(&s.full[group][warp]), to = shared_address(rows(warp));
@@ -157,7 +144,7 @@ struct Group {
   // This warp's blocks of piece base + kSlots.
   __device__ __forceinline__ void load(int base, uint64_t policy, BlockWords (&to)[kQuads]) const {
     if (base + kSlots >= count) return;
-    const Piece at = pieces.at(p, index(base + kSlots));
+    const Piece at = piece(base + kSlots);
     const WeightView& view = like(at);
     const char* const data = s.table[s.experts[at.slot]].data + at.col;
     const int g = lane / 4, t = lane % 4;
@@ -173,34 +160,37 @@ struct Group {
                              : make_uint4(0, 0, 0, 0);
         }
   }
-  // The same of a quad of piece base + i, i < kSlots, out of shared memory.
-  __device__ __forceinline__ void fetch(int base, int i, int quad, uint32_t (&to)[4][4]) const {
-    BlockWords all;
+  // The same of piece base + i, i < kSlots.
+  __device__ __forceinline__ void fetch(int base, int i, BlockWords (&to)[kQuads]) const {
     const int g = lane / 4, t = lane % 4, swap = g % 2;  // odd rows' halves the other way: no bank twice
-    const int num_blocks = pieces.at(p, index(base + i)).num_blocks(), block = 4 * quad + warp;
-    const uint8_t* const at = rows(i) + (g * num_blocks + block) * kBlockK + 16 * t;
+    const int num_blocks = piece(base + i).num_blocks();
+    const uint8_t* const at = rows(i) + g * num_blocks * kBlockK + 16 * t;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 words[2] = {};  // [2] the half that is read first
-      if (block < num_blocks) {
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int block = 4 * quad + warp;
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-          words[n] = *reinterpret_cast<const uint4*>(at + 8 * half * num_blocks * kBlockK + 64 * (n ^ swap));
-      }
+      for (int half = 0; half < 2; ++half) {
+        uint4 words[2] = {};  // [2] the half that is read first
+        if (block < num_blocks) {
 #pragma unroll
-      for (int kh = 0; kh < 2; ++kh) {
-        const uint4 &a = words[kh], &b = words[kh ^ 1];
-        all.words[half][kh] =
-            make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
+          for (int n = 0; n < 2; ++n)
+            words[n] = *reinterpret_cast<const uint4*>(at + (8 * half * num_blocks + block) * kBlockK +
+                                                       64 * (n ^ swap));
+        }
+#pragma unroll
+        for (int kh = 0; kh < 2; ++kh) {
+          const uint4 &a = words[kh], &b = words[kh ^ 1];
+          to[quad].words[half][kh] =
+              make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
+        }
       }
     }
-    all.arrange(to);
   }
   // Of this warp's blocks.
   __device__ __forceinline__ void load_scales(int base) const {
     const int i = lane / kQuads, block = 4 * (lane % kQuads) + warp;
     if (i >= kAtOnce || base + i >= count) return;
-    const Piece at = pieces.at(p, index(base + i));
+    const Piece at = piece(base + i);
     if (block >= at.num_blocks()) return;
     const WeightView& view = like(at);
     const float* const row = s.table[s.experts[at.slot]].scale + row0 / view.block_rows * view.scale_cols;
@@ -217,7 +207,7 @@ struct Group {
       const int task = 8 * j + thread / 16, i = task / kPieceBlocks, block = task % kPieceBlocks;
       words[j] = make_uint4(0, 0, 0, 0);
       if (base + i >= count) continue;
-      const Piece at = pieces.at(p, index(base + i));
+      const Piece at = piece(base + i);
       const int col = block * kBlockK + 8 * word;
       const bf16* const from = at.slot == p.experts_per_token
                                    ? static_cast<const bf16*>(p.shared_mid)
@@ -266,7 +256,7 @@ struct Group {
     if (base + i >= count) return;
     const int g = lane / 4, t = lane % 4;
     const float part = t < 2 ? 1.0f : 0.0625f;  // lanes of high parts, of low ones
-    const int num_blocks = pieces.at(p, index(base + i)).num_blocks();
+    const int num_blocks = piece(base + i).num_blocks();
     float total[2] = {};  // rows g, g + 8
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -284,53 +274,40 @@ struct Group {
     }
   }
 
-  // Asks for the products of a quad of piece base + i.
-  __device__ __forceinline__ void multiply(int i, int quad, const uint32_t (&weights)[4][4],
-                                           float (&acc)[4]) const {
-    const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_m64n8k32_e4m3(acc, weights[k], inputs + 2 * k, k > 0);
-    products_commit();
-  }
-  // Pieces that are not there are multiplied too, whatever lies in their place, so that no product is under a
-  // condition.
-  __device__ __forceinline__ void multiply_all(int base, int round,
-                                               const BlockWords (&in_registers)[kQuads]) const {
-    const auto wait_for = [&](int i) {
-      if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
-      __syncwarp();
-    };
+  // A piece's products and their sums. One that is not there is multiplied too, whatever lies in its place,
+  // so that no product is under a condition.
+  __device__ __forceinline__ void multiply(int base, int i, const BlockWords (&weights)[kQuads]) const {
     float acc[kQuads][4];
-    uint32_t weights[2][4][4], first[kQuads][4][4];
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) in_registers[quad].arrange(first[quad]), pin(acc[quad]);
+    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
     products_begin();
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) multiply(kSlots, quad, first[quad], acc[quad]);
-    wait_for(0);
-    fetch(base, 0, 0, weights[0]);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto pair = [&](int half, int which) {
+          const uint4& v = weights[quad].words[half][k / 2];
+          return k % 2 ? (which ? v.w : v.z) : (which ? v.y : v.x);
+        };
+        const uint32_t a[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
+        wgmma_m64n8k32_e4m3(acc[quad], a, inputs + 2 * k, k > 0);
+      }
+    }
+    products_commit();
     products_wait<0>();
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
-    add_up(base, kSlots, acc);
-#pragma unroll
+    add_up(base, i, acc);
+  }
+  __device__ __forceinline__ void multiply_all(int base, int round, BlockWords (&weights)[kQuads]) const {
+    multiply(base, kSlots, weights);
+#pragma unroll 1
     for (int i = 0; i < kSlots; ++i) {
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        const int n = i * kQuads + quad;
-        pin(acc[quad]);
-        products_begin();
-        multiply(i, quad, weights[n % 2], acc[quad]);
-        products_wait<1>();  // the one before: its weights' place is free
-        if (n + 1 < kSlots * kQuads) {
-          if (quad + 1 == kQuads) wait_for(i + 1);
-          fetch(base, (n + 1) / kQuads, (n + 1) % kQuads, weights[(n + 1) % 2]);
-        }
-      }
-      products_wait<0>();
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
-      add_up(base, i, acc);
+      if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
+      __syncwarp();
+      fetch(base, i, weights);
+      multiply(base, i, weights);
     }
   }
 };
@@ -354,6 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     s.weights[thread] = __ldcg(p.expert_weights + thread);
   }
   if (thread == p.experts_per_token) s.experts[thread] = p.num_experts;
+  if (thread < pieces.count) s.pieces[thread] = pieces.at(p, thread);
   __syncthreads();
   if (p.experts.routed_down.cols % kBlockK != 0 || p.experts.shared_down.cols % kBlockK != 0) {
     // Rows end within a block: what lies behind meets inputs of zero and must not be a NaN.

@@ -261,7 +261,7 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
 
   const int each = experts.routed_gate.rows / kUnitRows;
   const int num_routed = each * static_cast<int>(p.route.route.experts_per_token);
-  const int own = num_routed * 5 / 8 / grid, num_taken = num_routed - own * grid;
+  const int own = num_routed * 13 / 16 / grid, num_taken = num_routed - own * grid;
   const auto put_routed = [&](int index) {
     const int slot = index / each, row0 = (index - slot * each) * kUnitRows;
     ring.put({slot, row0}, s.table[s.ids[slot]], row0 / experts.routed_gate.block_rows);
