@@ -163,7 +163,7 @@ struct Group {
   // The same of piece base + i, i < kSlots.
   __device__ __forceinline__ void fetch(int base, int i, BlockWords (&to)[kQuads]) const {
     const int g = lane / 4, t = lane % 4, swap = g % 2;  // odd rows' halves the other way: no bank twice
-    const int num_blocks = piece(base + i).num_blocks();
+    const int num_blocks = base + i < count ? piece(base + i).num_blocks() : 0;
     const uint8_t* const at = rows(i) + g * num_blocks * kBlockK + 16 * t;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {

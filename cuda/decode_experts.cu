@@ -28,6 +28,7 @@ constexpr int kClusterBlocks = 8;
 constexpr int kGroups = kWarps / 4;  // warpgroups
 constexpr int kUnitRows = 4;         // a warp of one warpgroup each
 constexpr int kSlots = 3;            // units in the ring
+constexpr int kHeadStart = 4;  // routed units of a block that are asked for before the kernel behind begins
 constexpr int kRow = kDecodeInputs;
 constexpr int kBlocks = kRow / kBlockK;
 constexpr int kNormWords = kRow / (4 * kNormThreads);
@@ -255,8 +256,6 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
   barrier_wait(shared_address(&s.chosen), 0);
   __syncwarp();
   if (block == 0) give_choice(p, s);
-  // The kernel behind reads the choice as soon as it begins.
-  let_successor_begin();
   put_shared(INT_MAX);
 
   const int each = experts.routed_gate.rows / kUnitRows;
@@ -271,7 +270,11 @@ __device__ __forceinline__ void copy_units(const DecodeExpertsParams& p, Scratch
     if (lane == 0) ticket = static_cast<int>(atomicAdd(p.taken, 1u));
     return ticket;
   };
-  for (int i = 0; i < own; ++i) put_routed(block * own + i);
+  for (int i = 0; i < own; ++i) {
+    put_routed(block * own + i);
+    // The kernel behind reads the choice as soon as it begins, and brings more than there is bandwidth for.
+    if (i + 1 == kHeadStart) let_successor_begin();
+  }
   int ticket = __shfl_sync(kAllLanes, take(), 0);
   while (ticket < num_taken) {
     const int following = take();  // on its way while this one waits for a place
