@@ -341,20 +341,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
   }
   const uint64_t policy = read_once_policy();
-  BlockWords in_registers[kQuads];
+  BlockWords in_registers[kQuads] = {};
   group.copy(0, policy);
   group.load(0, policy, in_registers);
   group.load_scales(0);
   const int row = threadIdx.x / 16, slot = threadIdx.x % 16;  // of this thread in the end
   float residual = 0;
+  wait_for_predecessor();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = 0;
+  if (slot == 0)
+    residual =
+        p.residual[group.row0 + row] + __bfloat162float(static_cast<const bf16*>(p.delta)[group.row0 + row]);
   for (int base = 0, round = 0; base < group.count; base += kAtOnce, ++round) {
-    if (base == 0) {
-      wait_for_predecessor();
-      if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = 0;
-      if (slot == 0)
-        residual = p.residual[group.row0 + row] +
-                   __bfloat162float(static_cast<const bf16*>(p.delta)[group.row0 + row]);
-    } else {
+    if (base > 0) {
       group.sync();  // everybody has read what is written now
       group.copy(base, policy);
       group.load(base, policy, in_registers);
