@@ -108,7 +108,7 @@ void check_joined_moe(const JoinedMoeCase& c) {
     check_near(got, wanted, 1.5 * kBf16Tolerance, "experts" + where);
     // Again: the same bits.
     const std::vector<uint8_t> bits = joined.residual.raw();
-    for (int again = 0; again < 20; ++again) {
+    for (int again = 0; again < 8; ++again) {
       joined.residual.set(residual);
       CHECK(gpu.moe_joined(joined.residual, joined.delta, w0, 1e-6f, rig.moe, w1, joined.ids, joined.weights,
                            joined.out));
