@@ -1,38 +1,13 @@
 // The attention half of a layer in three launches, for steps of a few tokens (decode_enter.cu, the attention
 // kernel, decode_leave.cu).
-#include <utility>
-
 #include "cuda/cuda_ops_impl.h"
 #include "cuda/decode_mla.h"
 
 namespace rodin::cuda {
-namespace {
-
-void add(ReadAhead& ahead, const void* data, int64_t bytes) {
-  if (ahead.count == ReadAhead::kMost || reinterpret_cast<uintptr_t>(data) % 16 != 0) return;
-  ahead.data[ahead.count] = data;
-  ahead.bytes[ahead.count++] = static_cast<int32_t>(bytes / 16 * 16);
-}
-
-// What a MoE layer reads whatever its router chooses.
-ReadAhead read_ahead_of(const MoeWeights& moe) {
-  ReadAhead ahead;
-  const WeightView& router = view_of(moe.router);
-  add(ahead, router.data, router.rows * router.row_bytes);
-  if (!moe.has_shared()) return ahead;
-  for (const Weight* weight : {&moe.shared.gate, &moe.shared.up, &moe.shared.down}) {
-    const WeightView& view = view_of(*weight);
-    add(ahead, view.data, view.rows * view.row_bytes);
-  }
-  return ahead;
-}
-
-}  // namespace
 
 bool CudaOps::mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps,
                          const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                          const Tensor& q, const Tensor& kv, const Tensor& attention, const Tensor& out) {
-  const MoeWeights* const behind = std::exchange(announced_, nullptr);
   const Step& step = step_of(index);
   const std::vector<MlaChunk>& chunks = step.plan.chunks;
   if (!step.prefill.tiles.empty() || chunks.size() != 1 || chunks[0].num_tokens != index.num_tokens)
@@ -52,7 +27,6 @@ bool CudaOps::mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeig
   const DecodeLeaveParams leave = {
       .leave = leave_params(params, mla, attention),
       .rows = {.weight = {view_of(mla.o), {}}, .io = {io_of(attention, out), {}}},
-      .ahead = behind != nullptr ? read_ahead_of(*behind) : ReadAhead{},
       .arrivals = arrivals_ + 1,
       .exchange = arrivals_ + 2 + kExchangeWords,
       .num_multiprocessors = num_multiprocessors_};

@@ -107,7 +107,6 @@ class CudaOps final : public Ops {
   void moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
                         const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
                         const float* weight, float eps, const Tensor& out) override;
-  void announce(const MoeWeights& moe) override { announced_ = &moe; }
   bool moe_joined(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
                   const MoeWeights& moe, const float* next_weight, const Tensor& expert_ids,
                   const Tensor& expert_weights, const Tensor& out) override;
@@ -273,7 +272,6 @@ class CudaOps final : public Ops {
   const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
   float* router_logits_ = nullptr;        // [max_step_tokens, E]
   uint32_t* gate_done_ = nullptr;         // [kGateFewTokens] 0 between launches
-  const MoeWeights* announced_ = nullptr;  // until the attention ahead of it
   int32_t num_decode_clusters_ = 0;       // of decode_experts, side by side
   Tensor expert_mid_;                     // [moe_tokens * k, Im]
   Tensor shared_mid_;                     // [moe_tokens, Is]

@@ -348,7 +348,9 @@ struct Scales {
   float gate[2], up[2];
 };
 
-__global__ void __launch_bounds__(kThreads, 2)
+// 72 registers: a quarter of a multiprocessor that has three of these warps has room for four of the kernel
+// ahead, or two of the one behind.
+__global__ void __launch_bounds__(kThreads, 3)
     decode_experts_kernel(const __grid_constant__ DecodeExpertsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   Scratch& s = *reinterpret_cast<Scratch*>(shared);
@@ -376,7 +378,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const int group = __shfl_sync(kAllLanes, warp / kUnitRows, 0);
   Unit unit = units.first();
-  if (unit.slot < 0) ask_unit(group > 0 ? units.behind(unit, 0) : unit);
+  const Unit own = group > 0 ? units.behind(unit, 0) : unit;  // this warpgroup's first
+  if (own.slot < 0) ask_unit(own);
   FewExperts few;
   const bool is_ungrouped = is_route_ungrouped(p.route.route);
   if (is_ungrouped) few.ask(p.route);

@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 1)
   if (index < num_units) ask(ValueUnit(leave, index));
   RowTiles tiles;
   tiles.ask(p.rows, scratch);
-  if (threadIdx.x == 0) read_ahead(p.ahead);
   wait_for_predecessor();
   const GridBarrier barrier(p.arrivals);
   while (index < num_units) {

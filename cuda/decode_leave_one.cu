@@ -67,12 +67,6 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
         scale_at(scale_row(o, 0, row0, o.rows), threadIdx.x, o.blocks_per_scale);
 
   const auto copy_weights = [&] { WeightBlock::copy(o, row0, warp, scratch.weights[0]); };
-  // What comes behind is asked for when this kernel's own weights are here.
-  const auto look_ahead = [&] {
-    if (threadIdx.x != kDecodeRowThreads - 1) return;
-    copy_async_wait_all();
-    read_ahead(p.ahead);
-  };
   uint32_t launch;
   if (static_cast<int>(blockIdx.x) < num_units_of(leave)) {
     const int each = leave.v_dim / kUnitRows;
@@ -100,7 +94,6 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
         reinterpret_cast<float*>(&scratch.unit_scales[lane])[block] =
             scale_at(scales, block, leave.w_uv.blocks_per_scale);
       }
-      look_ahead();
       wait_for_predecessor();
       launch = launch_number(p.arrivals);
       named_wait(kLatents + block, 96);
@@ -130,7 +123,6 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     }
   } else {
     copy_weights();
-    look_ahead();
     wait_for_predecessor();
     launch = launch_number(p.arrivals);
   }

@@ -31,18 +31,9 @@ void run_decode_enter(const DecodeEnterParams& params, cudaStream_t stream);
 bool is_decode_enter_one(const DecodeEnterParams& params);
 void run_decode_enter_one(const DecodeEnterParams& params, cudaStream_t stream);
 
-// Memory that kernels behind will read, to be asked for into the second-level cache.
-struct ReadAhead {
-  static constexpr int kMost = 8;
-  const void* data[kMost] = {};
-  int32_t bytes[kMost] = {};  // multiples of 16
-  int32_t count = 0;
-};
-
 struct DecodeLeaveParams {
   MlaLeaveParams leave;
   DecodeRows rows;  // o, of what leave writes
-  ReadAhead ahead;
   uint64_t* arrivals = nullptr;
   uint64_t* exchange = nullptr;
   int32_t num_multiprocessors = 0;

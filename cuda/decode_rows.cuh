@@ -118,17 +118,6 @@ inline bool is_decode_rows(const DecodeRows& p, int num_blocks) {
          reinterpret_cast<uintptr_t>(p.io[0].x) % 16 == 0 && p.io[0].x_stride % 8 == 0;
 }
 
-// A block's part of the memory, by one thread.
-__device__ __forceinline__ void read_ahead(const ReadAhead& ahead) {
-  for (int i = 0; i < ahead.count; ++i) {
-    const int bytes = ahead.bytes[i], blocks = static_cast<int>(gridDim.x);
-    const int part = (bytes / blocks + 127) / 128 * 128 + (bytes % blocks != 0 ? 128 : 0);
-    const int begin = static_cast<int>(blockIdx.x) * part;
-    if (begin < bytes)
-      prefetch_bulk(static_cast<const char*>(ahead.data[i]) + begin, min(part, bytes - begin));
-  }
-}
-
 // ---- the barrier ----------------------------------------------------------------------------------------
 
 // Holds all blocks of a launch until each has arrived; what any of them wrote before is seen by all behind

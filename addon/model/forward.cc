@@ -73,7 +73,6 @@ void Forward::run_layers(const StepIndex& index, const std::vector<CacheLayer>& 
   bool is_normed = true;
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool is_last = i + 1 == layers.size();
-    if (layers[i].is_moe) ops_.announce(layers[i].moe);
     attention(layers[i], is_normed, index, cache[i], at);
     is_normed = mlp(layers[i], is_last ? weights_.final_norm : layers[i + 1].input_norm,
                     !is_last && !layers[i + 1].is_gqa, at, is_last ? at.hidden : at.normed);

@@ -253,8 +253,6 @@ class Ops {
     add_rms_norm(residual, delta, weight, eps, out);
   }
 
-  // The MoE layer behind the attention that comes next: a device may bring closer what it will read.
-  virtual void announce([[maybe_unused]] const MoeWeights& moe) {}
   // Both of them, of one norm weight and the next: residual [T, H], delta and out [T, H], expert_ids and
   // expert_weights [T, k], of which only residual and out hold anything of use afterwards. next_weight null:
   // out is left to whoever reads it. False, and nothing is done, where this device has no fewer launches for
