@@ -1,4 +1,5 @@
 // A MoE layer of one token in three launches (decode_experts.cu, decode_down.cu, the norm behind it).
+#include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
 #include "cuda/decode_moe.h"
 
@@ -7,6 +8,8 @@ namespace rodin::cuda {
 void CudaOps::reserve_decode_moe() {
   num_decode_clusters_ = prepare_decode_experts();
   prepare_decode_down();
+  units_taken_ = workspace<uint32_t>(1);
+  RODIN_CUDA(cudaMemsetAsync(units_taken_, 0, sizeof(uint32_t), stream_));
 }
 
 bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
@@ -18,8 +21,7 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
       (moe.has_shared() && !placed.is_shared_grouped))
     return false;
   const bool has_shared = moe.has_shared();
-  DecodeExperts experts = {
-      .gate = placed.gate, .up = placed.up, .down = placed.down, .down_maps = placed.decode_down_maps};
+  DecodeExperts experts = {.gate = placed.gate, .up = placed.up, .down = placed.down};
   experts.routed_gate = view_of(moe.experts[0].gate);
   experts.routed_down = view_of(moe.experts[0].down);
   if (has_shared) {
@@ -40,6 +42,7 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
                                      .routed_mid = expert_mid_.data,
                                      .routed_stride = expert_mid_.stride,
                                      .shared_mid = shared_mid_.data,
+                                     .taken = units_taken_,
                                      .num_clusters = num_decode_clusters_};
   const DecodeDownParams leave = {.experts = experts,
                                   .expert_ids = expert_ids.row<int32_t>(0),
@@ -49,6 +52,7 @@ bool CudaOps::moe_joined(const Tensor& residual, const Tensor& delta, const floa
                                   .shared_mid = shared_mid_.data,
                                   .residual = residual.row<float>(0),
                                   .delta = delta.data,
+                                  .taken = units_taken_,
                                   .num_experts = static_cast<int32_t>(moe.route.num_experts),
                                   .experts_per_token = static_cast<int32_t>(moe.route.experts_per_token)};
   if (!is_decode_experts(enter) || !is_decode_down(leave)) return false;

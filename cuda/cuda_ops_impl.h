@@ -34,9 +34,8 @@ struct PlacedMoe {
   const TensorMap* gate_maps = nullptr;        // [E + 1] as the tables above, if has_shared_maps
   const TensorMap* up_maps = nullptr;          // [E + 1]
   const TensorMap* down_maps = nullptr;        // [E + 1] for both
-  const TensorMap* decode_down_maps = nullptr;  // [E + 1] of 16 rows
-  const TensorMap* split_gate_maps = nullptr;   // [E + 1]
-  const TensorMap* split_up_maps = nullptr;     // [E + 1]
+  const TensorMap* split_gate_maps = nullptr;  // [E + 1]
+  const TensorMap* split_up_maps = nullptr;    // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
   bool is_uniform = false;         // all routed experts' matrices are laid out as the first one's
@@ -89,9 +88,9 @@ class CudaOps final : public Ops {
   void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                             const Tensor& out) override;
-  bool mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps, const Tensor& rope_table,
-                  const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
-                  const Tensor& attention, const Tensor& out) override;
+  bool mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps,
+                  const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache, const Tensor& q,
+                  const Tensor& kv, const Tensor& attention, const Tensor& out) override;
   bool has_gqa() const override { return true; }
   void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
                       const StepIndex& index, const CacheLayer& cache) override;
@@ -250,7 +249,7 @@ class CudaOps final : public Ops {
   bool is_reserved_ = false;
 
   DeviceArena weights_;
-  DeviceArena small_;  // weights of few bytes
+  DeviceArena small_;             // weights of few bytes
   std::deque<WeightView> views_;  // Weight::packed points at these
   std::deque<PlacedMoe> moes_;
   std::deque<PlacedMla> mlas_;
@@ -272,6 +271,7 @@ class CudaOps final : public Ops {
   const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
   float* router_logits_ = nullptr;        // [max_step_tokens, E]
   uint32_t* gate_done_ = nullptr;         // [kGateFewTokens] 0 between launches
+  uint32_t* units_taken_ = nullptr;       // [1] of decode_experts; 0 between layers
   int32_t num_decode_clusters_ = 0;       // of decode_experts, side by side
   Tensor expert_mid_;                     // [moe_tokens * k, Im]
   Tensor shared_mid_;                     // [moe_tokens, Is]

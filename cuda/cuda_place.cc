@@ -113,12 +113,11 @@ void CudaOps::place_maps(const MoeWeights& moe, PlacedMoe& placed) {
   for (const MlpWeights& expert : moe.experts) {
     if (!has_boxes(expert)) return;
   }
-  std::vector<TensorMap> gate, up, down, decode_down, split_gate, split_up;  // [E + 1]
+  std::vector<TensorMap> gate, up, down, split_gate, split_up;  // [E + 1]
   const auto add = [&](const MlpWeights& expert) {
     gate.push_back(weight_map(view_of(expert.gate)));
     up.push_back(weight_map(view_of(expert.up)));
     down.push_back(weight_map(view_of(expert.down)));
-    decode_down.push_back(weight_map(view_of(expert.down), 16));
     split_gate.push_back(weight_map(view_of(expert.gate), kSplitRows / 2));
     split_up.push_back(weight_map(view_of(expert.up), kSplitRows / 2));
   };
@@ -129,7 +128,6 @@ void CudaOps::place_maps(const MoeWeights& moe, PlacedMoe& placed) {
   placed.up_maps = upload_table(up);
   placed.down_maps = upload_table(down);
   if (placed.is_shared_grouped && !placed.has_shared_maps) return;  // plans have the shared expert in them
-  placed.decode_down_maps = upload_table(decode_down);
   placed.split_gate_maps = upload_table(split_gate);
   placed.split_up_maps = upload_table(split_up);
 }

@@ -8,9 +8,10 @@
 // registers, as much as there is room for beside that kernel.
 //
 // Weights go straight into FP8 wgmma, inputs in two exact parts (split_values.cuh): the 64 rows of a product
-// are 16 rows of weights for each of four blocks of inputs, its 8 columns these blocks' high parts and their
-// low ones, and what counts is where row and column are the same block: warp w's has block w. The order of a
-// block's inputs is free where weights are in registers: a lane's two words of 16 bytes are what it feeds.
+// are 16 rows of weights for each of four blocks of inputs, a block a warp, its 8 columns these blocks' high
+// parts and their low ones, and what counts is where row and column are the same block. Weights are fed from
+// registers, so that rows may lie in shared memory as they come, and the order of a block's inputs is free: a
+// lane's two words of 16 bytes are what it feeds.
 #include "cuda/decode_moe.cuh"
 #include "cuda/split_values.cuh"
 
@@ -22,10 +23,11 @@ constexpr int kThreads = 128 * kGroups;
 constexpr int kRows = 16;         // of a block
 constexpr int kPieceBlocks = 12;  // blocks of inputs of a piece, at most
 constexpr int kQuads = kPieceBlocks / 4;
-constexpr int kSlots = 3;              // pieces of a warpgroup in shared memory
-constexpr int kAtOnce = kSlots + 1;    // and one in registers
-constexpr int kBox = kRows * kBlockK;  // bytes
+constexpr int kSlots = 3;               // pieces of a warpgroup in shared memory
+constexpr int kAtOnce = kSlots + 1;     // and one in registers
+constexpr int kTile = kRows * kBlockK;  // bytes
 constexpr int kMostPieces = 16;
+static_assert(kThreads == 16 * kRows && kDecodeMostChosen < 16);
 
 // How inputs are cut: into `count` pieces of `blocks` blocks, of which the last may be shorter.
 struct Cut {
@@ -70,15 +72,20 @@ struct Scratch {
   float powers[kGroups][kAtOnce][kPieceBlocks];           // of the inputs
   float scales[kGroups][kAtOnce][kPieceBlocks];           // of the weights
   float sums[kMostPieces][4][kRows];                      // [kMostPieces, warp, kRows]
-  float outs[kMostPieces][kRows];
-  float weights[kDecodeMostChosen];  // of the chosen experts
+  float weights[kDecodeMostChosen];                       // of the chosen experts
+  int32_t experts[kDecodeMostChosen + 1];                 // of the token, the shared one behind the others
+  struct {
+    const char* data;
+    const float* scale;
+  } table[kDecodeMostExperts + 1];
+  Piece pieces[kMostPieces];
   uint64_t full[kGroups][kSlots];
-  alignas(1024) uint8_t rows[];  // [kGroups, kSlots, most_blocks, kBox], then what a product reads too many
+  alignas(1024) uint8_t rows[];  // [kGroups, kSlots, kRows, most_blocks * kBlockK]
 };
 
 int shared_bytes(const Pieces& pieces) {
   const int blocks = pieces.most_blocks();
-  return static_cast<int>(sizeof(Scratch)) + ((kGroups * kSlots - 1) * blocks + kPieceBlocks) * kBox;
+  return static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * blocks * kTile;
 }
 
 // Weights of two rows and one block of inputs: bytes 16 t and 64 + 16 t of each on.
@@ -104,9 +111,7 @@ struct Group {
     count = (pieces.count - group + kGroups - 1) / kGroups;
   }
   __device__ __forceinline__ int index(int i) const { return group + i * kGroups; }
-  __device__ __forceinline__ int expert(const Piece& at) const {
-    return at.slot == p.experts_per_token ? p.num_experts : __ldcg(p.expert_ids + at.slot);
-  }
+  __device__ __forceinline__ const Piece& piece(int i) const { return s.pieces[index(i)]; }
   __device__ __forceinline__ const WeightView& like(const Piece& at) const {
     return at.slot == p.experts_per_token ? p.experts.shared_down : p.experts.routed_down;
   }
@@ -114,28 +119,34 @@ struct Group {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
 
+  __device__ __forceinline__ uint8_t* rows(int i) const {
+    return s.rows + (group * kSlots + i) * pieces.most_blocks() * kTile;
+  }
   // Pieces base .. base + kSlots - 1 to shared memory, one a warp.
   __device__ __forceinline__ void copy(int base, uint64_t policy) const {
     if (warp >= kSlots || base + warp >= count) return;
-    const Piece at = pieces.at(p, index(base + warp));
-    const TensorMap* const map = p.experts.down_maps + expert(at);
-    const int num_blocks = at.num_blocks();
-    const uint32_t barrier = shared_address(&s.full[group][warp]);
-    const uint32_t to = shared_address(s.rows) + (group * kSlots + warp) * pieces.most_blocks() * kBox;
+    const Piece at = piece(base + warp);
+    const int64_t row_bytes = like(at).row_bytes;
+    const char* const from = s.table[s.experts[at.slot]].data + row0 * row_bytes + at.col;
+    const uint32_t barrier = shared_address(&s.full[group][warp]), to = shared_address(rows(warp));
     if (is_elected()) {
-      map_fence(map);
-      barrier_expect(barrier, num_blocks * kBox);
-      for (int block = 0; block < num_blocks; ++block)
-        copy_box_once(to + block * kBox, map, at.col + block * kBlockK, row0, barrier, policy);
+      barrier_expect(barrier, kRows * at.cols);
+      const int pitch = at.num_blocks() * kBlockK;
+      if (row_bytes == pitch) {
+        copy_once(to, from, kRows * pitch, barrier, policy);
+      } else {
+        for (int r = 0; r < kRows; ++r)
+          copy_once(to + r * pitch, from + r * row_bytes, at.cols, barrier, policy);
+      }
     }
     __syncwarp();
   }
   // This warp's blocks of piece base + kSlots.
   __device__ __forceinline__ void load(int base, uint64_t policy, BlockWords (&to)[kQuads]) const {
     if (base + kSlots >= count) return;
-    const Piece at = pieces.at(p, index(base + kSlots));
+    const Piece at = piece(base + kSlots);
     const WeightView& view = like(at);
-    const char* const data = static_cast<const char*>(p.experts.down[expert(at)].data) + at.col;
+    const char* const data = s.table[s.experts[at.slot]].data + at.col;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad)
@@ -149,14 +160,40 @@ struct Group {
                              : make_uint4(0, 0, 0, 0);
         }
   }
+  // The same of piece base + i, i < kSlots.
+  __device__ __forceinline__ void fetch(int base, int i, BlockWords (&to)[kQuads]) const {
+    const int g = lane / 4, t = lane % 4, swap = g % 2;  // odd rows' halves the other way: no bank twice
+    const int num_blocks = base + i < count ? piece(base + i).num_blocks() : 0;
+    const uint8_t* const at = rows(i) + g * num_blocks * kBlockK + 16 * t;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int block = 4 * quad + warp;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 words[2] = {};  // [2] the half that is read first
+        if (block < num_blocks) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            words[n] = *reinterpret_cast<const uint4*>(at + (8 * half * num_blocks + block) * kBlockK +
+                                                       64 * (n ^ swap));
+        }
+#pragma unroll
+        for (int kh = 0; kh < 2; ++kh) {
+          const uint4 &a = words[kh], &b = words[kh ^ 1];
+          to[quad].words[half][kh] =
+              make_uint4(swap ? b.x : a.x, swap ? b.y : a.y, swap ? b.z : a.z, swap ? b.w : a.w);
+        }
+      }
+    }
+  }
   // Of this warp's blocks.
   __device__ __forceinline__ void load_scales(int base) const {
     const int i = lane / kQuads, block = 4 * (lane % kQuads) + warp;
     if (i >= kAtOnce || base + i >= count) return;
-    const Piece at = pieces.at(p, index(base + i));
+    const Piece at = piece(base + i);
     if (block >= at.num_blocks()) return;
     const WeightView& view = like(at);
-    const float* const row = p.experts.down[expert(at)].scale + row0 / view.block_rows * view.scale_cols;
+    const float* const row = s.table[s.experts[at.slot]].scale + row0 / view.block_rows * view.scale_cols;
     s.scales[group][i][block] = scale_at(row, at.col / kBlockK + block, view.blocks_per_scale);
   }
 
@@ -170,41 +207,43 @@ struct Group {
       const int task = 8 * j + thread / 16, i = task / kPieceBlocks, block = task % kPieceBlocks;
       words[j] = make_uint4(0, 0, 0, 0);
       if (base + i >= count) continue;
-      const Piece at = pieces.at(p, index(base + i));
+      const Piece at = piece(base + i);
       const int col = block * kBlockK + 8 * word;
       const bf16* const from = at.slot == p.experts_per_token
                                    ? static_cast<const bf16*>(p.shared_mid)
                                    : static_cast<const bf16*>(p.routed_mid) + at.slot * p.routed_stride;
       if (col < at.cols) words[j] = __ldcg(reinterpret_cast<const uint4*>(from + at.col + col));
     }
+    const auto value = [&](int j, int n) {
+      const uint32_t pair = n < 2 ? words[j].x : n < 4 ? words[j].y : n < 6 ? words[j].z : words[j].w;
+      return n % 2 ? high_float(pair) : low_float(pair);
+    };
+    float most[kEach] = {};  // [kEach] side by side: a shuffle takes long
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+#pragma unroll
+      for (int n = 0; n < 8; ++n) most[j] = max_or_nan(most[j], fabsf(value(j, n)));
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2)
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+        most[j] = max_or_nan(most[j], __shfl_xor_sync(kAllLanes, most[j], offset));
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int task = 8 * j + thread / 16, i = task / kPieceBlocks, block = task % kPieceBlocks;
-      const uint4 v = words[j];
-      const float values[8] = {low_float(v.x), high_float(v.x), low_float(v.y), high_float(v.y),
-                               low_float(v.z), high_float(v.z), low_float(v.w), high_float(v.w)};
-      float most = 0;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) most = max_or_nan(most, fabsf(values[n]));
-#pragma unroll
-      for (int offset = 8; offset > 0; offset /= 2)
-        most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
-      const SplitPower power(most);
+      const float values[8] = {value(j, 0), value(j, 1), value(j, 2), value(j, 3),
+                               value(j, 4), value(j, 5), value(j, 6), value(j, 7)};
+      const SplitPower power(most[j]);
       uint2 parts[2];  // [high, low]
       split_eight(values, power.power, parts[0], parts[1]);
       uint8_t* const atom = s.inputs[group][i][block / 4];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const int column = block % 4 + 4 * part;
+        // Step 2 (word / 8) + word % 2 of the products takes these from lanes with t = word % 8 / 2.
+        const int column = block % 4 + 4 * part, place = 2 * (2 * (word / 8) + word % 2), t = word % 8 / 2;
         uint8_t* const row = atom + column * kBlockK;
-        if (i < kSlots) {
-          *reinterpret_cast<uint2*>(row + ((word / 2) ^ column) * 16 + word % 2 * 8) = parts[part];
-        } else {
-          // Step 2 (word / 8) + word % 2 of the products takes these from lanes with t = word % 8 / 2.
-          const int place = 2 * (2 * (word / 8) + word % 2), t = word % 8 / 2;
-          *reinterpret_cast<uint32_t*>(row + (place ^ column) * 16 + 4 * t) = parts[part].x;
-          *reinterpret_cast<uint32_t*>(row + ((place + 1) ^ column) * 16 + 4 * t) = parts[part].y;
-        }
+        *reinterpret_cast<uint32_t*>(row + (place ^ column) * 16 + 4 * t) = parts[part].x;
+        *reinterpret_cast<uint32_t*>(row + ((place + 1) ^ column) * 16 + 4 * t) = parts[part].y;
       }
       if (word == 0) s.powers[group][i][block] = power.scale;
     }
@@ -212,12 +251,12 @@ struct Group {
     sync();
   }
 
-  // A piece's sums from its products: those of garbage, where it has fewer blocks, are left out.
+  // A piece's sums from its products: those of blocks that it has not are left out.
   __device__ __forceinline__ void add_up(int base, int i, const float (&acc)[kQuads][4]) const {
     if (base + i >= count) return;
     const int g = lane / 4, t = lane % 4;
     const float part = t < 2 ? 1.0f : 0.0625f;  // lanes of high parts, of low ones
-    const int num_blocks = pieces.at(p, index(base + i)).num_blocks();
+    const int num_blocks = piece(base + i).num_blocks();
     float total[2] = {};  // rows g, g + 8
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -235,62 +274,40 @@ struct Group {
     }
   }
 
-  // Pieces that are not there are multiplied too, whatever lies in their place, so that no product is under a
-  // condition.
-  __device__ __forceinline__ void multiply(int base, int round,
-                                           const BlockWords (&in_registers)[kQuads]) const {
-    const auto inputs = [&](int i, int quad) {
-      return matrix_descriptor(shared_address(s.inputs[group][i][quad]));
-    };
-    float first[kQuads][4];
+  // A piece's products and their sums. One that is not there is multiplied too, whatever lies in its place,
+  // so that no product is under a condition.
+  __device__ __forceinline__ void multiply(int base, int i, const BlockWords (&weights)[kQuads]) const {
+    float acc[kQuads][4];
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) pin(first[quad]);
+    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
     products_begin();
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad)
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const uint64_t inputs = matrix_descriptor(shared_address(s.inputs[group][i][quad]));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const auto pair = [&](int half, int which) {
-          const uint4& v = in_registers[quad].words[half][k / 2];
+          const uint4& v = weights[quad].words[half][k / 2];
           return k % 2 ? (which ? v.w : v.z) : (which ? v.y : v.x);
         };
-        const uint32_t weights[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
-        wgmma_m64n8k32_e4m3(first[quad], weights, inputs(kSlots, quad) + 2 * k, k > 0);
+        const uint32_t a[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
+        wgmma_m64n8k32_e4m3(acc[quad], a, inputs + 2 * k, k > 0);
       }
+    }
     products_commit();
+    products_wait<0>();
 #pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) pin(acc[quad]);
+    add_up(base, i, acc);
+  }
+  __device__ __forceinline__ void multiply_all(int base, int round, BlockWords (&weights)[kQuads]) const {
+    multiply(base, kSlots, weights);
+#pragma unroll 1
     for (int i = 0; i < kSlots; ++i) {
       if (base + i < count) barrier_wait(shared_address(&s.full[group][i]), round % 2);
-    }
-    products_wait<0>();
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) pin(first[quad]);
-    add_up(base, kSlots, first);
-    __syncwarp();
-    float acc[kSlots][kQuads][4];
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i)
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) pin(acc[i][quad]);
-    products_begin();
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const uint32_t rows = shared_address(s.rows) + (group * kSlots + i) * pieces.most_blocks() * kBox;
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        const uint64_t weights = matrix_descriptor(rows + 4 * quad * kBox);
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          wgmma_m64k32_e4m3(acc[i][quad], weights + 2 * k, inputs(i, quad) + 2 * k, k > 0);
-      }
-    }
-    products_commit();
-    products_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) pin(acc[i][quad]);
-      add_up(base, i, acc[i]);
+      __syncwarp();
+      fetch(base, i, weights);
+      multiply(base, i, weights);
     }
   }
 };
@@ -306,51 +323,61 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kSlots; ++i) barrier_init(shared_address(&s.full[group.group][i]), 1);
     barrier_init_fence();
   }
-  group.sync();
+  const int thread = threadIdx.x, num_tables = p.num_experts + (pieces.shared.count > 0 ? 1 : 0);
+  for (int e = thread; e < num_tables; e += kThreads)
+    s.table[e] = {static_cast<const char*>(p.experts.down[e].data), p.experts.down[e].scale};
+  if (thread < p.experts_per_token) {
+    s.experts[thread] = __ldcg(p.expert_ids + thread);
+    s.weights[thread] = __ldcg(p.expert_weights + thread);
+  }
+  if (thread == p.experts_per_token) s.experts[thread] = p.num_experts;
+  if (thread < pieces.count) s.pieces[thread] = pieces.at(p, thread);
+  __syncthreads();
+  if (p.experts.routed_down.cols % kBlockK != 0 || p.experts.shared_down.cols % kBlockK != 0) {
+    // Rows end within a block: what lies behind meets inputs of zero and must not be a NaN.
+    for (int i = threadIdx.x; i < kGroups * kSlots * pieces.most_blocks() * kTile / 16; i += kThreads)
+      reinterpret_cast<uint4*>(s.rows)[i] = make_uint4(0, 0, 0, 0);
+    shared_fence();
+    __syncthreads();
+  }
   const uint64_t policy = read_once_policy();
-  BlockWords in_registers[kQuads];
+  BlockWords in_registers[kQuads] = {};
   group.copy(0, policy);
   group.load(0, policy, in_registers);
   group.load_scales(0);
-  if (static_cast<int>(threadIdx.x) < p.experts_per_token)
-    s.weights[threadIdx.x] = __ldcg(p.expert_weights + threadIdx.x);
-  const int row = group.row0 + static_cast<int>(threadIdx.x);  // of the first kRows threads
+  const int row = threadIdx.x / 16, slot = threadIdx.x % 16;  // of this thread in the end
   float residual = 0;
-  // Round -1 is a rehearsal of the first, with whatever lies where its inputs will be: the code that it
-  // fetches, some 20 KB, would take longer to come than to run when they are there.
-#pragma unroll 1
-  for (int round = -1; round * kAtOnce < group.count; ++round) {
-    const int base = max(round, 0) * kAtOnce;
-    if (round >= 0) group.sync();  // everybody has read what is written now
-    if (round == 0) {
-      wait_for_predecessor();
-      if (threadIdx.x < kRows)
-        residual = p.residual[row] + __bfloat162float(static_cast<const bf16*>(p.delta)[row]);
-    } else if (round > 0) {
+  wait_for_predecessor();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = 0;
+  if (slot == 0)
+    residual =
+        p.residual[group.row0 + row] + __bfloat162float(static_cast<const bf16*>(p.delta)[group.row0 + row]);
+  for (int base = 0, round = 0; base < group.count; base += kAtOnce, ++round) {
+    if (base > 0) {
+      group.sync();  // everybody has read what is written now
       group.copy(base, policy);
       group.load(base, policy, in_registers);
       group.load_scales(base);
     }
     group.stage(base);
-    group.multiply(base, max(round, 0), in_registers);
+    group.multiply_all(base, round, in_registers);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < pieces.count * kRows; i += kThreads) {
-    const float* const sums = &s.sums[i / kRows][0][i % kRows];
-    s.outs[i / kRows][i % kRows] = (sums[0] + sums[kRows]) + (sums[2 * kRows] + sums[3 * kRows]);
-  }
-  __syncthreads();
-  if (threadIdx.x >= kRows) return;
-  const auto rounded = [&](int begin, int count) {
+  // Half a warp a row, a lane an expert: its pieces, rounded, times its weight.
+  float share = 0;
+  if (slot <= p.experts_per_token) {
+    const bool is_shared = slot == p.experts_per_token;
+    const Cut& cut = is_shared ? pieces.shared : pieces.routed;
+    const int first = is_shared ? pieces.num_routed : slot * cut.count;
     float sum = 0;
-    for (int i = 0; i < count; ++i) sum += s.outs[begin + i][threadIdx.x];
-    return __bfloat162float(__float2bfloat16_rn(sum));
-  };
-  float total = 0;
-  for (int j = 0; j < p.experts_per_token; ++j)
-    total = fmaf(s.weights[j], rounded(j * pieces.routed.count, pieces.routed.count), total);
-  if (pieces.shared.count > 0) total += rounded(pieces.num_routed, pieces.shared.count);
-  p.residual[row] = residual + __bfloat162float(__float2bfloat16_rn(total));
+    for (int i = first; i < first + cut.count; ++i)
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) sum += s.sums[i][warp][row];
+    share = __bfloat162float(__float2bfloat16_rn(sum)) * (is_shared ? 1.0f : s.weights[slot]);
+  }
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) share += __shfl_xor_sync(kAllLanes, share, offset);
+  if (slot == 0) p.residual[group.row0 + row] = residual + __bfloat162float(__float2bfloat16_rn(share));
 }
 
 bool is_down_rows(const WeightView& w, int32_t rows) {
@@ -363,14 +390,14 @@ bool is_down_rows(const WeightView& w, int32_t rows) {
 void prepare_decode_down() {
   RODIN_CUDA(
       cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kBox));
+                           static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kTile));
   RODIN_CUDA(cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                   cudaSharedmemCarveoutMaxShared));
 }
 
 bool is_decode_down(const DecodeDownParams& p) {
   const DecodeExperts& experts = p.experts;
-  return experts.down_maps != nullptr && experts.routed_down.rows % kRows == 0 &&
+  return experts.routed_down.rows % kRows == 0 &&
          is_down_rows(experts.routed_down, experts.routed_down.rows) &&
          (experts.shared_down.rows == 0 || is_down_rows(experts.shared_down, experts.routed_down.rows)) &&
          Pieces(p).count <= kMostPieces;

@@ -241,7 +241,21 @@ bool is_norm_taken(const DecodeEnterParams& p) {
          p.norm.cols == p.rows.weight[0].cols && is_norm_in_registers(p.norm);
 }
 
+// Shared memory that is not used, so that blocks do not lie beside the experts' kernels.
+constexpr int kUnused = 72000;
+
+void prepare(void (*kernel)(DecodeEnterParams)) {
+  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kUnused));
+  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
+}
+
 }  // namespace
+
+void prepare_decode_enter_one() {
+  prepare(decode_enter_one_kernel<true>);
+  prepare(decode_enter_one_kernel<false>);
+}
 
 bool is_decode_enter_one(const DecodeEnterParams& p) {
   const RopeStoreParams& rope = p.enter.rope;
@@ -256,7 +270,7 @@ bool is_decode_enter_one(const DecodeEnterParams& p) {
 void run_decode_enter_one(const DecodeEnterParams& params, cudaStream_t stream) {
   launch_overlapped(
       params.enter.rope.is_cache_fp8 ? decode_enter_one_kernel<true> : decode_enter_one_kernel<false>,
-      dim3(static_cast<unsigned>(num_blocks_of(params))), kDecodeRowThreads, 0, stream, params,
+      dim3(static_cast<unsigned>(num_blocks_of(params))), kDecodeRowThreads, kUnused, stream, params,
       "decode_enter_one_kernel");
 }
 

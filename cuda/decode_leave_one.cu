@@ -54,9 +54,15 @@ __device__ __forceinline__ void combine_head(const SplitRow<kMlaMaxLora>& splits
   named_arrive(kLatents + block, 96);
 }
 
+// The kernel behind begins when attention has ended and this one's blocks lie one on a multiprocessor: beside
+// attention it would find room on some of them only, and put two of its blocks there.
+__device__ __forceinline__ void wait_and_let_begin() {
+  wait_for_predecessor();
+  let_successor_begin();
+}
+
 __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     decode_leave_one_kernel(const __grid_constant__ DecodeLeaveParams p) {
-  let_successor_begin();
   __shared__ __align__(16) Scratch scratch;
   const MlaLeaveParams& leave = p.leave;
   const WeightView& o = p.rows.weight[0];
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
       SplitRow<kMlaMaxLora> splits(leave.mla, head, leave.mla.cache_positions[leave.mla.first_token]);
       // Worked out here, not behind the wait.
       asm volatile("" : "+l"(splits.ml), "+l"(splits.partial), "+r"(splits.num_splits));
-      wait_for_predecessor();
+      wait_and_let_begin();
       combine_head(splits, scratch);
       launch = launch_number(p.arrivals);
     } else {
@@ -94,7 +100,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
         reinterpret_cast<float*>(&scratch.unit_scales[lane])[block] =
             scale_at(scales, block, leave.w_uv.blocks_per_scale);
       }
-      wait_for_predecessor();
+      wait_and_let_begin();
       launch = launch_number(p.arrivals);
       named_wait(kLatents + block, 96);
       RowPair sums[1];
@@ -123,7 +129,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     }
   } else {
     copy_weights();
-    wait_for_predecessor();
+    wait_and_let_begin();
     launch = launch_number(p.arrivals);
   }
 
@@ -153,7 +159,17 @@ int num_blocks_of(const DecodeLeaveParams& p) {
   return max(tiles_of(p.rows.weight[0]), num_units_of(p.leave));
 }
 
+// Shared memory that is not used, so that blocks lie alone: not beside attention, nor two of them together.
+constexpr int kUnused = 110000;
+
 }  // namespace
+
+void prepare_decode_leave_one() {
+  RODIN_CUDA(
+      cudaFuncSetAttribute(decode_leave_one_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kUnused));
+  RODIN_CUDA(cudaFuncSetAttribute(decode_leave_one_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
+}
 
 bool is_decode_leave_one(const DecodeLeaveParams& p) {
   return p.leave.mla.num_tokens == 1 && p.leave.v_dim % kUnitRows == 0 && p.rows.weight[1].rows == 0 &&
@@ -164,7 +180,7 @@ bool is_decode_leave_one(const DecodeLeaveParams& p) {
 
 void run_decode_leave_one(const DecodeLeaveParams& params, cudaStream_t stream) {
   launch_overlapped(decode_leave_one_kernel, dim3(static_cast<unsigned>(num_blocks_of(params))),
-                    kDecodeRowThreads, 0, stream, params, "decode_leave_one_kernel");
+                    kDecodeRowThreads, kUnused, stream, params, "decode_leave_one_kernel");
 }
 
 }  // namespace rodin::cuda

@@ -30,6 +30,7 @@ void run_decode_enter(const DecodeEnterParams& params, cudaStream_t stream);
 // The kernel for one token, whether it is for what is_decode_enter takes; the same for the next.
 bool is_decode_enter_one(const DecodeEnterParams& params);
 void run_decode_enter_one(const DecodeEnterParams& params, cudaStream_t stream);
+void prepare_decode_enter_one();
 
 struct DecodeLeaveParams {
   MlaLeaveParams leave;
@@ -42,5 +43,6 @@ bool is_decode_leave(const DecodeLeaveParams& params);
 void run_decode_leave(const DecodeLeaveParams& params, cudaStream_t stream);
 bool is_decode_leave_one(const DecodeLeaveParams& params);
 void run_decode_leave_one(const DecodeLeaveParams& params, cudaStream_t stream);
+void prepare_decode_leave_one();
 
 }  // namespace rodin::cuda

@@ -3,13 +3,12 @@
 #pragma once
 
 #include "cuda/kernels.h"
-#include "cuda/quantized.h"
 
 namespace rodin::cuda {
 
 constexpr int kDecodeInputs = 2048;      // of gate and up: H
 constexpr int kDecodeMostExperts = 64;   // E
-constexpr int kDecodeMostChosen = 16;    // k
+constexpr int kDecodeMostChosen = 15;    // k
 constexpr int kDecodeRouteFloats = 192;  // of route_scratch
 
 // Device tables [E + 1], the last one is the shared expert; the views tell the routed ones' shape and its
@@ -18,7 +17,6 @@ struct DecodeExperts {
   const WeightView* gate = nullptr;
   const WeightView* up = nullptr;
   const WeightView* down = nullptr;
-  const TensorMap* down_maps = nullptr;            // [E + 1] boxes of 16 rows and kBlockK inputs
   WeightView routed_gate, shared_gate, shared_up;  // shared_*: no rows where there is none
   WeightView routed_down, shared_down;
 };
@@ -31,6 +29,7 @@ struct DecodeExpertsParams {
   void* routed_mid = nullptr;  // bf16 [k, Im]
   int64_t routed_stride = 0;
   void* shared_mid = nullptr;  // bf16 [Is]
+  uint32_t* taken = nullptr;   // 0 before; decode_down makes it that again
   int32_t num_clusters = 0;    // prepare_decode_experts()
 };
 bool is_decode_experts(const DecodeExpertsParams& params);
@@ -48,6 +47,7 @@ struct DecodeDownParams {
   const void* shared_mid = nullptr;  // bf16 [Is]
   float* residual = nullptr;         // [H]
   const void* delta = nullptr;       // bf16 [H]
+  uint32_t* taken = nullptr;         // made 0
   int32_t num_experts = 0;
   int32_t experts_per_token = 0;
 };

@@ -41,8 +41,8 @@ const bool step_speed = [] {
   add_cuda_test("speed of a Moonlight step", [] {
     time_steps(true, {{1, 1020, 0.38}, {8, 2499, 0.58}, {32, 5963, 0.57}, {128, 20243, 0.38}});
   });
-  add_cuda_test("speed of a Moonlight step of quantised layers",
-                [] { time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}}); });
+  add_cuda_test("speed of a Moonlight step, not deterministic",
+                [] { time_steps(false, {{1, 1020, 0.6}, {64, 11000, 0.48}, {128, 20243, 0.43}}); });
   return true;
 }();
 
