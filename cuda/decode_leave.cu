@@ -43,9 +43,9 @@ __device__ __forceinline__ void combine_head(
   // All threads take part in each round: there are barriers on the way.
   for (int first = 0; first < p.num_tokens; first += kAtOnce) {
     const int token = min(first + part, p.num_tokens - 1);
-    const float4 out = combine_splits<kThreads, kMlaMaxLora>(
-        p, static_cast<int64_t>(token) * p.num_heads + head, p.cache_positions[p.first_token + token],
-        scratch + part * kCombineQuads);
+    const float4 out =
+        combine_splits<kThreads>(p, static_cast<int64_t>(token) * p.num_heads + head,
+                                 p.cache_positions[p.first_token + token], scratch + part * kCombineQuads);
     if (first + part < p.num_tokens && threadIdx.x % kThreads < kCombineQuads) {
       *reinterpret_cast<uint2*>(&latents[token][4 * quad]) =
           make_uint2(pack_bf16(out.x, out.y), pack_bf16(out.z, out.w));

@@ -6,7 +6,7 @@
 // ones, warps 8 to 15 multiply 16 rows by a block each. Their outputs go to all blocks as words that say
 // themselves that they are there (decode_one.cuh); warp w of every block waits for block w of them.
 #include "cuda/decode_one.cuh"
-#include "cuda/mla_combine.cuh"
+#include "cuda/split_sums.cuh"
 
 namespace rodin::cuda {
 namespace {
@@ -37,9 +37,9 @@ struct Scratch {
 };
 
 // Warps 0 .. kCombineWarps - 1: a head's latents to `scratch`.
-__device__ __forceinline__ void combine_head(const SplitRow<kMlaMaxLora>& splits, Scratch& scratch) {
+__device__ __forceinline__ void combine_head(const SplitRow& splits, Scratch& scratch) {
   const int block = threadIdx.x / 32 % kLatentBlocks, is_odd = threadIdx.x / 32 / kLatentBlocks;
-  SplitSums own = add_splits<2>(splits, is_odd);
+  SplitSums own = add_splits(splits, is_odd);
   if (is_odd) {
     scratch.odd[threadIdx.x % kCombineQuads] = own.total[0];
     named_arrive(kOddSplits + block, 64);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kDecodeRowThreads, 2)
     const int head = blockIdx.x / each, unit_row0 = blockIdx.x % each * kUnitRows;
     if (warp < kCombineWarps) {
       copy_weights();
-      SplitRow<kMlaMaxLora> splits(leave.mla, head, leave.mla.cache_positions[leave.mla.first_token]);
+      SplitRow splits(leave.mla, head, leave.mla.cache_positions[leave.mla.first_token]);
       // Worked out here, not behind the wait.
       asm volatile("" : "+l"(splits.ml), "+l"(splits.partial), "+r"(splits.num_splits));
       wait_and_let_begin();
