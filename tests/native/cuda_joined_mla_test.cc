@@ -189,7 +189,8 @@ const bool refusal_test = add_cuda_test("joined attention leaves the rest to the
                             Dtype::kF32);
     const DeviceMatrix cache(gpu, random_floats(rig.random, rig.num_slots * 576, 1), rig.num_slots, 576,
                              Dtype::kBF16);
-    return gpu.mla_joined(x, nullptr, rig.mla, 1e-6f, rope, rig.begin(), {cache.tensor()}, q, kv, attention, out);
+    return gpu.mla_joined(x, nullptr, rig.mla, 1e-6f, rope, rig.begin(), {cache.tensor()}, q, kv, attention,
+                          out);
   };
   CHECK(takes({"", 512, 4, 64, 64, {40}}, Dtype::kF8E4M3));
   CHECK(!takes({"", 512, 4, 64, 64, {40}}, Dtype::kBF16));
