@@ -5,6 +5,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
+#include "cuda/decode_mla.h"
 #include "cuda/mla_wgmma.h"
 #include "cuda/tensor_map.h"
 
@@ -47,8 +48,8 @@ void CudaOps::reserve_attention() {
   out_latent_ = workspace<uint16_t>(attention_tokens_ * shape.num_heads * latent_stride_);
   partial_ = workspace<float>(partial_rows_ * shape.lora_rank);
   partial_ml_ = workspace<float>(partial_rows_ * 2);
-  arrivals_ = workspace<uint64_t>(2);
-  RODIN_CUDA(cudaMemsetAsync(arrivals_, 0, 2 * sizeof(uint64_t), stream_));
+  arrivals_ = workspace<uint64_t>(2 + 2 * kExchangeWords);
+  RODIN_CUDA(cudaMemsetAsync(arrivals_, 0, (2 + 2 * kExchangeWords) * sizeof(uint64_t), stream_));
   plan_limits_ = {.num_heads = shape.num_heads,
                   .max_tokens = attention_tokens_,
                   .max_partial_rows = partial_rows_,

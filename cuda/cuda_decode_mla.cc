@@ -5,9 +5,9 @@
 
 namespace rodin::cuda {
 
-bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
-                         const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
-                         const Tensor& attention, const Tensor& out) {
+bool CudaOps::mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps,
+                         const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
+                         const Tensor& q, const Tensor& kv, const Tensor& attention, const Tensor& out) {
   const Step& step = step_of(index);
   const std::vector<MlaChunk>& chunks = step.plan.chunks;
   if (!step.prefill.tiles.empty() || chunks.size() != 1 || chunks[0].num_tokens != index.num_tokens)
@@ -17,14 +17,18 @@ bool CudaOps::mla_joined(const Tensor& x, const MlaWeights& mla, float eps, cons
 
   const DecodeEnterParams enter = {
       .rows = {.weight = {view_of(mla.q_b), view_of(mla.kv_a)}, .io = {io_of(x, q), io_of(x, kv)}},
+      .norm =
+          norm != nullptr ? norm_params(norm->residual, nullptr, norm->weight, norm->eps, x) : NormParams{},
       .enter = enter_params(q, kv, mla, eps, rope_table, index, cache),
       .arrivals = arrivals_,
+      .exchange = arrivals_ + 2,
       .num_multiprocessors = num_multiprocessors_};
   const MlaParams params = mla_params(q, mla.shape, index, cache, step, chunks[0]);
   const DecodeLeaveParams leave = {
       .leave = leave_params(params, mla, attention),
       .rows = {.weight = {view_of(mla.o), {}}, .io = {io_of(attention, out), {}}},
       .arrivals = arrivals_ + 1,
+      .exchange = arrivals_ + 2 + kExchangeWords,
       .num_multiprocessors = num_multiprocessors_};
   if (!is_decode_enter(enter) || !is_decode_leave(leave)) return false;
   run_decode_enter(enter, stream_);

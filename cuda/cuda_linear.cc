@@ -128,6 +128,7 @@ void CudaOps::reserve_moe() {
   moe_plan_.num_tiles = workspace<int32_t>(1);
   gate_done_ = workspace<uint32_t>(kGateFewTokens);
   RODIN_CUDA(cudaMemsetAsync(gate_done_, 0, kGateFewTokens * sizeof(uint32_t), stream_));
+  reserve_decode_moe();
 }
 
 RouteKernelParams CudaOps::route_params(int64_t num_tokens, const MoeWeights& moe, const Tensor& expert_ids,

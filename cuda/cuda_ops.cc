@@ -5,6 +5,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
+#include "cuda/decode_mla.h"
 #include "cuda/mla_wgmma.h"
 
 namespace rodin {
@@ -96,6 +97,8 @@ CudaOps::CudaOps(int device_id, Dtype cache_dtype, bool is_deterministic)
   prepare_mla_prefill();
   prepare_mla();
   prepare_mla_wgmma();
+  prepare_decode_enter_one();
+  prepare_decode_leave_one();
 }
 
 CudaOps::~CudaOps() {

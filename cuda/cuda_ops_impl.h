@@ -38,6 +38,7 @@ struct PlacedMoe {
   const TensorMap* split_up_maps = nullptr;    // [E + 1]
   bool has_shared_maps = false;
   bool is_shared_grouped = false;  // the shared expert has the routed ones' dtypes and runs with them
+  bool is_uniform = false;         // all routed experts' matrices are laid out as the first one's
 };
 
 // What place() makes of an attention layer.
@@ -87,9 +88,9 @@ class CudaOps final : public Ops {
   void mla_store_and_attend(const Tensor& q, const Tensor& kv, const MlaWeights& mla, float eps,
                             const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache,
                             const Tensor& out) override;
-  bool mla_joined(const Tensor& x, const MlaWeights& mla, float eps, const Tensor& rope_table,
-                  const StepIndex& index, const CacheLayer& cache, const Tensor& q, const Tensor& kv,
-                  const Tensor& attention, const Tensor& out) override;
+  bool mla_joined(const Tensor& x, const PendingNorm* norm, const MlaWeights& mla, float eps,
+                  const Tensor& rope_table, const StepIndex& index, const CacheLayer& cache, const Tensor& q,
+                  const Tensor& kv, const Tensor& attention, const Tensor& out) override;
   bool has_gqa() const override { return true; }
   void gqa_rope_store(const Tensor& q, const Tensor& kv, const GqaShape& shape, const Tensor& rope_table,
                       const StepIndex& index, const CacheLayer& cache) override;
@@ -105,6 +106,9 @@ class CudaOps final : public Ops {
   void moe_add_rms_norm(const Tensor& x, const MoeWeights& weights, const Tensor& expert_ids,
                         const Tensor& expert_weights, const Tensor& delta, const Tensor& residual,
                         const float* weight, float eps, const Tensor& out) override;
+  bool moe_joined(const Tensor& residual, const Tensor& delta, const float* weight, float eps,
+                  const MoeWeights& moe, const float* next_weight, const Tensor& expert_ids,
+                  const Tensor& expert_weights, const Tensor& out) override;
   void sample(const SampleArgs& args) override;
   bool begin_sample(const SampleArgs& args, int slot) override;
   bool is_sampled(int slot) override;
@@ -206,6 +210,7 @@ class CudaOps final : public Ops {
   void run_quantized_moe(const Tensor& x, const MoeWeights& moe, const Tensor& expert_ids);
   void reserve_quantized();
   void reserve_moe();
+  void reserve_decode_moe();
   void reserve_attention();
   // Whether prompts may attend over keys and values that kv_b has expanded.
   bool is_expandable(const WeightView& kv_b, const MlaShape& shape) const;
@@ -244,6 +249,7 @@ class CudaOps final : public Ops {
   bool is_reserved_ = false;
 
   DeviceArena weights_;
+  DeviceArena small_;             // weights of few bytes
   std::deque<WeightView> views_;  // Weight::packed points at these
   std::deque<PlacedMoe> moes_;
   std::deque<PlacedMla> mlas_;
@@ -265,6 +271,8 @@ class CudaOps final : public Ops {
   const int32_t* planned_ids_ = nullptr;  // route() made moe_plan_ for these ids of one token; null otherwise
   float* router_logits_ = nullptr;        // [max_step_tokens, E]
   uint32_t* gate_done_ = nullptr;         // [kGateFewTokens] 0 between launches
+  uint32_t* units_taken_ = nullptr;       // [1] of decode_experts; 0 between layers
+  int32_t num_decode_clusters_ = 0;       // of decode_experts, side by side
   Tensor expert_mid_;                     // [moe_tokens * k, Im]
   Tensor shared_mid_;                     // [moe_tokens, Is]
   Tensor expert_out_;                     // [moe_tokens * k, H]

@@ -10,6 +10,7 @@
 namespace rodin::cuda {
 namespace {
 
+constexpr int64_t kSmallBytes = 512 << 10;
 constexpr int32_t kNoLimit = 1 << 30;  // rows or blocks that share one scale: all of them
 
 int64_t padded_row_bytes(int64_t cols, Dtype dtype) { return (cols + 15) / 16 * 16 * dtype_bytes(dtype); }
@@ -32,7 +33,10 @@ Uploader& CudaOps::uploader() {
 
 void* CudaOps::upload_rows(const void* host, int64_t row_bytes, int64_t padded_bytes, int64_t rows) {
   RODIN_CUDA(cudaSetDevice(device_id_));
-  void* data = weights_.alloc(static_cast<size_t>(padded_bytes * rows));
+  // What is small lies together: a token's kernels read a little of it each, and each page that they have not
+  // read for a while costs a walk through the page tables.
+  DeviceArena& arena = padded_bytes * rows < kSmallBytes ? small_ : weights_;
+  void* data = arena.alloc(static_cast<size_t>(padded_bytes * rows));
   uploader().copy(data, padded_bytes, host, row_bytes, rows);
   return data;
 }
@@ -146,6 +150,15 @@ void CudaOps::place(MoeWeights& moe) {
           "the routed experts of a layer have weights of different dtypes (expert ", e,
           "), which the GPU backend does not take; use --device cpu");
   }
+  const auto is_alike = [](const WeightView& a, const WeightView& b) {
+    return a.rows == b.rows && a.cols == b.cols && a.row_bytes == b.row_bytes && !a.bias && !b.bias &&
+           a.block_rows == b.block_rows && a.blocks_per_scale == b.blocks_per_scale &&
+           a.scale_cols == b.scale_cols;
+  };
+  placed.is_uniform = true;
+  for (size_t e = 0; e < gate.size(); ++e)
+    placed.is_uniform = placed.is_uniform && is_alike(gate[e], gate[0]) && is_alike(up[e], gate[0]) &&
+                        is_alike(down[e], down[0]);
   if (moe.has_shared()) {
     const WeightView& shared_gate = view_of(moe.shared.gate);
     const WeightView& shared_up = view_of(moe.shared.up);

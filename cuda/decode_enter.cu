@@ -59,10 +59,11 @@ int num_blocks_of(const DecodeEnterParams& p) {
 
 bool is_decode_enter(const DecodeEnterParams& p) {
   return is_mla_enter(p.enter) && is_decode_rows(p.rows, p.num_multiprocessors) && p.enter.is_q_aligned &&
-         p.enter.rope.nope_dim % 16 == 0;
+         p.enter.rope.nope_dim % 16 == 0 && (p.norm.x == nullptr || is_decode_enter_one(p));
 }
 
 void run_decode_enter(const DecodeEnterParams& params, cudaStream_t stream) {
+  if (is_decode_enter_one(params)) return run_decode_enter_one(params, stream);
   launch_overlapped(params.enter.rope.is_cache_fp8 ? decode_enter_kernel<true> : decode_enter_kernel<false>,
                     dim3(static_cast<unsigned>(num_blocks_of(params))), kDecodeRowThreads, 0, stream, params,
                     "decode_enter_kernel");

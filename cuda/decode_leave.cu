@@ -130,6 +130,7 @@ bool is_decode_leave(const DecodeLeaveParams& p) {
 }
 
 void run_decode_leave(const DecodeLeaveParams& params, cudaStream_t stream) {
+  if (is_decode_leave_one(params)) return run_decode_leave_one(params, stream);
   launch_overlapped(decode_leave_kernel, dim3(static_cast<unsigned>(num_blocks_of(params))),
                     kDecodeRowThreads, 0, stream, params, "decode_leave_kernel");
 }

@@ -16,6 +16,7 @@
 // read it). Weights do not depend on the kernel ahead: they are on their way before that has ended.
 #include <algorithm>
 
+#include "cuda/read_once.cuh"
 #include "cuda/split_units.cuh"
 
 namespace rodin::cuda {
@@ -43,6 +44,7 @@ template <int kTokens, bool kGated>
 __device__ __forceinline__ void bring_weights(const SplitParams& p, SplitRing ring) {
   const bool is_grouped = p.map_table[0] != nullptr;
   int num_brought = 0;
+  const uint64_t policy = read_once_policy();
   SplitUnits<kTokens, kGated> units(p);
   SplitUnit unit;
   while (units.next(unit)) {
@@ -61,9 +63,9 @@ __device__ __forceinline__ void bring_weights(const SplitParams& p, SplitRing ri
       __syncwarp();
       if (elect_one()) {
         barrier_expect(ring.full(), kSplitStageWeights);
-        copy_box(ring.weights(), map0, col, unit.row0, ring.full());
+        copy_box_once(ring.weights(), map0, col, unit.row0, ring.full(), policy);
         if constexpr (kGated)
-          copy_box(ring.weights() + kSplitStageWeights / 2, map1, col, unit.row0, ring.full());
+          copy_box_once(ring.weights() + kSplitStageWeights / 2, map1, col, unit.row0, ring.full(), policy);
       }
       ring.advance();
     }

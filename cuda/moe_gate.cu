@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kNormThreads) moe_gate_kernel(const __grid_con
   if (threadIdx.x == 0) p.done[token] = 0;
   if (warp == 0) {
     if (is_route_ungrouped(p.route.route)) {
-      route_ungrouped<false>(p.route, token);
+      route_ungrouped(p.route, token, [] {});
     } else {
       route_grouped(p.route, token, route_shared);
     }

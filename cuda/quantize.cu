@@ -2,35 +2,17 @@
 // scale. quantize_kernel: 16 lanes take one token's block of channels, 8 of them each; grid: (blocks of 8
 // tokens, pairs of channel blocks). Bound by bytes: 2 in, 1 out. A NaN makes its whole block NaN.
 //
-// kSplit, the same for linear_split: v = x * 2^-n with the block's largest magnitude in [2^7, 2^8), high =
-// e4m3(v), low = e4m3(16 (v - high)), scale = 2^n. high + low / 16 is v for all inputs within 2^-13 of the
-// largest, and v to 2^-22 of the largest below that. An infinity makes its block NaN too.
+// kSplit, for linear_split: values in two parts (split_values.cuh). An infinity makes its block NaN too.
 #include <algorithm>
 
-#include "cuda/common.cuh"
 #include "cuda/quantized.h"
+#include "cuda/split_values.cuh"
 
 namespace rodin::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlockTokens = kThreads / 16;
-
-// Two e4m3 values of two f16, the first in the low byte.
-__device__ __forceinline__ uint32_t e4m3_of_half(__half2 pair) {
-  uint16_t out;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(out) : "r"(*reinterpret_cast<const uint32_t*>(&pair)));
-  return out;
-}
-
-// High and low parts of two values.
-__device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
-  const __half2 v = __floats2half2_rn(a, b);
-  high = e4m3_of_half(v);
-  const uint32_t back = half_of_e4m3(high);
-  const __half2 rest = __hsub2(v, *reinterpret_cast<const __half2*>(&back));
-  low = e4m3_of_half(__hmul2(rest, __float2half2_rn(16.0f)));
-}
 
 template <bool kSplit>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
@@ -74,18 +56,13 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
   if (!is_there) return;
   if constexpr (kSplit) {
-    const uint32_t exponent = max(__float_as_uint(most) >> 23, 8u);
-    const float power = __uint_as_float((261 - exponent) << 23);
-    uint32_t high[4], low[4];  // [4]
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split_pair(values[2 * i] * power, values[2 * i + 1] * power, high[i], low[i]);
+    const SplitPower power(most);
+    uint2 high, low;
+    split_eight(values, power.power, high, low);
     uint8_t* const to = static_cast<uint8_t*>(view.data) + 2 * row * view.stride + col;
-    *reinterpret_cast<uint2*>(to) = make_uint2(high[0] | high[1] << 16, high[2] | high[3] << 16);
-    *reinterpret_cast<uint2*>(to + view.stride) = make_uint2(low[0] | low[1] << 16, low[2] | low[3] << 16);
-    if (lane == 0) {
-      view.scale[blockIdx.y * view.scale_stride + row] =
-          __uint_as_float(exponent == 255 ? 0x7fffffffu : (exponent - 7) << 23);
-    }
+    *reinterpret_cast<uint2*>(to) = high;
+    *reinterpret_cast<uint2*>(to + view.stride) = low;
+    if (lane == 0) view.scale[blockIdx.y * view.scale_stride + row] = power.scale;
     return;
   }
   const float inverse = most == 0 ? 0.0f : 448.0f / most;

@@ -42,6 +42,11 @@ __device__ __forceinline__ void store_fp8_latents(const float (&values)[kMlaMaxL
   }
 }
 
+// A pair of elements, turned by an angle.
+__device__ __forceinline__ float2 rotated(float a, float b, float cos, float sin) {
+  return make_float2(a * cos - b * sin, a * sin + b * cos);
+}
+
 // Part `part` of a token's: 0 norms the latent and rotates the key, the others rotate query heads.
 template <bool kFp8, class Sync>
 __device__ __forceinline__ void rope_store_block(const RopeStoreParams& p, int64_t token, int part,
@@ -96,8 +101,9 @@ __device__ __forceinline__ void rope_store_block(const RopeStoreParams& p, int64
     const int second = p.is_interleaved ? 2 * pair + 1 : half + pair;
     const float a = __bfloat162float(from[first]), b = __bfloat162float(from[second]);
     const float cos = angles[pair], sin = angles[half + pair];
-    to[first] = __float2bfloat16_rn(a * cos - b * sin);
-    to[second] = __float2bfloat16_rn(a * sin + b * cos);
+    const float2 turned = rotated(a, b, cos, sin);
+    to[first] = __float2bfloat16_rn(turned.x);
+    to[second] = __float2bfloat16_rn(turned.y);
   }
 }
 

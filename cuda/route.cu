@@ -11,7 +11,8 @@ constexpr int kWarps = 4;
 __global__ void __launch_bounds__(32 * kWarps)
     route_ungrouped_kernel(const __grid_constant__ RouteKernelParams p) {
   let_successor_begin();
-  route_ungrouped<true>(p, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32);
+  route_ungrouped(p, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32,
+                  [] { wait_for_predecessor(); });
 }
 
 __global__ void __launch_bounds__(32 * kWarps) route_kernel(const __grid_constant__ RouteKernelParams p) {

@@ -1,5 +1,4 @@
 // Which experts a token goes to, from the router's logits: the work of one warp, for the kernels that do it.
-// Logits are read past the first-level cache, because another block of the same kernel may have written them.
 #pragma once
 
 #include <climits>
@@ -9,6 +8,13 @@
 namespace rodin::cuda {
 
 constexpr float kBanned = -INFINITY;
+
+// Wherever it lies; what another block, or another block of the cluster, has written.
+__device__ __forceinline__ float load_logit(const float* from) {
+  float logit;
+  asm volatile("ld.relaxed.gpu.f32 %0, [%1];" : "=f"(logit) : "l"(from) : "memory");
+  return logit;
+}
 
 struct Best {
   float value;
@@ -91,51 +97,52 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 
 constexpr int kMostEach = 8;  // experts of a lane
 
-// The usual case, all experts in one group and at most 256 of them: scores and choices stay in registers,
-// expert lane + 32 i in place i of a lane.
+// The usual case, all experts in one group and at most 32 kEach of them: scores and choices stay in
+// registers, expert lane + 32 i in place i of a lane.
 //
-// kFirst: called ahead of wait_for_predecessor(), which it then does itself.
-template <bool kFirst>
-__device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int64_t token) {
+// wait_for_logits(): called when all that is known before them is on its way.
+template <int kEach, class Wait>
+__device__ __forceinline__ void route_registers(const RouteKernelParams& p, int64_t token,
+                                                const Wait& wait_for_logits) {
   const RouteParams& route = p.route;
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(route.num_experts);
   const int k = static_cast<int>(route.experts_per_token);
-  float score[kMostEach];   // [kMostEach]
-  uint32_t key[kMostEach];  // [kMostEach] of the choice; 0: banned
-  float bias[kMostEach];    // [kMostEach]
+  float score[kEach];   // [kEach]
+  uint32_t key[kEach];  // [kEach] of the choice; 0: banned
+  float bias[kEach];    // [kEach]
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
+  for (int i = 0; i < kEach; ++i) {
     const int e = lane + 32 * i;
     bias[i] = p.correction_bias != nullptr && e < num_experts ? p.correction_bias[e] : 0.0f;
   }
-  if constexpr (kFirst) wait_for_predecessor();
+  wait_for_logits();
   if (token >= p.num_tokens) return;
   const float* logits = p.logits + token * num_experts;
   float max = kBanned;
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
+  for (int i = 0; i < kEach; ++i) {
     const int e = lane + 32 * i;
-    score[i] = e < num_experts ? __ldcg(logits + e) : kBanned;
+    score[i] = e < num_experts ? load_logit(logits + e) : kBanned;
     max = fmaxf(max, score[i]);
   }
   if (route.scoring_func == ScoringFunc::kSigmoid) {
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) score[i] = 1.0f / (1.0f + expf(-score[i]));
+    for (int i = 0; i < kEach; ++i) score[i] = 1.0f / (1.0f + expf(-score[i]));
   } else {
     max = warp_max(max);
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       score[i] = expf(score[i] - max);
       if (lane + 32 * i < num_experts) sum += score[i];
     }
     sum = warp_sum(sum);
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) score[i] = score[i] / sum;
+    for (int i = 0; i < kEach; ++i) score[i] = score[i] / sum;
   }
 #pragma unroll
-  for (int i = 0; i < kMostEach; ++i) {
+  for (int i = 0; i < kEach; ++i) {
     const float choice = p.correction_bias != nullptr ? score[i] + bias[i] : score[i];
     key[i] = lane + 32 * i < num_experts && choice != kBanned ? key_of(choice + 0.0f) : 0;
   }
@@ -146,7 +153,7 @@ __device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int6
     int best = INT_MAX;
     float best_score = 0;
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       if (key[i] > best_key) best_key = key[i], best = lane + 32 * i, best_score = score[i];
     }
     const uint32_t most = __reduce_max_sync(kAllLanes, best_key);
@@ -156,13 +163,13 @@ __device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int6
     if (lane == chosen % 32 && best != chosen) {
       best_score = 0;
 #pragma unroll
-      for (int i = 0; i < kMostEach; ++i) {
+      for (int i = 0; i < kEach; ++i) {
         if (lane + 32 * i == chosen) best_score = score[i];
       }
     }
     const float value = __shfl_sync(kAllLanes, best_score, chosen % 32);
 #pragma unroll
-    for (int i = 0; i < kMostEach; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       if (lane + 32 * i == chosen) key[i] = 0;
     }
     chosen_sum += value;
@@ -185,6 +192,17 @@ __device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int6
   }
 }
 
+// Of few experts, whose lanes then have less to do one after the other, or many.
+template <class Wait>
+__device__ __forceinline__ void route_ungrouped(const RouteKernelParams& p, int64_t token,
+                                                const Wait& wait_for_logits) {
+  if (p.route.num_experts <= 64) {
+    route_registers<2>(p, token, wait_for_logits);
+  } else {
+    route_registers<kMostEach>(p, token, wait_for_logits);
+  }
+}
+
 // Floats of shared memory that route_grouped takes for a token.
 __host__ __device__ inline int64_t route_scratch(const RouteParams& route) {
   return 2 * route.num_experts + route.num_groups;
@@ -202,13 +220,13 @@ __device__ __forceinline__ void route_grouped(const RouteKernelParams& p, int64_
 
   float max = kBanned;
   if (route.scoring_func == ScoringFunc::kSoftmax) {
-    for (int e = lane; e < num_experts; e += 32) max = fmaxf(max, __ldcg(logits + e));
+    for (int e = lane; e < num_experts; e += 32) max = fmaxf(max, load_logit(logits + e));
     max = warp_max(max);
   }
   float sum = 0;
   for (int e = lane; e < num_experts; e += 32) {
-    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-__ldcg(logits + e)))
-                                                            : expf(__ldcg(logits + e) - max);
+    scores[e] = route.scoring_func == ScoringFunc::kSigmoid ? 1.0f / (1.0f + expf(-load_logit(logits + e)))
+                                                            : expf(load_logit(logits + e) - max);
     sum += scores[e];
   }
   sum = warp_sum(sum);

@@ -70,34 +70,36 @@ void Forward::run_layers(const StepIndex& index, const std::vector<CacheLayer>& 
   ops_.rope_table(index, rope_, at.angles);
   ops_.embed(weights_.embed, index, at.residual);
   ops_.rms_norm(at.residual, layers[0].input_norm, eps_, at.normed);
+  bool is_normed = true;
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool is_last = i + 1 == layers.size();
-    attention(layers[i], index, cache[i], at);
-    mlp(layers[i], is_last ? weights_.final_norm : layers[i + 1].input_norm, at,
-        is_last ? at.hidden : at.normed);
+    attention(layers[i], is_normed, index, cache[i], at);
+    is_normed = mlp(layers[i], is_last ? weights_.final_norm : layers[i + 1].input_norm,
+                    !is_last && !layers[i + 1].is_gqa, at, is_last ? at.hidden : at.normed);
   }
 }
 
-void Forward::attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,
-                        const ForwardBuffers& at) {
+void Forward::attention(const LayerWeights& layer, bool is_normed, const StepIndex& index,
+                        const CacheLayer& cache, const ForwardBuffers& at) {
   if (layer.is_gqa) {
     run_gqa(ops_, layer.gqa, at.normed, index, cache, {at.q, at.kv, at.attention, at.angles}, at.delta);
   } else {
-    run_mla(ops_, layer.mla, at.normed, index, cache, {at.q_a, at.q, at.kv, at.attention, at.angles},
-            at.delta);
+    const PendingNorm norm = {at.residual, layer.input_norm, eps_};
+    run_mla(ops_, layer.mla, at.normed, is_normed ? nullptr : &norm, index, cache,
+            {at.q_a, at.q, at.kv, at.attention, at.angles}, at.delta);
   }
 }
 
-void Forward::mlp(const LayerWeights& layer, const float* next_norm, const ForwardBuffers& at,
-                  const Tensor& out) {
+bool Forward::mlp(const LayerWeights& layer, const float* next_norm, bool may_leave_norm,
+                  const ForwardBuffers& at, const Tensor& out) {
   if (layer.is_moe) {
-    run_moe(ops_, layer.moe, {layer.post_attention_norm, next_norm, eps_}, at.residual, at.delta, at.normed,
-            at.expert_ids, at.expert_weights, out);
-  } else {
-    ops_.add_rms_norm(at.residual, at.delta, layer.post_attention_norm, eps_, at.normed);
-    run_mlp(ops_, layer.mlp, at.normed, at.mlp, at.delta);
-    ops_.add_rms_norm(at.residual, at.delta, next_norm, eps_, out);
+    return run_moe(ops_, layer.moe, {layer.post_attention_norm, next_norm, eps_}, at.residual, at.delta,
+                   at.normed, at.expert_ids, at.expert_weights, out, may_leave_norm);
   }
+  ops_.add_rms_norm(at.residual, at.delta, layer.post_attention_norm, eps_, at.normed);
+  run_mlp(ops_, layer.mlp, at.normed, at.mlp, at.delta);
+  ops_.add_rms_norm(at.residual, at.delta, next_norm, eps_, out);
+  return true;
 }
 
 Tensor Forward::head(const Weight& weight, const Tensor& hidden, const int32_t* rows, int64_t num_rows) {

@@ -70,10 +70,12 @@ class Forward {
 
  private:
   void run_layers(const StepIndex& index, const std::vector<CacheLayer>& cache, const ForwardBuffers& at);
-  void attention(const LayerWeights& layer, const StepIndex& index, const CacheLayer& cache,
+  // From at.normed, or where that is not made yet from at.residual, to at.delta.
+  void attention(const LayerWeights& layer, bool is_normed, const StepIndex& index, const CacheLayer& cache,
                  const ForwardBuffers& at);
-  // From at.delta of attention to `out`, normed with next_norm.
-  void mlp(const LayerWeights& layer, const float* next_norm, const ForwardBuffers& at, const Tensor& out);
+  // From at.delta of attention to `out`, normed with next_norm; false where the norm was left, as it may be.
+  bool mlp(const LayerWeights& layer, const float* next_norm, bool may_leave_norm, const ForwardBuffers& at,
+           const Tensor& out);
   void join_mtp_input(const StepIndex& index, const ForwardBuffers& at);
   Tensor head(const Weight& weight, const Tensor& hidden, const int32_t* rows, int64_t num_rows);
 

@@ -19,13 +19,16 @@ void finish_mla(Ops& ops, const MlaWeights& mla, const StepIndex& index, const C
 
 }  // namespace
 
-void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
-             const CacheLayer& cache, const MlaBuffers& at, const Tensor& out) {
-  if (mla.q_a.present()) {
+void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const PendingNorm* norm,
+             const StepIndex& index, const CacheLayer& cache, const MlaBuffers& at, const Tensor& out) {
+  const bool has_q_a = mla.q_a.present();
+  if (!has_q_a &&
+      ops.mla_joined(x, norm, mla, kLatentNormEps, at.angles, index, cache, at.q, at.kv, at.attention, out))
+    return;
+  if (norm != nullptr) ops.rms_norm(norm->residual, norm->weight, norm->eps, x);
+  if (has_q_a) {
     ops.linear_pair(x, mla.q_a, at.q_a, mla.kv_a, at.kv);
   } else {
-    if (ops.mla_joined(x, mla, kLatentNormEps, at.angles, index, cache, at.q, at.kv, at.attention, out))
-      return;
     ops.linear_pair(x, mla.q_b, at.q, mla.kv_a, at.kv);
   }
   finish_mla(ops, mla, index, cache, at, out);

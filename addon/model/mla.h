@@ -13,9 +13,10 @@ struct MlaBuffers {
   Tensor angles;     // [T, rope_dim] filled by rope_table
 };
 
-// out [T, H] from the normed hidden states x [T, H]; writes this step's latents to the cache.
-void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const StepIndex& index,
-             const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
+// out [T, H] from the normed hidden states x [T, H]; writes this step's latents to the cache. norm, or null:
+// x is working memory, and that norm is made first.
+void run_mla(Ops& ops, const MlaWeights& mla, const Tensor& x, const PendingNorm* norm,
+             const StepIndex& index, const CacheLayer& cache, const MlaBuffers& at, const Tensor& out);
 
 // The same where the latents of x lie in the cache already and every slot is -1; what `at.kv` holds is of no
 // use.

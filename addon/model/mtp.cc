@@ -14,8 +14,8 @@ Tensor Forward::run_mtp(const StepIndex& index, const Tensor& hidden, const int3
   ops_.gather_rows(hidden, hidden_rows, at.delta);
   ops_.run_recorded(index, [&] {
     join_mtp_input(index, at);
-    attention(mtp.layer, index, cache, at);
-    mlp(mtp.layer, mtp.head_norm, at, at.normed);
+    attention(mtp.layer, true, index, cache, at);
+    mlp(mtp.layer, mtp.head_norm, false, at, at.normed);
   });
   return at.normed;
 }
@@ -42,7 +42,7 @@ Tensor Forward::run_stored_mtp(const StepIndex& index, const int32_t* stored_row
   ops_.rope_table(index, rope_, at.angles);
   run_stored_mla(ops_, mtp.layer.mla, input, index, cache, {at.q_a, at.q, at.kv, at.attention, at.angles},
                  at.delta);
-  mlp(mtp.layer, mtp.head_norm, at, at.normed);
+  mlp(mtp.layer, mtp.head_norm, false, at, at.normed);
   return at.normed;
 }
 

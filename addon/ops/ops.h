@@ -96,6 +96,13 @@ struct Ceilings {
   double flops_per_second = 0;       // of the products that linear is made of; a multiply-add counts as two
 };
 
+// rms_norm of a residual that nobody has made yet.
+struct PendingNorm {
+  Tensor residual;  // float32 [T, H]
+  const float* weight;
+  float eps;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -194,13 +201,14 @@ class Ops {
   }
 
   // linear_pair of q_b and kv_a, mla_store_and_attend and o's linear layer in fewer launches, with the bits
-  // of those: x [T, H] -> out [T, H]. False, and nothing is done, where this device has none for this layer
-  // and step.
-  virtual bool mla_joined([[maybe_unused]] const Tensor& x, [[maybe_unused]] const MlaWeights& mla,
-                          [[maybe_unused]] float eps, [[maybe_unused]] const Tensor& rope_table,
-                          [[maybe_unused]] const StepIndex& index, [[maybe_unused]] const CacheLayer& cache,
-                          [[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& kv,
-                          [[maybe_unused]] const Tensor& attention, [[maybe_unused]] const Tensor& out) {
+  // of those: x [T, H] -> out [T, H]. norm, or null: x is not there yet, and is that norm; it need not be
+  // written. False, and nothing is done, where this device has none for this layer and step.
+  virtual bool mla_joined([[maybe_unused]] const Tensor& x, [[maybe_unused]] const PendingNorm* norm,
+                          [[maybe_unused]] const MlaWeights& mla, [[maybe_unused]] float eps,
+                          [[maybe_unused]] const Tensor& rope_table, [[maybe_unused]] const StepIndex& index,
+                          [[maybe_unused]] const CacheLayer& cache, [[maybe_unused]] const Tensor& q,
+                          [[maybe_unused]] const Tensor& kv, [[maybe_unused]] const Tensor& attention,
+                          [[maybe_unused]] const Tensor& out) {
     return false;
   }
 
@@ -243,6 +251,18 @@ class Ops {
                                 const float* weight, float eps, const Tensor& out) {
     moe(x, weights, expert_ids, expert_weights, delta);
     add_rms_norm(residual, delta, weight, eps, out);
+  }
+
+  // Both of them, of one norm weight and the next: residual [T, H], delta and out [T, H], expert_ids and
+  // expert_weights [T, k], of which only residual and out hold anything of use afterwards. next_weight null:
+  // out is left to whoever reads it. False, and nothing is done, where this device has no fewer launches for
+  // this layer and so many tokens.
+  virtual bool moe_joined([[maybe_unused]] const Tensor& residual, [[maybe_unused]] const Tensor& delta,
+                          [[maybe_unused]] const float* weight, [[maybe_unused]] float eps,
+                          [[maybe_unused]] const MoeWeights& moe, [[maybe_unused]] const float* next_weight,
+                          [[maybe_unused]] const Tensor& expert_ids,
+                          [[maybe_unused]] const Tensor& expert_weights, [[maybe_unused]] const Tensor& out) {
+    return false;
   }
 
   // ---- sampling -----------------------------------------------------------------------------------------

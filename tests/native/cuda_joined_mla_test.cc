@@ -135,7 +135,7 @@ void check_joined(const JoinedCase& c) {
     gpu.run_recorded(index, [&] {
       // Twice: the second launch follows the first at once, and writes the same.
       for (int i = 0; i < 2; ++i) {
-        CHECK(gpu.mla_joined(x, rig.mla, 1e-6f, rope, index, joined->cache, joined->q, joined->kv,
+        CHECK(gpu.mla_joined(x, nullptr, rig.mla, 1e-6f, rope, index, joined->cache, joined->q, joined->kv,
                              joined->attention, joined->out));
       }
     });
@@ -158,11 +158,16 @@ const bool joined_tests = [] {
   const std::vector<JoinedCase> cases = {
       {"Moonlight, one token", 2048, 16, 128, 128, {1025}},
       {"Moonlight, one token, spread", 2048, 16, 128, 128, {700}, 1, Dtype::kBF16, false},
+      {"Moonlight, one token, FP8 cache", 2048, 16, 128, 128, {2049}, 1, Dtype::kF8E4M3},
+      {"Moonlight, one token, many splits", 2048, 16, 128, 128, {9000}, 1, Dtype::kBF16, false},
+      {"14 heads, one token, rows of 1264", 1264, 14, 128, 128, {40}},
+      {"3 heads, one token, few rows", 336, 3, 64, 64, {130}},
       {"Moonlight, a step that verifies", 2048, 16, 128, 128, {300}, 5, Dtype::kBF16, false},
       {"Moonlight, eight sequences", 2048, 16, 128, 128, {1, 17, 64, 65, 600, 1024, 1025, 2100}},
       {"Moonlight, FP8 cache", 2048, 16, 128, 128, {90, 1300, 2}, 1, Dtype::kF8E4M3},
       {"14 heads, rows of 1264", 1264, 14, 128, 128, {40, 41}},
       {"3 heads, few rows", 336, 3, 64, 64, {33}, 3},
+      {"one head, one token", 128, 1, 16, 16, {5}},
       {"one head", 128, 1, 16, 16, {5, 300, 4}},
   };
   for (const JoinedCase& c : cases) add_cuda_test("joined attention, " + c.name, [c] { check_joined(c); });
@@ -184,7 +189,8 @@ const bool refusal_test = add_cuda_test("joined attention leaves the rest to the
                             Dtype::kF32);
     const DeviceMatrix cache(gpu, random_floats(rig.random, rig.num_slots * 576, 1), rig.num_slots, 576,
                              Dtype::kBF16);
-    return gpu.mla_joined(x, rig.mla, 1e-6f, rope, rig.begin(), {cache.tensor()}, q, kv, attention, out);
+    return gpu.mla_joined(x, nullptr, rig.mla, 1e-6f, rope, rig.begin(), {cache.tensor()}, q, kv, attention,
+                          out);
   };
   CHECK(takes({"", 512, 4, 64, 64, {40}}, Dtype::kF8E4M3));
   CHECK(!takes({"", 512, 4, 64, 64, {40}}, Dtype::kBF16));

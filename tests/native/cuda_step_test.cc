@@ -41,8 +41,8 @@ const bool step_speed = [] {
   add_cuda_test("speed of a Moonlight step", [] {
     time_steps(true, {{1, 1020, 0.38}, {8, 2499, 0.58}, {32, 5963, 0.57}, {128, 20243, 0.38}});
   });
-  add_cuda_test("speed of a Moonlight step of quantised layers",
-                [] { time_steps(false, {{64, 11000, 0.48}, {128, 20243, 0.43}}); });
+  add_cuda_test("speed of a Moonlight step, not deterministic",
+                [] { time_steps(false, {{1, 1020, 0.6}, {64, 11000, 0.48}, {128, 20243, 0.43}}); });
   return true;
 }();
 
@@ -157,6 +157,23 @@ const bool recorded_bits = add_cuda_test("step: a recorded step gives the bits o
     CHECK(rig.logits(batch) == other);
   }
 });
+
+// One token without --deterministic has kernels of its own, which leave the norm ahead of attention to its
+// reader.
+const bool one_token =
+    add_cuda_test("step: one token's own kernels give nearly the logits of the others", [] {
+      StepRig others(moonlight(3), 1, 700), own(moonlight(3), 1, 700, false);
+      int num_near = 0;
+      for (uint32_t seed = 1; seed <= 4; ++seed) {  // unrecorded, recorded, replayed twice
+        others.begin(1, 700, seed);
+        own.begin(1, 700, seed);
+        const double error = relative_error(own.logits(1), others.logits(1));
+        std::printf("one token, seed %u: logits differ by %.1e\n", seed, error);
+        CHECK(error > 0);
+        num_near += error < 3e-2;
+      }
+      CHECK(num_near >= 3);  // a token between two experts that are nearly as good may go either way
+    });
 
 const bool ahead = add_cuda_test("step: tokens that only the device knows give the bits of known ones", [] {
   StepRig rig(moonlight(2), 36, 700);

@@ -14,6 +14,8 @@ cases=(
   'attention, 132 sequences of one length'
   'gqa of 6 heads'
   'joined attention, 3 heads, few rows'
+  'joined attention, one head, one token'
+  'joined moe, softmax'
   'linear 72x136'
   'linear 5x13'
   'linear 331x200 fp8, odd scale blocks'
