@@ -261,7 +261,9 @@ bool is_decode_experts(const DecodeExpertsParams& p) {
          route.experts_per_token <= kDecodeMostChosen && route_scratch(route) <= kDecodeRouteFloats &&
          is_mlp_rows(experts.routed_gate, p.norm.cols) &&
          (!has_shared ||
-          (is_mlp_rows(experts.shared_gate, p.norm.cols) && is_mlp_rows(experts.shared_up, p.norm.cols)));
+          (is_mlp_rows(experts.shared_gate, p.norm.cols) && is_mlp_rows(experts.shared_up, p.norm.cols) &&
+           experts.shared_up.rows == experts.shared_gate.rows &&
+           experts.shared_up.block_rows == experts.shared_gate.block_rows));
 }
 
 void run_decode_experts(const DecodeExpertsParams& params, cudaStream_t stream) {

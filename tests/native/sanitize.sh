@@ -15,7 +15,6 @@ cases=(
   'gqa of 6 heads'
   'joined attention, 3 heads, few rows'
   'joined attention, one head, one token'
-  'joined moe, softmax'
   'linear 72x136'
   'linear 5x13'
   'linear 331x200 fp8, odd scale blocks'
@@ -30,10 +29,17 @@ cases=(
   'embed, gather_rows'
   'sample: NaN'
 )
+# Racecheck does not follow what orders these (cuda/SPEED.md, "One token").
+not_for_racecheck=(
+  'joined moe, softmax'
+  'joined moe, one chosen'
+)
 failed=0
 for tool in memcheck racecheck synccheck; do
   start=$SECONDS
-  if compute-sanitizer --tool "$tool" --error-exitcode 3 --print-limit 10 "$tests" "${cases[@]/#/cuda: }"; then
+  these=("${cases[@]}")
+  [ "$tool" = racecheck ] || these+=("${not_for_racecheck[@]}")
+  if compute-sanitizer --tool "$tool" --error-exitcode 3 --print-limit 10 "$tests" "${these[@]/#/cuda: }"; then
     echo "$tool: clean, $((SECONDS - start)) s"
   else
     echo "$tool: FAILED, $((SECONDS - start)) s"
