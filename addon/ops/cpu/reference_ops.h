@@ -8,7 +8,7 @@
 
 namespace rodin {
 
-class ReferenceOps final : public HostOps {
+class ReferenceOps : public HostOps {
  public:
   explicit ReferenceOps(int num_threads) : HostOps(num_threads) {}
 
