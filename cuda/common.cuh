@@ -153,6 +153,16 @@ __device__ __forceinline__ void touch(const void* from) {
   asm volatile("{\n .reg .u32 ignored;\n ld.global.nc.u32 ignored, [%0];\n}" ::"l"(from));
 }
 
+// ---- barriers of some warps of a block ------------------------------------------------------------------
+
+// `threads` in all, those that arrive and those that wait.
+__device__ __forceinline__ void named_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ---- reductions -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -198,6 +208,19 @@ void launch_overlapped(void (*kernel)(Params), dim3 grid, int threads, size_t sh
   config.attrs = &attribute;
   config.numAttrs = 1;
   RODIN_CUDA(cudaLaunchKernelEx(&config, kernel, params), " of ", name);
+}
+
+// Lets a kernel have so many bytes of dynamic shared memory; once per device.
+template <class... Args>
+void raise_shared_limit(void (*kernel)(Args...), int bytes) {
+  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ", bytes);
+}
+// Multiprocessors that run the kernel keep as much shared memory as there is, so that the kernels ahead and
+// behind find room beside it.
+template <class... Args>
+void keep_shared_memory(void (*kernel)(Args...)) {
+  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
 }
 
 inline void check_launch(const char* kernel, const char* file, int line) {

@@ -1,4 +1,5 @@
-// A MoE layer of one token in three launches (decode_experts.cu, decode_down.cu, the norm behind it).
+// A MoE layer of one token in two launches (decode_experts.cu, decode_down.cu), and the norm behind it where
+// its reader does not make it.
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_ops_impl.h"
 #include "cuda/decode_moe.h"

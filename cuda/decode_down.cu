@@ -115,9 +115,7 @@ struct Group {
   __device__ __forceinline__ const WeightView& like(const Piece& at) const {
     return at.slot == p.experts_per_token ? p.experts.shared_down : p.experts.routed_down;
   }
-  __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-  }
+  __device__ __forceinline__ void sync() const { named_wait(1 + group, 128); }
 
   __device__ __forceinline__ uint8_t* rows(int i) const {
     return s.rows + (group * kSlots + i) * pieces.most_blocks() * kTile;
@@ -214,15 +212,9 @@ struct Group {
                                    : static_cast<const bf16*>(p.routed_mid) + at.slot * p.routed_stride;
       if (col < at.cols) words[j] = __ldcg(reinterpret_cast<const uint4*>(from + at.col + col));
     }
-    const auto value = [&](int j, int n) {
-      const uint32_t pair = n < 2 ? words[j].x : n < 4 ? words[j].y : n < 6 ? words[j].z : words[j].w;
-      return n % 2 ? high_float(pair) : low_float(pair);
-    };
-    float most[kEach] = {};  // [kEach] side by side: a shuffle takes long
+    float most[kEach];  // [kEach] side by side: a shuffle takes long
 #pragma unroll
-    for (int j = 0; j < kEach; ++j)
-#pragma unroll
-      for (int n = 0; n < 8; ++n) most[j] = max_or_nan(most[j], fabsf(value(j, n)));
+    for (int j = 0; j < kEach; ++j) most[j] = EightValues(words[j]).largest();
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2)
 #pragma unroll
@@ -231,11 +223,9 @@ struct Group {
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int task = 8 * j + thread / 16, i = task / kPieceBlocks, block = task % kPieceBlocks;
-      const float values[8] = {value(j, 0), value(j, 1), value(j, 2), value(j, 3),
-                               value(j, 4), value(j, 5), value(j, 6), value(j, 7)};
       const SplitPower power(most[j]);
       uint2 parts[2];  // [high, low]
-      split_eight(values, power.power, parts[0], parts[1]);
+      split_eight(EightValues(words[j]).values, power.power, parts[0], parts[1]);
       uint8_t* const atom = s.inputs[group][i][block / 4];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
@@ -388,11 +378,9 @@ bool is_down_rows(const WeightView& w, int32_t rows) {
 }  // namespace
 
 void prepare_decode_down() {
-  RODIN_CUDA(
-      cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kTile));
-  RODIN_CUDA(cudaFuncSetAttribute(decode_down_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
+  raise_shared_limit(decode_down_kernel,
+                     static_cast<int>(sizeof(Scratch)) + kGroups * kSlots * kPieceBlocks * kTile);
+  keep_shared_memory(decode_down_kernel);
 }
 
 bool is_decode_down(const DecodeDownParams& p) {

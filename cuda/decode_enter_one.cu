@@ -244,17 +244,13 @@ bool is_norm_taken(const DecodeEnterParams& p) {
 // Shared memory that is not used, so that blocks do not lie beside the experts' kernels.
 constexpr int kUnused = 72000;
 
-void prepare(void (*kernel)(DecodeEnterParams)) {
-  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kUnused));
-  RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
-}
-
 }  // namespace
 
 void prepare_decode_enter_one() {
-  prepare(decode_enter_one_kernel<true>);
-  prepare(decode_enter_one_kernel<false>);
+  for (const auto kernel : {decode_enter_one_kernel<true>, decode_enter_one_kernel<false>}) {
+    raise_shared_limit(kernel, kUnused);
+    keep_shared_memory(kernel);
+  }
 }
 
 bool is_decode_enter_one(const DecodeEnterParams& p) {

@@ -236,11 +236,8 @@ bool is_mlp_rows(const WeightView& w, int32_t cols) {
 }  // namespace
 
 int32_t prepare_decode_experts() {
-  RODIN_CUDA(cudaFuncSetAttribute(decode_experts_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(sizeof(Scratch))));
-  // So that the kernels ahead and behind have room beside it.
-  RODIN_CUDA(cudaFuncSetAttribute(decode_experts_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
+  raise_shared_limit(decode_experts_kernel, static_cast<int>(sizeof(Scratch)));
+  keep_shared_memory(decode_experts_kernel);
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config = config_of(1, attributes, nullptr);
   int count = 0;

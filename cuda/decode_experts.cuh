@@ -137,8 +137,7 @@ __device__ __forceinline__ void give_choice(const DecodeExpertsParams& p, const 
     if (is_route_ungrouped(route)) {
       float sum = 0;
       for (int j = 0; j < k; ++j) sum += s.weights[j];
-      if (route.norm_topk_prob && k > 1) weight = weight / (sum + 1e-20f);
-      weight *= route.routed_scaling_factor;
+      weight = chosen_weight(route, weight, sum);
     }
     p.route.expert_ids[lane] = s.ids[lane];
     p.route.expert_weights[lane] = weight;
@@ -204,18 +203,10 @@ __device__ __forceinline__ void norm_and_route(const DecodeExpertsParams& p, Scr
 
 // Eight normed inputs of each thread in their two parts.
 __device__ __forceinline__ void split_inputs(Scratch& s) {
-  const uint4 words = reinterpret_cast<const uint4*>(s.normed)[threadIdx.x];
-  const float values[8] = {low_float(words.x), high_float(words.x), low_float(words.y), high_float(words.y),
-                           low_float(words.z), high_float(words.z), low_float(words.w), high_float(words.w)};
-  float most = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = max_or_nan(most, fabsf(values[i]));
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2)
-    most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
-  const SplitPower power(most);
+  const EightValues own(reinterpret_cast<const uint4*>(s.normed)[threadIdx.x]);
+  const SplitPower power(largest_of_block(own));
   uint2 high, low;
-  split_eight(values, power.power, high, low);
+  split_eight(own.values, power.power, high, low);
   reinterpret_cast<uint2*>(s.inputs[0])[threadIdx.x] = high;
   reinterpret_cast<uint2*>(s.inputs[1])[threadIdx.x] = low;
   if (threadIdx.x % 16 == 0) s.powers[threadIdx.x / 16] = power.scale;

@@ -165,10 +165,8 @@ constexpr int kUnused = 110000;
 }  // namespace
 
 void prepare_decode_leave_one() {
-  RODIN_CUDA(
-      cudaFuncSetAttribute(decode_leave_one_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kUnused));
-  RODIN_CUDA(cudaFuncSetAttribute(decode_leave_one_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
+  raise_shared_limit(decode_leave_one_kernel, kUnused);
+  keep_shared_memory(decode_leave_one_kernel);
 }
 
 bool is_decode_leave_one(const DecodeLeaveParams& p) {

@@ -25,8 +25,7 @@ __device__ __forceinline__ uint32_t launch_number(const uint64_t* arrivals) {
 }
 // By one thread of each block, once.
 __device__ __forceinline__ void count_block(uint64_t* arrivals) {
-  const uint64_t own = blockIdx.x == 0 ? kArrivalsEach - gridDim.x + 1 : 1;
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(arrivals), "l"(own) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(arrivals), "l"(own_arrivals()) : "memory");
 }
 
 __device__ __forceinline__ void give_word(uint64_t* to, uint32_t pair, uint32_t launch) {
@@ -72,16 +71,11 @@ struct HalfBlock {
 // Inputs 4 * lane .. + 3 of the block (pairs of bf16) to `to`; returns what the block's sum is to be
 // multiplied with.
 __device__ __forceinline__ float store_half(uint2 pairs, HalfBlock& to) {
-  uint32_t most = max(max(pairs.x & 0x7fffu, pairs.x >> 16 & 0x7fffu),
-                      max(pairs.y & 0x7fffu, pairs.y >> 16 & 0x7fffu));  // magnitudes rise with their bits
-  most = __reduce_max_sync(kAllLanes, most);
-  const uint32_t exponent = max(most >> 7, 15u);
-  const float power = __uint_as_float((268 - exponent) << 23);
-  const __half2 low = __floats2half2_rn(low_float(pairs.x) * power, high_float(pairs.x) * power);
-  const __half2 high = __floats2half2_rn(low_float(pairs.y) * power, high_float(pairs.y) * power);
+  const uint32_t most = max(larger_magnitude(pairs.x), larger_magnitude(pairs.y));
+  const HalfPower power(__reduce_max_sync(kAllLanes, most));
   reinterpret_cast<uint2*>(to.words)[threadIdx.x % 32] =
-      make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
-  return __uint_as_float((exponent - 14) << 23);
+      make_uint2(power.halves(pairs.x), power.halves(pairs.y));
+  return power.inverse;
 }
 
 // Sums of rows lane / 4 and lane / 4 + 8, in lanes of lane % 4 == 0.
@@ -165,17 +159,5 @@ struct TileSums {
     return out;
   }
 };
-
-__device__ __forceinline__ float bf16_rounded(float value) {
-  return __bfloat162float(__float2bfloat16_rn(value));
-}
-
-// Some warps of a block wait for others: `threads` in all, those that arrive and those that wait.
-__device__ __forceinline__ void named_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_wait(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 }  // namespace rodin::cuda

@@ -120,6 +120,11 @@ inline bool is_decode_rows(const DecodeRows& p, int num_blocks) {
 
 // ---- the barrier ----------------------------------------------------------------------------------------
 
+// What a block adds to the count: together kArrivalsEach.
+__device__ __forceinline__ uint64_t own_arrivals() {
+  return blockIdx.x == 0 ? kArrivalsEach - gridDim.x + 1 : 1;
+}
+
 // Holds all blocks of a launch until each has arrived; what any of them wrote before is seen by all behind
 // it.
 //
@@ -140,8 +145,8 @@ struct GridBarrier {
   __device__ __forceinline__ void wait() const {
     __syncthreads();
     if (threadIdx.x == 0) {
-      const uint64_t own = blockIdx.x == 0 ? kArrivalsEach - gridDim.x + 1 : 1;
-      asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(arrivals), "l"(own) : "memory");
+      asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(arrivals), "l"(own_arrivals())
+                   : "memory");
       const uint64_t target = (before / kArrivalsEach + 1) * kArrivalsEach;
       uint64_t now;
       do {

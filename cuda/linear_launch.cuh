@@ -36,8 +36,8 @@ class LinearLauncher {
       prepare_narrow<2, 2, true>();
       prepare_narrow<2, 1, false>();
     }
-    raise_limit(linear_wide<W, true>, WideStages<W>::kBytes);
-    raise_limit(linear_wide<W, false>, WideStages<W>::kBytes);
+    raise_shared_limit(linear_wide<W, true>, WideStages<W>::kBytes);
+    raise_shared_limit(linear_wide<W, false>, WideStages<W>::kBytes);
   }
 
  private:
@@ -48,12 +48,6 @@ class LinearLauncher {
     return p.table[0] != nullptr || int64_t{blocks.x} * blocks.y * blocks.z >= kEnoughWideBlocks;
   }
 
-  template <class Kernel>
-  static void raise_limit(Kernel* kernel, int bytes) {
-    RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), " to ",
-               bytes);
-  }
-
   // Whether experts' layers of a few tokens go through f16.
   template <int NT>
   static constexpr bool kHasHalf = W::kBytes == 1 && NT == 1;
@@ -61,10 +55,10 @@ class LinearLauncher {
 
   template <int NT, int MT, int KW, bool kGated>
   static void prepare_team() {
-    raise_limit(linear_narrow<W, NT, MT, KW, kGated, false>, narrow_shared_bytes<NT, MT, KW>());
+    raise_shared_limit(linear_narrow<W, NT, MT, KW, kGated, false>, narrow_shared_bytes<NT, MT, KW>());
     if constexpr (kHasHalf<NT>)
-      raise_limit(linear_narrow<W, NT, MT, KW, kGated, true>,
-                  narrow_shared_bytes<NT, MT, KW>() + kMostHalfBytes);
+      raise_shared_limit(linear_narrow<W, NT, MT, KW, kGated, true>,
+                         narrow_shared_bytes<NT, MT, KW>() + kMostHalfBytes);
   }
 
   template <int NT, int MT, bool kGated>

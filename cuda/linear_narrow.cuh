@@ -64,23 +64,19 @@ __device__ __forceinline__ void stage_half_inputs(const LinearWork& work, bool i
           if (k + i < cols) pairs[i / 2] |= static_cast<uint32_t>(bits[k + i]) << (i % 2 * 16);
       }
     }
-    uint32_t most = 0;  // magnitudes of bf16 rise with their bits
+    uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) most = max(most, max(pairs[i] & 0x7fffu, pairs[i] >> 16 & 0x7fffu));
+    for (int i = 0; i < 4; ++i) most = max(most, larger_magnitude(pairs[i]));
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
-    const uint32_t exponent = max(most >> 7, 15u);
-    const float power = __uint_as_float((268 - exponent) << 23);
+    const HalfPower power(most);
     uint32_t halves[4];  // [4]
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __half2 pair = __floats2half2_rn(low_float(pairs[i]) * power, high_float(pairs[i]) * power);
-      halves[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
+    for (int i = 0; i < 4; ++i) halves[i] = power.halves(pairs[i]);
     if (item < items) {
       *reinterpret_cast<uint4*>(to + token * half_pitch(num_blocks) + k * 2) =
           make_uint4(halves[0], halves[1], halves[2], halves[3]);
-      if (column == 0) inverse[item] = __uint_as_float((exponent - 14) << 23);
+      if (column == 0) inverse[item] = power.inverse;
     }
   }
 }

@@ -16,6 +16,7 @@
 // read it). Weights do not depend on the kernel ahead: they are on their way before that has ended.
 #include <algorithm>
 
+#include "cuda/hopper_narrow.cuh"
 #include "cuda/read_once.cuh"
 #include "cuda/split_units.cuh"
 
@@ -29,15 +30,6 @@ constexpr int kHalfShared = 112 << 10;  // so that two blocks fit on a multiproc
 constexpr int kWholeShared = 225 << 10;
 
 // ---- copies ---------------------------------------------------------------------------------------------
-
-// One thread of a warp whose threads are all here: the compiler keeps what the others compute too in uniform
-// registers, where copies take their operands from.
-__device__ __forceinline__ bool elect_one() {
-  uint32_t is_elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
-               : "=r"(is_elected));
-  return is_elected != 0;
-}
 
 // The first stages' weights come while the kernel ahead runs.
 template <int kTokens, bool kGated>
@@ -61,7 +53,7 @@ __device__ __forceinline__ void bring_weights(const SplitParams& p, SplitRing ri
       // each elect one of their own.
       if (threadIdx.x % 32 == 0) barrier_wait(ring.empty(), ring.parity ^ 1);
       __syncwarp();
-      if (elect_one()) {
+      if (is_elected()) {
         barrier_expect(ring.full(), kSplitStageWeights);
         copy_box_once(ring.weights(), map0, col, unit.row0, ring.full(), policy);
         if constexpr (kGated)
@@ -128,7 +120,7 @@ __device__ __forceinline__ void bring_inputs(const SplitParams& p, SplitRing rin
         barrier_arrive(ring.full());
       }
       __syncwarp();
-      if (elect_one()) {
+      if (is_elected()) {
         barrier_expect(ring.full(), kBytes);
         copy_box(ring.base + layout.inputs + ring.stage * (2 * kTokens * kBlockK), p.x + unit.io,
                  block * kBlockK, 2 * unit.first, ring.full());
@@ -343,12 +335,8 @@ void launch_tokens(const SplitParams& p, cudaStream_t stream) {
 
 template <int kTokens>
 void prepare() {
-  for (const void* kernel : {reinterpret_cast<const void*>(split_kernel<kTokens, true>),
-                             reinterpret_cast<const void*>(split_kernel<kTokens, false>)}) {
-    RODIN_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared<kTokens>),
-        " to ", kMostShared<kTokens>);
-  }
+  raise_shared_limit(split_kernel<kTokens, true>, kMostShared<kTokens>);
+  raise_shared_limit(split_kernel<kTokens, false>, kMostShared<kTokens>);
 }
 
 }  // namespace

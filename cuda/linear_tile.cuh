@@ -86,6 +86,24 @@ struct WeightF32 {
   }
 };
 
+// The power of two that brings bf16 values of which the largest magnitude has the bits `most` below 2^15, and
+// its inverse: what is multiplied as f16.
+struct HalfPower {
+  float power, inverse;
+  __device__ __forceinline__ explicit HalfPower(uint32_t most) {  // magnitudes of bf16 rise with their bits
+    const uint32_t exponent = max(most >> 7, 15u);
+    power = __uint_as_float((268 - exponent) << 23);
+    inverse = __uint_as_float((exponent - 14) << 23);
+  }
+  __device__ __forceinline__ uint32_t halves(uint32_t pair) const {
+    const __half2 value = __floats2half2_rn(low_float(pair) * power, high_float(pair) * power);
+    return *reinterpret_cast<const uint32_t*>(&value);
+  }
+};
+__device__ __forceinline__ uint32_t larger_magnitude(uint32_t pair) {
+  return max(pair & 0x7fffu, pair >> 16 & 0x7fffu);
+}
+
 template <class W>
 __device__ __forceinline__ void load_fragment(typename W::Fragment& f, const char* row, int k, int cols) {
   constexpr int kLoads = W::kBytes;  // 16 weights of kBytes in words of 16 bytes

@@ -330,12 +330,8 @@ void run_linear_wgmma(const WgmmaParams& params, cudaStream_t stream) {
 }
 
 void prepare_linear_wgmma() {
-  const auto raise_limit = [](const void* kernel) {
-    RODIN_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               " to ", kSharedBytes);
-  };
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<true>));
-  raise_limit(reinterpret_cast<const void*>(wgmma_kernel<false>));
+  raise_shared_limit(wgmma_kernel<true>, kSharedBytes);
+  raise_shared_limit(wgmma_kernel<false>, kSharedBytes);
 }
 
 }  // namespace rodin::cuda

@@ -251,8 +251,7 @@ void run_mla_combine(const MlaParams& params, cudaStream_t stream) {
 
 void prepare_mla() {
   static_assert(mla_shared_bytes(kMlaMaxLatent) <= 232448);
-  RODIN_CUDA(cudaFuncSetAttribute(mla_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  mla_shared_bytes(kMlaMaxLatent)));
+  raise_shared_limit(mla_kernel, mla_shared_bytes(kMlaMaxLatent));
 }
 
 }  // namespace rodin::cuda

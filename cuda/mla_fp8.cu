@@ -123,16 +123,7 @@ __device__ __forceinline__ void compute_fp8_scores(const MlaWgmmaParams& p, cons
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) score[i] *= column_scale[i / 4 * 2 + i % 2];
       if (is_edge) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          const int limit = item.limit(8 * (i / 2) + 2 * t + i % 2, p.mla.num_heads);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int position = first + 16 * warp + g + 8 * half;
-            if (position > limit || position < p.mla.first_position)
-              score[4 * (i / 2) + 2 * half + i % 2] = -INFINITY;
-          }
-        }
+        mask_keys<N>(p.mla, item, first, warp, g, t, score);
       }
 
       float most[kColumns];  // [kColumns]
@@ -284,13 +275,7 @@ __global__ void __launch_bounds__(kFp8Threads, 1) mla_fp8_kernel(const __grid_co
       barrier_init(at.raw_full(i), 1);
       barrier_init(at.raw_empty(i), 256);
     }
-    barrier_init(at.queries_full(), 1);
-    barrier_init(at.queries_empty(), 4);
-    barrier_init(at.weights_full(), 128);
-    barrier_init(at.weights_empty(), 256);
-    barrier_init_fence();
-    prefetch_map(&p.q_latent);
-    prefetch_map(&p.q_rope);
+    init_barriers(p, at);
   }
   __syncthreads();
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
@@ -317,13 +302,6 @@ void launch(const MlaWgmmaParams& p, cudaStream_t stream) {
                     MlaFp8Layout<N>::kBytes, stream, p, "mla_fp8_kernel");
 }
 
-template <int N>
-void raise_limit() {
-  RODIN_CUDA(cudaFuncSetAttribute(mla_fp8_kernel<N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  MlaFp8Layout<N>::kBytes),
-             " to ", MlaFp8Layout<N>::kBytes);
-}
-
 }  // namespace
 
 void run_mla_fp8(const MlaWgmmaParams& params, cudaStream_t stream) {
@@ -332,8 +310,8 @@ void run_mla_fp8(const MlaWgmmaParams& params, cudaStream_t stream) {
 }
 
 void prepare_mla_fp8() {
-  raise_limit<16>();
-  raise_limit<32>();
+  raise_shared_limit(mla_fp8_kernel<16>, MlaFp8Layout<16>::kBytes);
+  raise_shared_limit(mla_fp8_kernel<32>, MlaFp8Layout<32>::kBytes);
 }
 
 }  // namespace rodin::cuda

@@ -226,13 +226,6 @@ void launch(const MlaPrefillParams& p, cudaStream_t stream) {
                     kThreads, Layout<kNope, kV>::kBytes, stream, p, "prefill_kernel");
 }
 
-template <int kNope, int kV>
-void raise_limit() {
-  RODIN_CUDA(cudaFuncSetAttribute(prefill_kernel<kNope, kV>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  Layout<kNope, kV>::kBytes),
-             " to ", Layout<kNope, kV>::kBytes);
-}
-
 }  // namespace
 
 bool has_mla_prefill(int64_t nope_dim, int64_t rope_dim, int64_t v_dim) {
@@ -245,8 +238,8 @@ void run_mla_prefill(const MlaPrefillParams& params, cudaStream_t stream) {
 }
 
 void prepare_mla_prefill() {
-  raise_limit<128, 128>();
-  raise_limit<64, 64>();
+  raise_shared_limit(prefill_kernel<128, 128>, Layout<128, 128>::kBytes);
+  raise_shared_limit(prefill_kernel<64, 64>, Layout<64, 64>::kBytes);
 }
 
 }  // namespace rodin::cuda

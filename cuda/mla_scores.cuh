@@ -52,6 +52,21 @@ __device__ __forceinline__ void clear_outside(const MlaParams& p, const MlaLayou
   }
 }
 
+// Scores of a block's keys that are behind a row's own position, or before the first one attended to: none.
+template <int N>
+__device__ __forceinline__ void mask_keys(const MlaParams& p, const MlaItem& item, int first,
+                                          int warp, int g, int t, float (&score)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const int limit = item.limit(8 * (i / 2) + 2 * t + i % 2, p.num_heads);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = first + 16 * warp + g + 8 * half;
+      if (position > limit || position < p.first_position) score[4 * (i / 2) + 2 * half + i % 2] = -INFINITY;
+    }
+  }
+}
+
 // Moves a row's maximum where a block's exceeds it by enough, and gives what earlier sums are multiplied by.
 __device__ __forceinline__ float move_maximum(float& row_max, float seen, float scale) {
   const float old = row_max;
@@ -207,16 +222,7 @@ __device__ __forceinline__ void compute_scores(const MlaWgmmaParams& p, const Ml
 
       const bool is_edge = first + kKeys > item.limit(0, p.mla.num_heads) + 1 || first < p.mla.first_position;
       if (is_edge) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          const int limit = item.limit(8 * (i / 2) + 2 * t + i % 2, p.mla.num_heads);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int position = first + 16 * warp + g + 8 * half;
-            if (position > limit || position < p.mla.first_position)
-              score[4 * (i / 2) + 2 * half + i % 2] = -INFINITY;
-          }
-        }
+        mask_keys<N>(p.mla, item, first, warp, g, t, score);
         clear_outside(p.mla, at, item, first, slots);
       }
 

@@ -251,13 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) mla_wgmma_kernel(const __grid_con
       barrier_init(at.full(i), 1);
       barrier_init(at.empty(i), 8);
     }
-    barrier_init(at.queries_full(), 1);
-    barrier_init(at.queries_empty(), 4);
-    barrier_init(at.weights_full(), 128);
-    barrier_init(at.weights_empty(), 256);
-    barrier_init_fence();
-    prefetch_map(&p.q_latent);
-    prefetch_map(&p.q_rope);
+    init_barriers(p, at);
     prefetch_map(&p.cache);
   }
   __syncthreads();
@@ -308,13 +302,6 @@ void launch_tiles(const MlaWgmmaParams& p, cudaStream_t stream) {
   }
 }
 
-template <int N>
-void raise_limit() {
-  RODIN_CUDA(cudaFuncSetAttribute(mla_wgmma_kernel<N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  MlaLayout<N>::kBytes),
-             " to ", MlaLayout<N>::kBytes);
-}
-
 }  // namespace
 
 bool has_mla_wgmma(int64_t nope_dim, int64_t rope_dim, int64_t lora_rank, int64_t block_size,
@@ -329,9 +316,9 @@ void run_mla_wgmma(const MlaWgmmaParams& params, cudaStream_t stream) {
 }
 
 void prepare_mla_wgmma() {
-  raise_limit<16>();
-  raise_limit<32>();
-  raise_limit<64>();
+  raise_shared_limit(mla_wgmma_kernel<16>, MlaLayout<16>::kBytes);
+  raise_shared_limit(mla_wgmma_kernel<32>, MlaLayout<32>::kBytes);
+  raise_shared_limit(mla_wgmma_kernel<64>, MlaLayout<64>::kBytes);
   prepare_mla_fp8();
 }
 

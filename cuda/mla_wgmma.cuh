@@ -226,4 +226,17 @@ __device__ __forceinline__ void bring_queries(const MlaWgmmaParams& p, const Lay
   }
 }
 
+// The thread that initialises a block's barriers: those that its warpgroups have beside the ring's, which are
+// done before.
+template <class Layout>
+__device__ __forceinline__ void init_barriers(const MlaWgmmaParams& p, const Layout& at) {
+  barrier_init(at.queries_full(), 1);
+  barrier_init(at.queries_empty(), 4);
+  barrier_init(at.weights_full(), 128);
+  barrier_init(at.weights_empty(), 256);
+  barrier_init_fence();
+  prefetch_map(&p.q_latent);
+  prefetch_map(&p.q_rope);
+}
+
 }  // namespace rodin::cuda

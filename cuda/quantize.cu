@@ -29,18 +29,15 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
   const int cols = is_other ? p.plain_cols : p.cols;
   const QuantizedView& view = is_plain ? p.plain_out : p.out;
   if (col >= view.stride) return;
-  float values[8] = {};  // [8]
+  EightValues own = {};
+  float (&values)[8] = own.values;
   if (is_there) {
     const int64_t from = p.rows && !is_plain ? p.rows[row] / p.rows_divisor : row;
     const bf16* x = (is_other ? static_cast<const bf16*>(p.plain_x) + from * p.plain_x_stride
                               : static_cast<const bf16*>(p.x) + from * p.x_stride) +
                     col;
     if (p.is_aligned && col + 8 <= cols) {
-      const uint4 words = *reinterpret_cast<const uint4*>(x);
-      values[0] = low_float(words.x), values[1] = high_float(words.x);
-      values[2] = low_float(words.y), values[3] = high_float(words.y);
-      values[4] = low_float(words.z), values[5] = high_float(words.z);
-      values[6] = low_float(words.w), values[7] = high_float(words.w);
+      own = EightValues(*reinterpret_cast<const uint4*>(x));
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -48,12 +45,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
       }
     }
   }
-  float most = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = max_or_nan(most, fabsf(values[i]));
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2)
-    most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
+  const float most = largest_of_block(own);
   if (!is_there) return;
   if constexpr (kSplit) {
     const SplitPower power(most);

@@ -77,6 +77,12 @@ __device__ inline void keep_best_groups(const RouteParams& route, float* choice,
   __syncwarp();
 }
 
+// The weight of a chosen expert, from its score and the sum of those of all k that are chosen.
+__device__ __forceinline__ float chosen_weight(const RouteParams& route, float score, float sum) {
+  if (route.norm_topk_prob && route.experts_per_token > 1) score = score / (sum + 1e-20f);
+  return score * route.routed_scaling_factor;
+}
+
 // The plan of a single token: a tile for each of its experts, which are all different. Slot j's part.
 __device__ __forceinline__ void plan_slot(const RouteKernelParams& p, int j, int expert) {
   p.plan.order[j] = j;
@@ -184,11 +190,9 @@ __device__ __forceinline__ void route_registers(const RouteKernelParams& p, int6
   }
   if (lane == 0 && p.plan.order != nullptr) plan_rest(p);
   __syncwarp();
-  const bool is_normalised = route.norm_topk_prob && k > 1;
   for (int j = lane; j < k; j += 32) {
     float& weight = p.expert_weights[token * p.weights_stride + j];
-    if (is_normalised) weight = weight / (chosen_sum + 1e-20f);
-    weight *= route.routed_scaling_factor;
+    weight = chosen_weight(route, weight, chosen_sum);
   }
 }
 
@@ -254,11 +258,9 @@ __device__ __forceinline__ void route_grouped(const RouteKernelParams& p, int64_
     __syncwarp();
   }
   if (lane == 0 && p.plan.order != nullptr) plan_rest(p);
-  const bool is_normalised = route.norm_topk_prob && k > 1;
   for (int j = lane; j < k; j += 32) {
     float& weight = p.expert_weights[token * p.weights_stride + j];
-    if (is_normalised) weight = weight / (chosen_sum + 1e-20f);
-    weight *= route.routed_scaling_factor;
+    weight = chosen_weight(route, weight, chosen_sum);
   }
 }
 

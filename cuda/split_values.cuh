@@ -23,6 +23,31 @@ __device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uin
   low = e4m3_of_half(__hmul2(rest, __float2half2_rn(16.0f)));
 }
 
+// Eight values of a block of 128, of which half a warp has one.
+struct EightValues {
+  float values[8];
+
+  EightValues() = default;
+  __device__ __forceinline__ explicit EightValues(const uint4& pairs)
+      : values{low_float(pairs.x), high_float(pairs.x), low_float(pairs.y), high_float(pairs.y),
+               low_float(pairs.z), high_float(pairs.z), low_float(pairs.w), high_float(pairs.w)} {}
+  // The largest magnitude, a NaN where there is one.
+  __device__ __forceinline__ float largest() const {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = max_or_nan(most, fabsf(values[i]));
+    return most;
+  }
+};
+// That of the block, the same in every lane of the half warp.
+__device__ __forceinline__ float largest_of_block(const EightValues& own) {
+  float most = own.largest();
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2)
+    most = max_or_nan(most, __shfl_xor_sync(kAllLanes, most, offset));
+  return most;
+}
+
 // The power of two for values of which the largest magnitude is `most`, and what takes it out again: a NaN
 // for one that is not finite.
 struct SplitPower {
