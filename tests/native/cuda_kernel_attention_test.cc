@@ -11,32 +11,13 @@
 #include "cuda/mla_plan.h"
 #include "cuda/mla_wgmma.h"
 #include "cuda/tensor_map.h"
+#include "tests/native/cuda_room.h"
 #include "tests/native/cuda_speed.h"
 
 namespace rodin::test {
 namespace {
 
 using namespace rodin::cuda;
-
-// Device memory that is freed with it.
-class Room {
- public:
-  explicit Room(size_t bytes) { RODIN_CUDA(cudaMalloc(&data_, bytes), " of ", bytes, " bytes"); }
-  template <class T>
-  explicit Room(const std::vector<T>& values) : Room(values.size() * sizeof(T)) {
-    RODIN_CUDA(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~Room() { cudaFree(data_); }
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-};
 
 // A plan of decodes, one token each, at these positions.
 MlaPlan plan_of(const std::vector<int32_t>& positions, int64_t heads, bool has_spread) {
@@ -141,12 +122,13 @@ void time_kernel(const KernelCase& c) {
   for (size_t i = period; i < latents.size(); ++i) latents[i] = latents[i - period];
   const auto calls =
       static_cast<int>(std::clamp<int64_t>((int64_t{600} << 20) / (num_slots * row_bytes), 1, 16));
-  std::vector<std::unique_ptr<Room>> caches;
-  for (int i = 0; i < calls; ++i) caches.push_back(std::make_unique<Room>(latents));
+  std::vector<std::unique_ptr<DeviceRoom>> caches;
+  for (int i = 0; i < calls; ++i) caches.push_back(std::make_unique<DeviceRoom>(latents));
   std::vector<uint16_t> queries(static_cast<size_t>(rows * 576));
   for (uint16_t& q : queries) q = bf16_of_float(random.normal() * 0.2f);
-  const Room q_latent(queries), q(rows * 192 * 2), partial(most_rows * 512 * 4), partial_ml(most_rows * 8);
-  const Room out(rows * 512 * 2), tiles(plan.tiles), device_positions(even.positions()),
+  const DeviceRoom q_latent(queries), q(rows * 192 * 2), partial(most_rows * 512 * 4),
+      partial_ml(most_rows * 8);
+  const DeviceRoom out(rows * 512 * 2), tiles(plan.tiles), device_positions(even.positions()),
       device_table(even.table());
   RODIN_CUDA(
       cudaMemcpy(q.as<char>(), queries.data(), static_cast<size_t>(rows) * 192 * 2, cudaMemcpyHostToDevice));

@@ -4,6 +4,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/decode_mla.h"
+#include "tests/native/cuda_room.h"
 #include "tests/native/cuda_support.h"
 
 namespace rodin::test {
@@ -20,36 +21,6 @@ struct EnterCase {
   float scale = 1;  // of the residual
 };
 
-// Device memory that is freed with it.
-class DeviceRoom {
- public:
-  explicit DeviceRoom(const std::vector<uint8_t>& bytes) : size_(bytes.size()) {
-    RODIN_CUDA(cudaMalloc(&data_, size_));
-    RODIN_CUDA(cudaMemcpy(data_, bytes.data(), size_, cudaMemcpyHostToDevice));
-  }
-  ~DeviceRoom() { cudaFree(data_); }
-  DeviceRoom(const DeviceRoom&) = delete;
-  DeviceRoom& operator=(const DeviceRoom&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  std::vector<uint8_t> bytes() const {
-    std::vector<uint8_t> bytes(size_);
-    RODIN_CUDA(cudaMemcpy(bytes.data(), data_, size_, cudaMemcpyDeviceToHost));
-    return bytes;
-  }
-
- private:
-  size_t size_;
-  void* data_ = nullptr;
-};
-
-template <class T>
-std::vector<uint8_t> bytes_of(const std::vector<T>& values) {
-  const auto* from = reinterpret_cast<const uint8_t*>(values.data());
-  return {from, from + values.size() * sizeof(T)};
-}
 std::vector<uint8_t> poison(size_t count) { return std::vector<uint8_t>(count, 0xff); }
 
 // An FP8 matrix on the device.
@@ -58,9 +29,7 @@ struct DeviceWeight {
   DeviceRoom data, scale;
 
   DeviceWeight(CudaRandom& random, int32_t rows, int32_t cols)
-      : host(random_weight(random, rows, cols, Dtype::kF8E4M3)),
-        data(host->bytes),
-        scale(bytes_of(host->scale)) {}
+      : host(random_weight(random, rows, cols, Dtype::kF8E4M3)), data(host->bytes), scale(host->scale) {}
   WeightView view() const {
     const Weight& w = host->view;
     return {.data = data.as<void>(),
@@ -81,10 +50,10 @@ void check_enter(const EnterCase& c) {
   const size_t row_bytes = c.is_fp8 ? 512 + 16 + 128 : 2 * kv_rows, num_slots = 3;
   const DeviceWeight q_weight(random, q_rows, c.hidden), kv_weight(random, kv_rows, c.hidden);
   const DeviceWeight w_uk(random, c.num_heads * kLoraRank, c.nope_dim);
-  const DeviceRoom norm_weight(bytes_of(random_floats(random, c.hidden, 1)));
-  const DeviceRoom latent_weight(bytes_of(random_floats(random, kLoraRank, 1)));
-  const DeviceRoom angles(bytes_of(random_floats(random, kRopeDim, 0.5f)));
-  const DeviceRoom slots(bytes_of(std::vector<int32_t>{1}));
+  const DeviceRoom norm_weight(random_floats(random, c.hidden, 1));
+  const DeviceRoom latent_weight(random_floats(random, kLoraRank, 1));
+  const DeviceRoom angles(random_floats(random, kRopeDim, 0.5f));
+  const DeviceRoom slots(std::vector<int32_t>{1});
   const DeviceRoom arrivals(std::vector<uint8_t>(16)), exchange(std::vector<uint8_t>(8 * kExchangeWords));
   struct Outputs {
     DeviceRoom normed, q, kv, q_latent, cache;
@@ -100,7 +69,7 @@ void check_enter(const EnterCase& c) {
   cudaDeviceProp device;
   RODIN_CUDA(cudaGetDeviceProperties(&device, 0));
   for (int round = 0; round < 3; ++round) {
-    const DeviceRoom residual(bytes_of(random_floats(random, c.hidden, c.scale)));
+    const DeviceRoom residual(random_floats(random, c.hidden, c.scale));
     const NormParams norm = {.x = residual.as<float>(),
                              .x_stride = c.hidden,
                              .weight = norm_weight.as<float>(),
